@@ -1,0 +1,52 @@
+# `make demo` and `make test` need Python >= 3.10 and a C++20 compiler; they make .venv and reuse it.
+PYTHON ?= python3
+# The CPU build of torch, where the package index has one; any torch >= 2.9 will do.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test test-cpp lint format bench clean setup
+
+demo: $(VENV)/runtime
+	$(BIN)/guard-ops demo
+
+test: $(VENV)/development test-cpp
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The C++ tests: kernels and formulas without Python or torch.
+test-cpp: $(VENV)/development
+	$(BIN)/cmake -G Ninja -S . -B build/cpp -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DGUARD_OPS_EXTENSION=OFF -DGUARD_OPS_TESTS=ON
+	$(BIN)/cmake --build build/cpp
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+lint: $(VENV)/development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+format: $(VENV)/development
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info guard_ops/_C*.so
+
+setup: $(VENV)/development
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
+	touch $@
+
+$(VENV)/runtime: $(VENV)/torch $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(VENV)/development: $(VENV)/runtime
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
