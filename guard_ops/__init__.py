@@ -1,0 +1,46 @@
+"""Guard Ops: fused kernels for GRPO on flow-matching generators, with GRPO-Guard built in."""
+
+from .backends import available_backends, use_backend
+from .blocks import balance_weights, clipped_surrogate, ratio_norm
+from .config import GuardConfig
+from .objective import Metrics, group_advantages
+from .ops import (
+    GuardLossOutput,
+    LogRatio,
+    LossAndGrad,
+    SdeStep,
+    guard_loss,
+    guard_loss_and_grad,
+    log_prob,
+    log_ratio,
+    sde_step,
+)
+from .schedule import SdeSchedule, StepCoefficients
+from .statistics import RatioStatistics
+from .transitions import philox_seed
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GuardConfig",
+    "GuardLossOutput",
+    "LogRatio",
+    "LossAndGrad",
+    "Metrics",
+    "RatioStatistics",
+    "SdeSchedule",
+    "SdeStep",
+    "StepCoefficients",
+    "available_backends",
+    "balance_weights",
+    "clipped_surrogate",
+    "group_advantages",
+    "guard_loss",
+    "guard_loss_and_grad",
+    "log_prob",
+    "log_ratio",
+    "philox_seed",
+    "ratio_norm",
+    "sde_step",
+    "use_backend",
+]

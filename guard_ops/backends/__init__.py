@@ -1,0 +1,106 @@
+"""Which backend runs an op: the fastest one that its tensors' device has, or the one asked for.
+
+A backend is a module with ``NAME``, ``FUSED``, ``supports(device)`` and the functions of
+``reference.py`` in the same order of arguments; a fused one adds ``guard_loss`` and ``scale_``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from types import ModuleType, TracebackType
+
+import torch
+
+ORDER = ("cpu", "reference")  # fastest first; each serves the devices it supports
+
+_loaded: dict[str, ModuleType] = {}
+_unavailable: dict[str, str] = {}
+_forced: str | None = None
+_warned: set[str] = set()
+
+
+def _load() -> None:
+    for name in ORDER:
+        try:
+            _loaded[name] = importlib.import_module(f".{name}", __name__)
+        except (ImportError, OSError) as error:
+            _unavailable[name] = str(error)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that this installation can run, the preferred ones first."""
+    return tuple(name for name in ORDER if name in _loaded)
+
+
+def unavailable_backends() -> dict[str, str]:
+    """Name -> reason of the backends that this installation lacks."""
+    return dict(_unavailable)
+
+
+class use_backend:
+    """Run every op on one backend, from now on or for a ``with`` block.
+
+    Args:
+        name: one of :func:`available_backends`, or None to choose by device again. The environment
+            variable ``GUARD_OPS_BACKEND`` sets the same at import.
+
+    Raises:
+        ValueError: no such backend here; says why.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None and name not in _loaded:
+            reason = _unavailable.get(name, "there is no such backend")
+            raise ValueError(
+                f"`name` is {name!r}: {reason}; available: {', '.join(available_backends())}"
+            )
+        self._previous, _forced = _forced, name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def select(device: torch.device) -> ModuleType:
+    """The backend module for tensors on ``device``."""
+    if _forced is not None:
+        module = _loaded[_forced]
+        if not module.supports(device):
+            raise ValueError(f"backend {_forced!r} does not run on {device}; use_backend(None)")
+        return module
+    for name in ORDER:
+        module_or_none = _loaded.get(name)
+        if module_or_none is not None and module_or_none.supports(device):
+            break
+    if name == "reference" and not torch.compiler.is_compiling():
+        _warn_slow(device)
+    return _loaded[name]
+
+
+def _warn_slow(device: torch.device) -> None:
+    if device.type in _warned:
+        return
+    _warned.add(device.type)
+    why = "; ".join(f"{name}: {reason}" for name, reason in _unavailable.items())
+    warnings.warn(
+        f"guard_ops: no fused backend for {device.type} tensors, using the plain PyTorch "
+        f"reference{f' ({why})' if why else ''}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+_load()
+if name := os.environ.get("GUARD_OPS_BACKEND"):
+    use_backend(name)

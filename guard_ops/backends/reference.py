@@ -1,0 +1,117 @@
+"""The readable truth in plain PyTorch: any device, any dtype, twice differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..transitions import Transitions, compute_dtype
+from .philox import normals
+
+NAME = "reference"
+FUSED = False  # guard_loss is the composition of sums, objective.py and gradient
+
+
+def supports(device: torch.device) -> bool:
+    return True
+
+
+def _mean(a: Tensor, b: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """``a x + b v``: the one expression for the mean, so that equal inputs give equal bits."""
+    return a * x + b * v
+
+
+def _velocity(t: Transitions) -> Tensor:
+    v = t.model_output.to(t.compute_dtype)
+    if t.model_output_uncond is None:
+        return v
+    uncond = t.model_output_uncond.to(t.compute_dtype)
+    return uncond + t.guidance_scale * (v - uncond)
+
+
+def _delta_e(t: Transitions, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``delta = mean - m`` and ``e = y - m`` [K, B, D] of the form that ``t`` is given in."""
+    dtype = t.compute_dtype
+    a, b, s = t.coefficients[:3].to(dtype).unsqueeze(-1)
+
+    def wide(x: Tensor | None) -> Tensor:
+        assert x is not None
+        return x.to(dtype)
+
+    if t.form in ("noise", "seeded"):
+        noise = normals(t.seed, v.shape[-1], dtype) if t.seed is not None else wide(t.noise)
+        return b * (v - wide(t.old_model_output)), s * noise
+    x, y = wide(t.sample), wide(t.prev_sample)
+    if t.form == "velocity":
+        old = wide(t.old_model_output)
+        return b * (v - old), y - _mean(a, b, x, old)
+    if t.form == "mean":
+        m = wide(t.old_mean)
+        return _mean(a, b, x, v) - m, y - m
+    return _mean(a, b, x, v) - y, torch.zeros_like(y)
+
+
+def sums(t: Transitions) -> Tensor:
+    """``S1 = sum(delta e)``, ``S2 = sum(delta^2)``, ``sum((b (v - v_ref))^2)``: [3, K, B] float64.
+
+    The third is 0 without ``ref_model_output``.
+    """
+    v = _velocity(t)
+    delta, e = _delta_e(t, v)
+    out = [
+        (delta * e).sum(-1, dtype=torch.float64),
+        (delta * delta).sum(-1, dtype=torch.float64),
+    ]
+    if t.ref_model_output is None:
+        return torch.stack([*out, torch.zeros_like(out[0])])
+    drift = t.coefficients[1].to(v.dtype).unsqueeze(-1) * (v - t.ref_model_output.to(v.dtype))
+    return torch.stack([*out, (drift * drift).sum(-1, dtype=torch.float64)])
+
+
+def gradient(
+    t: Transitions,
+    c: Tensor,  # [3, K, B] float64: d loss / d sums
+    cond: bool = True,
+    uncond: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``d loss / d v = b (c1 e + 2 c2 delta) + 2 c3 b^2 (v - v_ref)`` for both guidance branches.
+
+    A transition whose three coefficients are 0 gets 0, whatever its operands hold.
+    """
+    v = _velocity(t)
+    delta, e = _delta_e(t, v)
+    b = t.coefficients[1].to(v.dtype).unsqueeze(-1)
+    c1, c2, c3 = c.to(v.dtype).unsqueeze(-1)
+    g = b * (c1 * e + 2 * c2 * delta)
+    if t.ref_model_output is not None:
+        g = g + 2 * c3 * b**2 * (v - t.ref_model_output.to(v.dtype))
+    unused = (c == 0).all(0).unsqueeze(-1) & ~torch.isfinite(g).all(-1, keepdim=True)
+    g = torch.where(unused, 0.0, g)
+    if t.model_output_uncond is None:
+        return (g.to(t.model_output.dtype) if cond else None), None
+    scale = t.guidance_scale
+    return (
+        (scale * g).to(t.model_output.dtype) if cond else None,
+        ((1 - scale) * g).to(t.model_output_uncond.dtype) if uncond else None,
+    )
+
+
+def sde_step(
+    v: Tensor,  # [K, B, D]
+    x: Tensor,  # [K, B, D]
+    coefficients: Tensor,  # [5, K, B] float64
+    noise: Tensor | None,  # [K, B, D]
+    seed: Tensor | None,  # [K, B, 2] int64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mean = a x + b v``, ``y = mean + s noise``, ``sum((y - mean)^2)``.
+
+    ``y`` has the dtype of ``x``, the mean is at least float32, the sum [K, B] is float64.
+    """
+    dtype = compute_dtype(v, x, *([] if noise is None else [noise]))
+    a, b, s = coefficients[:3].to(dtype).unsqueeze(-1)
+    if noise is None:
+        assert seed is not None
+        noise = normals(seed, v.shape[-1], dtype)
+    mean = _mean(a, b, x.to(dtype), v.to(dtype))
+    y = (mean + s * noise.to(dtype)).to(x.dtype)
+    return y, mean, ((y.to(dtype) - mean) ** 2).sum(-1, dtype=torch.float64)

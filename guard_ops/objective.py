@@ -1,0 +1,266 @@
+"""The objective on [K, B] numbers (design: two sums in, two coefficients out).
+
+Plain differentiable PyTorch in float64: the truth that every fused [K, B] arithmetic follows line
+by line, and the path of distributed and custom objectives. Ratios are handled as differences from
+1 throughout: ``u = expm1(log r)``, ``excess = r_hat - 1``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import GuardConfig
+from .schedule import StepCoefficients
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Metrics(NamedTuple):
+    """Per-step diagnostics, each [K] ([] for one step), over the finite transitions of the step."""
+
+    ratio_bias: Tensor  # mean(r) - 1
+    ratio_std: Tensor  # std(r), correction 0
+    ratio_hat_bias: Tensor  # mean(r_hat) - 1
+    ratio_hat_std: Tensor
+    clip_fraction: Tensor  # share whose clipped branch is the active one
+    clip_fraction_high: Tensor  # share with excess > clip_high, whatever the advantage
+    clip_fraction_low: Tensor  # share with excess < -clip_low, whatever the advantage
+    kl_old: Tensor  # mean KL(old || new); NaN in the log-prob form, which cannot know it
+    grad_weight: Tensor  # mean balance weight
+    nonfinite: Tensor  # how many transitions were not finite
+
+
+class Objective(NamedTuple):
+    """What :func:`evaluate` returns; all but ``loss`` are detached."""
+
+    loss: Tensor  # []
+    excess: Tensor  # [K, B] r_hat - 1
+    weights: Tensor  # [K, B]
+    metrics: Metrics
+
+
+def log_ratio_and_kl(
+    sums: Tensor,  # [3, K, B]: S1, S2 and the reference model's sum
+    coeffs: StepCoefficients,  # [K, B]
+    numel: int,
+    reduction: str,
+    old_log_prob: Tensor | None = None,  # [K, B]: log-prob form
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``log r``, ``kl_old`` and the KL to the reference model, each [K, B].
+
+    ``log r = kappa/D (2 S1 - S2)``, ``kl_old = kappa/D S2``; in the log-prob form S2 is the sum of
+    ``(mean - y)^2``, so ``log r = -kappa/D S2 - log s - log sqrt(2 pi) - old_log_prob`` and the KL
+    is not known (NaN).
+    """
+    s1, s2, ref = sums.unbind(0)
+    scale = coeffs.kappa / numel if reduction == "mean" else coeffs.kappa
+    kl = ref / (2 * coeffs.s**2 * numel)
+    if old_log_prob is None:
+        return scale * (2 * s1 - s2), scale * s2, kl
+    log_ratio = log_density(-scale * s2, coeffs, numel, reduction) - old_log_prob
+    return log_ratio, torch.full_like(s2, math.nan), kl
+
+
+def log_density(exponent: Tensor, coeffs: StepCoefficients, numel: int, reduction: str) -> Tensor:
+    """``exponent - log s - log sqrt(2 pi)``, the constants times D under "sum"; cps drops both."""
+    if not coeffs.gaussian:
+        return exponent
+    constants = torch.log(coeffs.s) + LOG_SQRT_2PI
+    return exponent - (constants if reduction == "mean" else numel * constants)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``x`` [K, B] over the batch where ``mask``; NaN for a step without any."""
+    return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1)
+
+
+def masked_std(x: Tensor, mask: Tensor) -> Tensor:
+    """Standard deviation (correction 0) of ``x`` [K, B] over the batch where ``mask``."""
+    return masked_mean((x - masked_mean(x, mask).unsqueeze(-1)) ** 2, mask).sqrt()
+
+
+def normalize(
+    log_ratio: Tensor,  # [K, B], finite everywhere
+    kl_old: Tensor,  # [K, B]
+    finite: Tensor,  # [K, B] bool
+    coeffs: StepCoefficients | None,
+    config: GuardConfig,
+    mean_std: tuple[Tensor, Tensor] | None,  # [K], [K]: statistics from elsewhere
+) -> Tensor:
+    """RatioNorm: ``excess = r_hat - 1`` [K, B]."""
+    if config.ratio_norm == "closed_form":
+        assert coeffs is not None
+        return torch.expm1(coeffs.s * (log_ratio + torch.where(finite, kl_old, 0.0)))
+    u = torch.expm1(log_ratio)
+    if config.ratio_norm == "none":
+        return u
+    if mean_std is None:
+        stats_of = u.detach() if config.detach_stats else u
+        mean = masked_mean(stats_of, finite)
+        variance = masked_mean((stats_of - mean.unsqueeze(-1)) ** 2, finite)
+        degenerate = ~(variance.detach().sqrt() > config.std_floor)
+        std = torch.where(degenerate, 1.0, variance).sqrt()  # no gradient of sqrt at 0
+    else:
+        mean, std = mean_std
+        degenerate = ~(std > config.std_floor)
+    denominator = torch.where(degenerate, config.target_std, std)
+    excess = config.target_std * ((u - mean.unsqueeze(-1)) / denominator.unsqueeze(-1))
+    return torch.where(finite, excess, 0.0)
+
+
+def balance(
+    excess: Tensor,  # [K, B]
+    finite: Tensor,
+    dt: Tensor | None,  # [K, B]
+    config: GuardConfig,
+) -> Tensor:
+    """Weights over each sample's finite steps, [K, B], no gradient; 0 where not finite."""
+    steps = finite.sum(0).clamp(min=1)
+    if config.balance == "inverse_ratio":
+        rho = (1.0 + excess.detach()).clamp(min=config.weight_floor)
+        inverse = torch.where(finite, 1.0 / rho, 0.0)
+        total = inverse.sum(0)
+        return inverse / torch.where(total > 0, total, 1.0)
+    if config.balance == "inverse_dt":
+        assert dt is not None
+        weights = 1.0 / (steps * dt.abs())
+    else:
+        weights = torch.ones_like(excess) / steps
+    return torch.where(finite, weights.detach(), 0.0)
+
+
+def surrogate(excess: Tensor, advantages: Tensor, config: GuardConfig) -> tuple[Tensor, Tensor]:
+    """``max(-A r_hat, -A clip(r_hat))`` and where the clipped branch is active, both [K, B]."""
+    a = advantages.clamp(-config.adv_clip, config.adv_clip)
+    high, low = excess > config.clip_high, excess < -config.clip_low
+    clipped = ((a > 0) & high) | ((a < 0) & low)
+    bounded = excess.clamp(-config.clip_low, config.clip_high)
+    return -a * (1.0 + torch.where(clipped, bounded, excess)), clipped
+
+
+def evaluate(
+    log_ratio: Tensor,  # [K, B]
+    kl_old: Tensor,  # [K, B]
+    kl: Tensor,  # [K, B] to the reference model
+    advantages: Tensor,  # [K, B]
+    coeffs: StepCoefficients,  # [K, B]
+    config: GuardConfig,
+    step_weights: Tensor | None = None,  # [K, B]
+    mean_std: tuple[Tensor, Tensor] | None = None,  # [K], [K]
+) -> Objective:
+    """``loss = mean_i sum_k w_ki l_ki + kl_beta mean_ki kl`` with its diagnostics.
+
+    NaN stays in its transition: a row that is not finite takes part in no statistic and no weight.
+    """
+    with torch.no_grad():
+        finite = log_ratio.isfinite() & advantages.isfinite() & torch.expm1(log_ratio).isfinite()
+        if config.kl_beta:
+            finite = finite & kl.isfinite()
+        if config.ratio_norm == "closed_form":
+            finite = finite & torch.expm1(coeffs.s * (log_ratio + kl_old)).isfinite()
+    safe_log_ratio = torch.where(finite, log_ratio, 0.0)
+    excess = normalize(safe_log_ratio, kl_old, finite, coeffs, config, mean_std)
+    if step_weights is None:
+        weights = balance(excess, finite, coeffs.dt, config)
+    else:
+        weights = torch.where(finite, step_weights, 0.0)
+    losses, clipped = surrogate(excess, torch.where(finite, advantages, 0.0), config)
+    losses = torch.where(finite, weights * losses, 0.0)
+    if config.nonfinite == "drop":
+        samples = finite.any(0).sum().clamp(min=1)
+        transitions = finite.sum().clamp(min=1)
+    else:
+        samples = torch.tensor(finite.shape[1], device=finite.device)
+        transitions = torch.tensor(finite.numel(), device=finite.device)
+    loss = losses.sum(0).sum() / samples
+    if config.kl_beta:
+        loss = loss + config.kl_beta * (torch.where(finite, kl, 0.0).sum() / transitions)
+    if config.nonfinite == "propagate":  # the loss turns NaN, and only the row's own gradient
+        poison = torch.where(finite, 0.0, math.nan).to(log_ratio.dtype)
+        loss = loss + (log_ratio * poison).sum()
+    with torch.no_grad():
+        metrics = _metrics(safe_log_ratio, excess, clipped, weights, kl_old, finite, config)
+        excess = torch.where(finite, excess, math.nan)
+    return Objective(loss, excess, weights.detach(), metrics)
+
+
+def _metrics(
+    log_ratio: Tensor,
+    excess: Tensor,
+    clipped: Tensor,
+    weights: Tensor,
+    kl_old: Tensor,
+    finite: Tensor,
+    config: GuardConfig,
+) -> Metrics:
+    u = torch.expm1(log_ratio)
+
+    def share(mask: Tensor) -> Tensor:
+        return masked_mean(mask.to(u.dtype), finite)
+
+    return Metrics(
+        ratio_bias=masked_mean(u, finite),
+        ratio_std=masked_std(u, finite),
+        ratio_hat_bias=masked_mean(excess, finite),
+        ratio_hat_std=masked_std(excess, finite),
+        clip_fraction=share(clipped),
+        clip_fraction_high=share(excess > config.clip_high),
+        clip_fraction_low=share(excess < -config.clip_low),
+        kl_old=masked_mean(kl_old, finite),
+        grad_weight=masked_mean(weights, finite),
+        nonfinite=(~finite).sum(-1).to(u.dtype),
+    )
+
+
+def group_advantages(
+    rewards: Tensor,
+    groups: Tensor | None = None,
+    *,
+    scale: Literal["group", "batch", "none"] = "group",
+    eps: float = 1e-4,
+) -> Tensor:
+    """GRPO's advantages: rewards relative to the other samples of the same prompt.
+
+    ``A_i = (R_i - mean(group)) / (std + eps)`` with ``std`` (correction 0) of the group, of the
+    whole batch, or no division (Dr. GRPO). A reward that is not finite gives a NaN advantage and
+    takes no part in its group's statistics. No host synchronization.
+
+    Args:
+        rewards: [B], floating.
+        groups: LongTensor [B], the prompt of each sample; None: all one group.
+        scale: whose spread divides: "group", "batch" or "none".
+        eps: added to the spread.
+
+    Returns:
+        [B], dtype of ``rewards``.
+    """
+    if not rewards.is_floating_point():
+        raise TypeError(f"`rewards` has dtype {rewards.dtype}; it needs a floating dtype")
+    if rewards.ndim != 1 or rewards.numel() == 0:
+        raise ValueError(f"`rewards` has shape {tuple(rewards.shape)}; it needs [B], B > 0")
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"`scale` is {scale!r}; it needs one of group, batch, none")
+    if groups is None:
+        groups = torch.zeros(rewards.shape, dtype=torch.int64, device=rewards.device)
+    if groups.shape != rewards.shape or groups.dtype != torch.int64:
+        raise ValueError(
+            f"`groups` is a {groups.dtype} tensor of shape {tuple(groups.shape)}; it needs "
+            f"torch.int64 of shape {tuple(rewards.shape)}"
+        )
+    finite = rewards.isfinite()
+    r = torch.where(finite, rewards.double(), 0.0)
+    same = ((groups[:, None] == groups[None, :]) & finite[None, :]).double()
+    count = same.sum(1).clamp(min=1)
+    centred = r - (same @ r) / count
+    if scale == "none":
+        advantages = centred
+    elif scale == "group":
+        square = (same * (r[None, :] - ((same @ r) / count)[:, None]) ** 2).sum(1)
+        advantages = centred / ((square / count).sqrt() + eps)
+    else:
+        advantages = centred / (masked_std(r, finite) + eps)
+    return torch.where(finite, advantages, math.nan).to(rewards.dtype)

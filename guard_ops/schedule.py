@@ -1,0 +1,300 @@
+"""sigmas -> the coefficients of each denoising step's Gaussian policy ``y ~ N(a x + b v, s^2)``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+SdeKind = Literal["flow_sde", "dance_sde", "cps"]
+
+
+class StepCoefficients:
+    """The numbers of K steps (or of K x B transitions): mean ``a x + b v``, std ``s``.
+
+    Args:
+        a, b, s, kappa, dt: floating tensors of one shape, ``[]`` (one step), ``[K]`` or ``[K, B]``
+            (samples of a row at different timesteps), on one device; held in float64.
+            ``kappa`` is the weight of ``-(y - mean)^2`` in the log-density, ``1 / (2 s^2)`` for a
+            Gaussian one; ``dt = sigma_next - sigma < 0``.
+        gaussian: whether ``kappa`` is ``1 / (2 s^2)`` and the log-density keeps its two constants;
+            False for ``cps``, whose public implementations drop all three.
+
+    Raises:
+        ValueError: shapes or devices differ, a value on the CPU is not finite or out of range.
+        TypeError: not floating tensors.
+    """
+
+    def __init__(
+        self, a: Tensor, b: Tensor, s: Tensor, kappa: Tensor, dt: Tensor, *, gaussian: bool = True
+    ) -> None:
+        named = {"a": a, "b": b, "s": s, "kappa": kappa, "dt": dt}
+        for name, value in named.items():
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise TypeError(f"`{name}` is {_describe(value)}; it needs a floating tensor")
+            if value.shape != a.shape or value.device != a.device:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(value.shape)} on {value.device} but `a` "
+                    f"{tuple(a.shape)} on {a.device}"
+                )
+        if a.ndim > 2:
+            raise ValueError(f"`a` has shape {tuple(a.shape)}; it needs [], [K] or [K, B]")
+        deterministic: tuple[int, ...] = ()
+        if a.device.type == "cpu" and not torch.compiler.is_compiling():
+            if bool((s < 0).any()):
+                raise ValueError("`s` has a negative value; a standard deviation is >= 0")
+            zero = (s == 0).reshape(s.shape[0] if s.ndim else 1, -1).any(1)
+            deterministic = tuple(zero.nonzero().flatten().tolist())
+        self._set(torch.stack([x.double() for x in named.values()]), gaussian, deterministic)
+
+    def _set(self, table: Tensor, gaussian: bool, deterministic: tuple[int, ...]) -> None:
+        self.table = table  # [5, *shape] float64: a, b, s, kappa, dt
+        self.gaussian = gaussian
+        self.deterministic = deterministic  # steps known on the host to have s == 0
+
+    @classmethod
+    def _of(cls, table: Tensor, gaussian: bool, deterministic: tuple[int, ...]) -> StepCoefficients:
+        new = cls.__new__(cls)
+        new._set(table, gaussian, deterministic)
+        return new
+
+    @property
+    def a(self) -> Tensor:
+        return self.table[0]
+
+    @property
+    def b(self) -> Tensor:
+        return self.table[1]
+
+    @property
+    def s(self) -> Tensor:
+        return self.table[2]
+
+    @property
+    def kappa(self) -> Tensor:
+        return self.table[3]
+
+    @property
+    def dt(self) -> Tensor:
+        return self.table[4]
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[]``, ``[K]`` or ``[K, B]``."""
+        return self.table.shape[1:]
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    def to(self, device: torch.device | str) -> StepCoefficients:
+        """The same coefficients on another device (float64 stays)."""
+        return self._of(self.table.to(device), self.gaussian, self.deterministic)
+
+    def __repr__(self) -> str:
+        return f"StepCoefficients(shape={tuple(self.shape)}, device={str(self.device)!r})"
+
+
+class SdeSchedule:
+    """The stochastic sampler's steps: ``schedule[k]`` gives step k's :class:`StepCoefficients`.
+
+    With ``sigma = sigmas[k]``, ``next = sigmas[k + 1]``, ``dt = next - sigma``:
+
+    ============ ============================================ ===================================
+    kind         std                                          a, b, s
+    ============ ============================================ ===================================
+    flow_sde     ``noise_level * sqrt(sigma / (1 - sigma))``  ``1 + std^2 / (2 sigma) dt``,
+                 (at sigma 1 the denominator uses sigmas[1])  ``(1 + std^2 (1 - sigma) / (2 sigma))
+                                                              dt``, ``std sqrt(-dt)``
+    dance_sde    ``noise_level``                              the same
+    cps          ``next sin(noise_level pi / 2)``             ``(1 - next) + c``,
+                                                              ``-(1 - next) sigma + c (1 - sigma)``,
+                                                              ``std``; ``c = sqrt(next^2 - std^2)``
+    ============ ============================================ ===================================
+
+    (Flow-GRPO arXiv:2505.05470, DanceGRPO arXiv:2505.07818, coefficient-preserving sampling.)
+
+    Args:
+        sigmas: N + 1 noise levels, strictly decreasing within [0, 1]; sequence or 1-D tensor.
+        noise_level: eta >= 0; at most 1 for ``cps``. 0 is the ODE: it samples, but has no density.
+        kind: "flow_sde", "dance_sde" or "cps".
+        device: where the coefficients live; the device of ``sigmas`` when it is a tensor.
+
+    Raises:
+        ValueError: any of the above violated. TypeError: not numbers.
+    """
+
+    def __init__(
+        self,
+        sigmas: Sequence[float] | Tensor,
+        noise_level: float = 0.7,
+        kind: SdeKind = "flow_sde",
+        device: torch.device | str | None = None,
+    ) -> None:
+        if isinstance(sigmas, Tensor):
+            device = sigmas.device if device is None else device
+            if sigmas.ndim != 1 or not sigmas.is_floating_point():
+                raise ValueError(
+                    f"`sigmas` is {_describe(sigmas)}; it needs one dimension of floats"
+                )
+            values = [float(x) for x in sigmas.tolist()]
+        else:
+            try:
+                values = [float(x) for x in sigmas]
+            except (TypeError, ValueError) as error:
+                raise TypeError(
+                    f"`sigmas` is {_describe(sigmas)}; it needs a sequence of floats"
+                ) from error
+        _check_sigmas(values)
+        if kind not in get_args(SdeKind):
+            raise ValueError(f"`kind` is {kind!r}; it needs one of {', '.join(get_args(SdeKind))}")
+        if isinstance(noise_level, bool) or not isinstance(noise_level, (int, float)):
+            raise TypeError(f"`noise_level` is {_describe(noise_level)}; it needs a number")
+        top = 1.0 if kind == "cps" else math.inf
+        if not 0.0 <= noise_level <= top or math.isinf(noise_level):
+            raise ValueError(f"`noise_level` is {noise_level}; {kind} needs 0 <= noise_level"
+                             + (" <= 1" if kind == "cps" else " < inf"))  # fmt: skip
+        self.sigmas = tuple(values)
+        self.noise_level = float(noise_level)
+        self.kind: SdeKind = kind
+        rows = [_coefficients(values, k, self.noise_level, kind) for k in range(len(values) - 1)]
+        self._table = torch.tensor(rows, dtype=torch.float64, device=device).T.contiguous()  # [5,N]
+        self._deterministic = tuple(k for k, row in enumerate(rows) if row[2] == 0.0)
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: Any,
+        noise_level: float = 0.7,
+        kind: SdeKind = "flow_sde",
+        device: torch.device | str | None = None,
+    ) -> SdeSchedule:
+        """The schedule of a diffusers flow-matching scheduler, after its ``set_timesteps``.
+
+        Raises:
+            TypeError: ``scheduler`` has no tensor ``sigmas``.
+            ValueError: its sigmas are not a flow's (decreasing within [0, 1]).
+        """
+        sigmas = getattr(scheduler, "sigmas", None)
+        if not isinstance(sigmas, Tensor):
+            raise TypeError(
+                f"`scheduler` is {_describe(scheduler)} without a tensor `sigmas`; it needs a "
+                "flow-matching scheduler after set_timesteps"
+            )
+        return cls(sigmas, noise_level, kind, device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._table.device
+
+    def to(self, device: torch.device | str) -> SdeSchedule:
+        """The same schedule with its coefficients on ``device``."""
+        return SdeSchedule(self.sigmas, self.noise_level, self.kind, device)
+
+    def __len__(self) -> int:
+        """N, the number of steps."""
+        return len(self.sigmas) - 1
+
+    def __iter__(self) -> Iterator[StepCoefficients]:
+        return (self[k] for k in range(len(self)))
+
+    def __getitem__(self, k: int | slice | Sequence[int] | Tensor) -> StepCoefficients:
+        """Coefficients of shape ``[]`` (int), ``[K]`` (slice, list, LongTensor) or ``[K, B]``.
+
+        A LongTensor on an accelerator is looked up there, without a host synchronization (an index
+        out of range is then the device's own assertion).
+
+        Raises:
+            ValueError: an index outside ``0 .. N-1`` (negative ones count from the end).
+            TypeError: not an index.
+        """
+        gaussian = self.kind != "cps"
+        if isinstance(k, Tensor):
+            return self._lookup(k, gaussian)
+        n = len(self)
+        if isinstance(k, bool):
+            raise TypeError(f"`k` is {_describe(k)}; it needs an int, slice, list or LongTensor")
+        if isinstance(k, int):
+            step = self._step(k)
+            zero = (0,) if step in self._deterministic else ()
+            return StepCoefficients._of(self._table[:, step], gaussian, zero)
+        if isinstance(k, slice):
+            steps = list(range(*k.indices(n)))
+            table = self._table[:, k] if (k.step or 1) > 0 else self._table[:, steps]
+        elif isinstance(k, (list, tuple, range)) and all(type(x) is int for x in k):
+            steps = [self._step(x) for x in k]
+            table = self._table[:, steps]
+        else:
+            raise TypeError(f"`k` is {_describe(k)}; it needs an int, slice, list or LongTensor")
+        if not steps:
+            raise ValueError(f"`k` is {k!r}, which selects none of the {n} steps")
+        zeros = tuple(i for i, step in enumerate(steps) if step in self._deterministic)
+        return StepCoefficients._of(table, gaussian, zeros)
+
+    def _lookup(self, k: Tensor, gaussian: bool) -> StepCoefficients:
+        if k.dtype != torch.int64:
+            raise TypeError(f"`k` is {_describe(k)}; it needs dtype torch.int64")
+        if k.ndim > 2 or k.numel() == 0:
+            raise ValueError(f"`k` has shape {tuple(k.shape)}; it needs [], [K] or [K, B]")
+        if k.device != self.device and not (k.ndim == 0 and k.device.type == "cpu"):
+            raise ValueError(
+                f"`k` is on {k.device} but the schedule on {self.device}; use schedule.to(device)"
+            )
+        zeros: tuple[int, ...] = ()
+        if k.device.type == "cpu" and not torch.compiler.is_compiling():
+            rows = k.reshape(k.shape[0] if k.ndim else 1, -1).tolist()
+            steps = [[self._step(x) for x in row] for row in rows]
+            zeros = tuple(
+                i for i, row in enumerate(steps) if any(x in self._deterministic for x in row)
+            )
+        return StepCoefficients._of(self._table[:, k], gaussian, zeros)
+
+    def _step(self, k: int) -> int:
+        n = len(self)
+        if not -n <= k < n:
+            raise ValueError(f"`k` is {k}, out of range for the {n} steps of this schedule")
+        return k % n
+
+    def __repr__(self) -> str:
+        return f"SdeSchedule(steps={len(self)}, noise_level={self.noise_level}, kind={self.kind!r})"
+
+
+def _coefficients(
+    sigmas: list[float], k: int, eta: float, kind: SdeKind
+) -> tuple[float, float, float, float, float]:
+    """(a, b, s, kappa, dt) of step k."""
+    sigma, following = sigmas[k], sigmas[k + 1]
+    dt = following - sigma
+    if kind == "cps":
+        std = following * math.sin(eta * math.pi / 2)
+        c = math.sqrt(max(following**2 - std**2, 0.0))
+        return (1 - following) + c, -(1 - following) * sigma + c * (1 - sigma), std, 1.0, dt
+    std = eta
+    if kind == "flow_sde":
+        std = eta * math.sqrt(sigma / (1 - (sigmas[1] if sigma == 1 else sigma)))
+    a = 1 + std**2 / (2 * sigma) * dt
+    b = (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt
+    s = std * math.sqrt(-dt)
+    return a, b, s, 1 / (2 * s**2) if s > 0 else math.inf, dt
+
+
+def _check_sigmas(values: list[float]) -> None:
+    if len(values) < 2:
+        raise ValueError(f"`sigmas` has {len(values)} values; it needs at least 2 (one step)")
+    for k, value in enumerate(values):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"`sigmas[{k}]` is {value}; a flow's sigmas lie within [0, 1]")
+        if k and not value < values[k - 1]:
+            raise ValueError(
+                f"`sigmas[{k}]` is {value} after {values[k - 1]}; sigmas must strictly decrease"
+            )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"{value!r} ({type(value).__name__})" if isinstance(value, (int, float, str)) else (
+        f"a {type(value).__name__}")  # fmt: skip

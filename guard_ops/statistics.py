@@ -1,0 +1,118 @@
+"""RatioStatistics: RatioNorm's per-step mean and std over more than one call sees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class RatioStatistics:
+    """Per-step count, mean and squared deviation of ``u = r - 1``, merged as parallel Welford does.
+
+    Micro-batches: first ``update`` with every micro-batch's ``log_ratio`` (no gradient needed),
+    then pass the object as ``statistics=`` to each micro-batch's :func:`guard_ops.guard_loss`: the
+    ``r_hat`` and the gradient are those of the one large batch. Over ranks: :meth:`all_reduce`.
+    Over time: :meth:`decay`, then keep updating.
+
+    Args:
+        steps: K, or None for one step.
+        device: where the statistics live.
+
+    Attributes:
+        count, mean, m2: float64 [K] ([] for one step); ``m2`` is the sum of squared deviations.
+    """
+
+    def __init__(self, steps: int | None = None, device: torch.device | str | None = None) -> None:
+        if steps is not None and (isinstance(steps, bool) or steps < 1):
+            raise ValueError(f"`steps` is {steps}; it needs a positive int, or None for one step")
+        shape = () if steps is None else (steps,)
+        self.count = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.mean = torch.zeros_like(self.count)
+        self.m2 = torch.zeros_like(self.count)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation with correction 0, [K]; 0 before any update."""
+        return (self.m2 / self.count.clamp(min=1)).sqrt()
+
+    @torch.no_grad()
+    def update(self, log_ratio: Tensor) -> RatioStatistics:
+        """Take in ``log_ratio`` [K, B] ([B] for one step); transitions not finite are left out."""
+        if log_ratio.ndim != self.count.ndim + 1 or log_ratio.shape[:-1] != self.count.shape:
+            raise ValueError(
+                f"`log_ratio` has shape {tuple(log_ratio.shape)}; it needs "
+                f"{tuple(self.count.shape)} and the batch"
+            )
+        u = torch.expm1(log_ratio.double())
+        finite = u.isfinite()
+        other = RatioStatistics.__new__(RatioStatistics)
+        other.count = finite.sum(-1).double()
+        u = torch.where(finite, u, 0.0)
+        other.mean = u.sum(-1) / other.count.clamp(min=1)
+        other.m2 = torch.where(finite, (u - other.mean.unsqueeze(-1)) ** 2, 0.0).sum(-1)
+        return self.merge(other)
+
+    @torch.no_grad()
+    def merge(self, other: RatioStatistics) -> RatioStatistics:
+        """Take in other statistics of the same steps."""
+        if other.count.shape != self.count.shape:
+            raise ValueError(
+                f"`other` covers steps of shape {tuple(other.count.shape)} but this "
+                f"{tuple(self.count.shape)}"
+            )
+        count = self.count + other.count
+        safe = count.clamp(min=torch.finfo(torch.float64).tiny)
+        delta = other.mean - self.mean
+        self.m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / safe)
+        self.mean = self.mean + delta * (other.count / safe)
+        self.count = count
+        return self
+
+    @torch.no_grad()
+    def all_reduce(self, group: ProcessGroup | None = None) -> RatioStatistics:
+        """Merge over the ranks of ``group`` in rank order, so every rank holds the same bits."""
+        mine = torch.stack([self.count, self.mean, self.m2])
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, mine, group=group)
+        self.count, self.mean, self.m2 = gathered[0].unbind(0)
+        for part in gathered[1:]:
+            other = RatioStatistics.__new__(RatioStatistics)
+            other.count, other.mean, other.m2 = part.unbind(0)
+            self.merge(other)
+        return self
+
+    @torch.no_grad()
+    def decay(self, factor: float) -> RatioStatistics:
+        """Weigh what was seen by ``factor`` in [0, 1]: a running average over updates."""
+        if not 0.0 <= factor <= 1.0:
+            raise ValueError(f"`factor` is {factor}; it needs [0, 1]")
+        self.count, self.m2 = self.count * factor, self.m2 * factor
+        return self
+
+    def __getitem__(self, k: int | slice) -> RatioStatistics:
+        """The statistics of some of the steps (a copy)."""
+        part = RatioStatistics.__new__(RatioStatistics)
+        part.count, part.mean, part.m2 = (
+            x[k].clone() for x in (self.count, self.mean, self.m2)
+        )  # fmt: skip
+        return part
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name in ("count", "mean", "m2"):
+            if state[name].shape != self.count.shape:
+                raise ValueError(
+                    f"`state[{name!r}]` has shape {tuple(state[name].shape)}; it needs "
+                    f"{tuple(self.count.shape)}"
+                )
+        self.count, self.mean, self.m2 = (
+            state[name].to(self.count) for name in ("count", "mean", "m2")
+        )
