@@ -1,0 +1,317 @@
+// The only file that knows torch: operators under torch.ops.guard_ops, and build_info().
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <functional>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/driver.h"
+
+namespace guard_ops {
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+using cpu::Batch;
+using cpu::DType;
+using cpu::Operand;
+using cpu::Problem;
+using cpu::Rows;
+
+DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      return DType::f64;
+    case at::kFloat:
+      return DType::f32;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    default:
+      TORCH_CHECK_TYPE(false, "guard_ops: dtype ", t.scalar_type(), " is not supported");
+  }
+}
+
+// [K, B, D] with dense latents; the Python layer has checked more kindly.
+Operand operand(const MaybeTensor& t) {
+  if (!t.has_value()) return {};
+  TORCH_CHECK(t->dim() == 3 && (t->size(2) == 1 || t->stride(2) == 1),
+              "guard_ops: an operand needs [K, B, D] with dense latents");
+  return {t->data_ptr(), dtype_of(*t), t->stride(0), t->stride(1)};
+}
+
+Rows rows(const Tensor& t) {
+  TORCH_CHECK(t.dim() == 2 && t.scalar_type() == at::kDouble, "guard_ops: needs float64 [K, B]");
+  return {t.const_data_ptr<double>(), t.stride(0), t.stride(1)};
+}
+
+Rows rows(const MaybeTensor& t) { return t.has_value() ? rows(*t) : Rows{}; }
+
+void table_of(const Tensor& coefficients, Rows table[5]) {
+  TORCH_CHECK(coefficients.dim() == 3 && coefficients.scalar_type() == at::kDouble,
+              "guard_ops: coefficients needs float64 [5, K, B]");
+  for (int n = 0; n < 5; ++n) {
+    table[n] = {coefficients.const_data_ptr<double>() + n * coefficients.stride(0),
+                coefficients.stride(1), coefficients.stride(2)};
+  }
+}
+
+Form form_of(const MaybeTensor& old_mean, const MaybeTensor& old_model_output,
+             const MaybeTensor& noise, const MaybeTensor& seed) {
+  if (seed) return Form::seeded;
+  if (noise) return Form::noise;
+  if (old_model_output) return Form::velocity;
+  return old_mean ? Form::mean : Form::log_prob;
+}
+
+#define GUARD_OPS_OPERANDS                                                                    \
+  const Tensor &model_output, const MaybeTensor &model_output_uncond,                         \
+      const MaybeTensor &ref_model_output, const MaybeTensor &sample,                         \
+      const MaybeTensor &prev_sample, const MaybeTensor &old_mean,                            \
+      const MaybeTensor &old_model_output, const MaybeTensor &noise, const MaybeTensor &seed, \
+      [[maybe_unused]] const Tensor &coefficients, double guidance_scale
+#define GUARD_OPS_PASS                                                                \
+  model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean, \
+      old_model_output, noise, seed, coefficients, guidance_scale
+
+Batch batch_of(GUARD_OPS_OPERANDS) {
+  Batch t{};
+  t.form = form_of(old_mean, old_model_output, noise, seed);
+  t.steps = model_output.size(0);
+  t.batch = model_output.size(1);
+  t.numel = model_output.size(2);
+  t.v = operand(model_output);
+  t.uncond = operand(model_output_uncond);
+  t.ref = operand(ref_model_output);
+  t.x = operand(sample);
+  t.y = operand(prev_sample);
+  t.m = operand(old_mean);
+  t.v_old = operand(old_model_output);
+  t.noise = operand(noise);
+  for (const MaybeTensor& x : {MaybeTensor(model_output), model_output_uncond, ref_model_output,
+                               sample, prev_sample, old_mean, old_model_output, noise}) {
+    if (!x) continue;
+    t.wide = t.wide || x->scalar_type() == at::kDouble;
+    TORCH_CHECK(x->sizes() == model_output.sizes(), "guard_ops: operands differ in shape");
+  }
+  if (seed) {
+    TORCH_CHECK(seed->scalar_type() == at::kLong && seed->dim() == 3 && seed->size(2) == 2,
+                "guard_ops: seed needs int64 [K, B, 2]");
+    t.seeds = {seed->const_data_ptr<int64_t>(), seed->stride(0), seed->stride(1), seed->stride(2)};
+  }
+  t.guidance_scale = guidance_scale;
+  return t;
+}
+
+at::ScalarType compute_type(const Batch& t) { return t.wide ? at::kDouble : at::kFloat; }
+
+// torch's own number of threads; equal contiguous shares, so memory is walked in order.
+void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  const int64_t useful = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
+  if (useful <= 1 || omp_in_parallel()) return body(0, n);
+#pragma omp parallel num_threads(useful)
+  {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    body(n * me / threads, n * (me + 1) / threads);
+  }
+}
+
+cpu::Machine machine() {
+  const int threads = at::get_num_threads();
+  return {cpu::kernels(), parallel, threads, cpu::cache_share(threads)};
+}
+
+Tensor sums(GUARD_OPS_OPERANDS) {
+  const Batch t = batch_of(GUARD_OPS_PASS);
+  Rows table[5];
+  table_of(coefficients, table);
+  std::vector<Sums> result(t.steps * t.batch);
+  cpu::sums(machine(), t, table, result.data());
+  Tensor out = at::empty({3, t.steps, t.batch}, model_output.options().dtype(at::kDouble));
+  double* data = out.data_ptr<double>();
+  const int64_t n = t.steps * t.batch;
+  for (int64_t row = 0; row < n; ++row) {
+    data[row] = result[row].s1;
+    data[n + row] = result[row].s2;
+    data[2 * n + row] = result[row].ref;
+  }
+  return out;
+}
+
+// Fresh memory costs a page fault per 4 KiB, more than a kernel takes to fill it; ask for large
+// pages (a hint: where the system has none, nothing changes).
+void advise_large_pages(const Tensor& t) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t(2) << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t first = (begin + page - 1) / page * page,
+                  last = (begin + t.nbytes()) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+// The gradient buffer of one branch: like it in dtype and layout, or empty when not wanted.
+Tensor gradient_like(const MaybeTensor& branch, bool wanted, const Tensor& model_output) {
+  if (!wanted || !branch) return at::empty({0}, model_output.options());
+  Tensor buffer = at::empty_like(*branch);
+  advise_large_pages(buffer);
+  return buffer;
+}
+
+// Writes float64 numbers into `to` from element `at` on, in its dtype.
+void fill(const Tensor& to, int64_t at, const double* from, int64_t n) {
+  if (to.scalar_type() == at::kDouble) {
+    std::copy(from, from + n, to.data_ptr<double>() + at);
+  } else {
+    std::copy(from, from + n, to.data_ptr<float>() + at);
+  }
+}
+
+Operand gradient_operand(const Tensor& t) { return t.dim() == 3 ? operand(t) : Operand{}; }
+
+std::tuple<Tensor, Tensor> gradient(const Tensor& sum_grads, GUARD_OPS_OPERANDS, bool cond,
+                                    bool uncond) {
+  const Batch t = batch_of(GUARD_OPS_PASS);
+  Rows table[5];
+  table_of(coefficients, table);
+  TORCH_CHECK(sum_grads.dim() == 3 && sum_grads.size(0) == 3, "guard_ops: sum_grads [3, K, B]");
+  const Rows c[3] = {rows(sum_grads.select(0, 0)), rows(sum_grads.select(0, 1)),
+                     rows(sum_grads.select(0, 2))};
+  std::vector<Coefficients> row_coefficients(t.steps * t.batch);
+  for (int64_t k = 0; k < t.steps; ++k) {
+    for (int64_t i = 0; i < t.batch; ++i) {
+      row_coefficients[k * t.batch + i] = {*c[0].at(k, i), *c[1].at(k, i), *c[2].at(k, i)};
+    }
+  }
+  Tensor grad = gradient_like(model_output, cond, model_output);
+  Tensor grad_uncond = gradient_like(model_output_uncond, uncond, model_output);
+  cpu::gradient(machine(), t, table, row_coefficients.data(), gradient_operand(grad),
+                gradient_operand(grad_uncond));
+  return {grad, grad_uncond};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(
+    GUARD_OPS_OPERANDS, const Tensor& advantages, const MaybeTensor& old_log_prob,
+    const MaybeTensor& step_weights, const MaybeTensor& mean_std, int64_t ratio_norm,
+    int64_t balance, bool detach_stats, bool mean_reduction, bool drop, bool gaussian,
+    double target_std, double std_floor, double clip_low, double clip_high, double adv_clip,
+    double weight_floor, double kl_beta, bool cond, bool uncond) {
+  const Batch t = batch_of(GUARD_OPS_PASS);
+  Problem problem{};
+  problem.config = {static_cast<RatioNorm>(ratio_norm),
+                    static_cast<Balance>(balance),
+                    detach_stats,
+                    mean_reduction,
+                    drop,
+                    gaussian,
+                    target_std,
+                    std_floor,
+                    clip_low,
+                    clip_high,
+                    adv_clip,
+                    weight_floor,
+                    kl_beta};
+  problem.steps = t.steps;
+  problem.batch = t.batch;
+  problem.numel = t.numel;
+  table_of(coefficients, problem.table);
+  problem.advantages = rows(advantages);
+  problem.old_log_prob = rows(old_log_prob);
+  problem.step_weights = rows(step_weights);
+  Tensor stats;
+  if (mean_std) {
+    stats = mean_std->contiguous();
+    problem.mean = stats.const_data_ptr<double>();
+    problem.std = problem.mean + t.steps;
+  }
+  Tensor grad = gradient_like(model_output, cond, model_output);
+  Tensor grad_uncond = gradient_like(model_output_uncond, uncond, model_output);
+  const cpu::Evaluation result =
+      cpu::guard_loss(machine(), t, problem, gradient_operand(grad), gradient_operand(grad_uncond));
+  const auto options = model_output.options().dtype(compute_type(t));
+  const int64_t n = t.steps * t.batch;
+  Tensor loss = at::empty({}, options), per_row = at::empty({4, t.steps, t.batch}, options);
+  Tensor metrics = at::empty({cpu::metric_count, t.steps}, options);
+  fill(loss, 0, &result.loss, 1);
+  int64_t at = 0;
+  for (const auto* x : {&result.log_ratio, &result.excess, &result.weights, &result.kl}) {
+    fill(per_row, at, x->data(), n);
+    at += n;
+  }
+  fill(metrics, 0, result.metrics.data(), metrics.numel());
+  return {loss, grad, grad_uncond, per_row, metrics};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sde_step(const Tensor& model_output, const Tensor& sample,
+                                            const Tensor& coefficients, const MaybeTensor& noise,
+                                            const MaybeTensor& seed) {
+  TORCH_CHECK(noise.has_value() != seed.has_value(), "guard_ops: sde_step needs noise or seed");
+  const Batch t =
+      batch_of(model_output, {}, {}, sample, {}, {}, {}, noise, seed, coefficients, 1.0);
+  Rows table[5];
+  table_of(coefficients, table);
+  Tensor prev_sample = at::empty_like(sample, at::MemoryFormat::Contiguous);
+  Tensor mean = at::empty(sample.sizes(), sample.options().dtype(compute_type(t)));
+  Tensor square = at::empty({t.steps, t.batch}, sample.options().dtype(at::kDouble));
+  cpu::sde_step(machine(), t, table, operand(prev_sample), operand(mean),
+                square.data_ptr<double>());
+  return {prev_sample, mean, square};
+}
+
+#define GUARD_OPS_SCHEMA                                                                           \
+  "Tensor model_output, Tensor? model_output_uncond, Tensor? ref_model_output, Tensor? sample, "   \
+  "Tensor? prev_sample, Tensor? old_mean, Tensor? old_model_output, Tensor? noise, Tensor? seed, " \
+  "Tensor coefficients, float guidance_scale"
+
+TORCH_LIBRARY(guard_ops, m) {
+  m.def("sums(" GUARD_OPS_SCHEMA ") -> Tensor");
+  m.def("gradient(Tensor sum_grads, " GUARD_OPS_SCHEMA
+        ", bool cond, bool uncond) -> (Tensor, Tensor)");
+  m.def("guard_loss(" GUARD_OPS_SCHEMA
+        ", Tensor advantages, Tensor? old_log_prob, Tensor? step_weights, Tensor? mean_std, "
+        "int ratio_norm, int balance, bool detach_stats, bool mean_reduction, bool drop, "
+        "bool gaussian, float target_std, float std_floor, float clip_low, float clip_high, "
+        "float adv_clip, float weight_floor, float kl_beta, bool cond, bool uncond) -> "
+        "(Tensor loss, Tensor grad, Tensor grad_uncond, Tensor per_row, Tensor metrics)");
+  m.def(
+      "sde_step(Tensor model_output, Tensor sample, Tensor coefficients, Tensor? noise, "
+      "Tensor? seed) -> (Tensor prev_sample, Tensor mean, Tensor square)");
+}
+
+TORCH_LIBRARY_IMPL(guard_ops, CPU, m) {
+  m.impl("sums", sums);
+  m.impl("gradient", gradient);
+  m.impl("guard_loss", guard_loss);
+  m.impl("sde_step", sde_step);
+}
+
+}  // namespace
+}  // namespace guard_ops
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of guard_ops; the operators are under torch.ops.guard_ops.";
+  m.def(
+      "build_info",
+      [] {
+        pybind11::dict info;
+        info["version"] = GUARD_OPS_VERSION;
+        info["torch"] = GUARD_OPS_TORCH_VERSION;
+        info["cuda"] = pybind11::none();
+        info["cuda_architectures"] = pybind11::list();
+        info["cpu_isa_built"] = GUARD_OPS_ISAS;
+        info["cpu_isa"] = std::string(guard_ops::cpu::kernels().name);
+        info["compiler"] = GUARD_OPS_COMPILER;
+        info["flags"] = GUARD_OPS_FLAGS;
+        return info;
+      },
+      "Versions, architectures, compiler and flags of this build, and the ISA in use.");
+}

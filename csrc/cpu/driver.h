@@ -1,0 +1,42 @@
+// Whole batches on the CPU: what is parallel, in which order sums combine, what is read how often.
+#pragma once
+
+#include <functional>
+
+#include "evaluate.h"
+#include "kernels.h"
+
+namespace guard_ops::cpu {
+
+// parallel(n, grain, body) runs body(first, last) over [0, n) on some number of threads.
+using Parallel = std::function<void(int64_t n, int64_t grain,
+                                    const std::function<void(int64_t, int64_t)>& body)>;
+
+struct Machine {
+  const Kernels& kernels;
+  Parallel parallel;
+  int threads;
+  int64_t cache_bytes;  // of a row, per thread, up to which a row is worked on while it is cached
+};
+
+// Bytes of cache that one of `threads` threads may count on.
+int64_t cache_share(int threads);
+
+// Each row's sums [K, B]; the same bits for any number of threads.
+void sums(const Machine&, const Batch&, const Rows table[5], Sums* out);
+
+// The gradient of every row into `cond` and `uncond` (either may be absent), given [K, B].
+void gradient(const Machine&, const Batch&, const Rows table[5], const Coefficients* coefficients,
+              const Operand& cond, const Operand& uncond);
+
+// Loss and gradient. Reads each row from memory once when its gradient needs only its own sums and
+// it fits a core's share of the cache; else reads the batch twice, the second time backwards, so
+// that what the first pass left in the cache is used.
+Evaluation guard_loss(const Machine&, const Batch&, const Problem&, const Operand& cond,
+                      const Operand& uncond);
+
+// prev_sample and mean; square [K, B] = sum((prev_sample - mean)^2).
+void sde_step(const Machine&, const Batch&, const Rows table[5], const Operand& prev_sample,
+              const Operand& mean, double* square);
+
+}  // namespace guard_ops::cpu

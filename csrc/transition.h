@@ -1,0 +1,144 @@
+// One transition's formulas, shared by every C++ and CUDA kernel.
+//
+// Symbols are those of docs/math.md: mean = a x + b v, delta = mean - m, e = y - m. T is a scalar
+// or a SIMD vector. No function here rounds twice where the
+// specification rounds once: build without floating-point contraction.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define GUARD_OPS_HD __host__ __device__ __forceinline__
+#else
+#define GUARD_OPS_HD inline __attribute__((always_inline))
+#endif
+
+namespace guard_ops {
+
+// How the behaviour policy is given.
+enum class Form : int { mean, velocity, noise, seeded, log_prob };
+
+constexpr bool uses_sample(Form f) {
+  return f == Form::mean || f == Form::velocity || f == Form::log_prob;
+}
+constexpr bool uses_old_velocity(Form f) {
+  return f == Form::velocity || f == Form::noise || f == Form::seeded;
+}
+constexpr bool uses_noise(Form f) { return f == Form::noise || f == Form::seeded; }
+
+// a * b + c in one rounding; a SIMD vector's header specializes it.
+template <class T>
+struct Fma;
+template <>
+struct Fma<float> {
+  static GUARD_OPS_HD float call(float a, float b, float c) { return ::fmaf(a, b, c); }
+};
+template <>
+struct Fma<double> {
+  static GUARD_OPS_HD double call(double a, double b, double c) { return ::fma(a, b, c); }
+};
+template <class T>
+GUARD_OPS_HD T fma(T a, T b, T c) {
+  return Fma<T>::call(a, b, c);
+}
+
+// One step's coefficients, broadcast to T.
+template <class T>
+struct Step {
+  T a, b, s;
+};
+
+// One element's operands; a form reads some of them.
+template <class T>
+struct Element {
+  T v, x, y, m, v_old, noise;
+};
+
+// The one expression for the mean: one multiplication, one fused multiply-add.
+template <class T>
+GUARD_OPS_HD T mean(const Step<T>& step, T x, T v) {
+  return fma(step.b, v, step.a * x);
+}
+
+// Classifier-free guidance, rounded like the three PyTorch operators.
+template <class T>
+GUARD_OPS_HD T guided(T uncond, T cond, T scale) {
+  return uncond + scale * (cond - uncond);
+}
+
+template <Form F, class T>
+GUARD_OPS_HD T delta(const Step<T>& step, const Element<T>& in) {
+  if constexpr (uses_old_velocity(F)) {
+    return step.b * (in.v - in.v_old);
+  } else if constexpr (F == Form::mean) {
+    return mean(step, in.x, in.v) - in.m;
+  } else {
+    return mean(step, in.x, in.v) - in.y;
+  }
+}
+
+template <Form F, class T>
+GUARD_OPS_HD T residual(const Step<T>& step, const Element<T>& in) {  // e
+  if constexpr (uses_noise(F)) {
+    return step.s * in.noise;
+  } else if constexpr (F == Form::velocity) {
+    return in.y - mean(step, in.x, in.v_old);
+  } else if constexpr (F == Form::mean) {
+    return in.y - in.m;
+  } else {
+    return T{};
+  }
+}
+
+// ---- Philox4x32-10 (Salmon et al., 2011) and its normals ----------------------------------------
+
+namespace philox {
+
+constexpr uint32_t multiplier0 = 0xD2511F53u, multiplier1 = 0xCD9E8D57u;
+constexpr uint32_t weyl0 = 0x9E3779B9u, weyl1 = 0xBB67AE85u;
+constexpr int rounds = 10;
+
+struct Words {
+  uint32_t w[4];
+};
+
+GUARD_OPS_HD Words generate(uint64_t key, uint64_t counter, uint64_t transition) {
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32);
+  uint32_t c2 = static_cast<uint32_t>(transition), c3 = static_cast<uint32_t>(transition >> 32);
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int r = 0; r < rounds; ++r) {
+    const uint64_t p0 = static_cast<uint64_t>(multiplier0) * c0;
+    const uint64_t p1 = static_cast<uint64_t>(multiplier1) * c2;
+    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    const uint32_t n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(p1);
+    c3 = static_cast<uint32_t>(p0);
+    c0 = n0;
+    c2 = n2;
+    k0 += weyl0;
+    k1 += weyl1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Two normals from a radius word and an angle word. Both go through exact float32 numbers, the
+// angle as a quadrant and a rest in [-pi/4, pi/4), so backends differ by libm's rounding only.
+template <class R>
+GUARD_OPS_HD void box_muller(uint32_t radius_word, uint32_t angle_word, R* first, R* second) {
+  float uniform = static_cast<float>(radius_word);
+  uniform = (uniform < 0.5f ? 0.5f : uniform) * 2.3283064365386963e-10f;  // 2^-32, in (0, 1]
+  const R radius = std::sqrt(R(-2) * std::log(static_cast<R>(uniform)));
+  const uint32_t quadrant = angle_word >> 30;
+  const int32_t rest = static_cast<int32_t>(angle_word & 0x3FFFFFFFu) - 0x20000000;
+  const R fraction = static_cast<R>(static_cast<float>(rest) * 9.313225746154785e-10f);  // 2^-30
+  const R angle = fraction * R(1.5707963267948966);
+  const R cosine = std::cos(angle), sine = std::sin(angle);
+  const R x = (quadrant & 1) ? -sine : cosine, y = (quadrant & 1) ? cosine : sine;
+  const R signed_radius = quadrant >= 2 ? -radius : radius;
+  *first = signed_radius * x;
+  *second = signed_radius * y;
+}
+
+}  // namespace philox
+}  // namespace guard_ops

@@ -1,0 +1,4 @@
+from typing import Any
+
+def build_info() -> dict[str, Any]:
+    """Versions, architectures, compiler and flags of this build, and the ISA in use."""
