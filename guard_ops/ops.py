@@ -1,0 +1,453 @@
+"""The public ops: check, dispatch to a backend, assemble."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autograd, objective, transitions
+from .backends import select
+from .blocks import check_gaussian
+from .config import GuardConfig
+from .objective import Metrics
+from .schedule import StepCoefficients
+from .statistics import RatioStatistics
+from .transitions import Shape, Transitions
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+_ARTICLE = GuardConfig.article()
+
+
+class SdeStep(NamedTuple):
+    """What :func:`sde_step` returns."""
+
+    prev_sample: Tensor  # [B, *latent], dtype of the sample
+    mean: Tensor  # [B, *latent], float32 (float64 if an input is)
+    log_prob: Tensor  # [B], same
+    noise: Tensor | None  # [B, *latent]; None when it came from a seed
+
+
+class LogRatio(NamedTuple):
+    """What :func:`log_ratio` returns, each [K, B] ([B] for one step)."""
+
+    log_ratio: Tensor
+    kl_old: Tensor
+
+
+class GuardLossOutput(NamedTuple):
+    """What :func:`guard_loss` returns; only ``loss`` carries a gradient."""
+
+    loss: Tensor  # []
+    log_ratio: Tensor  # [K, B]
+    excess: Tensor  # [K, B] r_hat - 1
+    weights: Tensor  # [K, B] balance weights
+    kl: Tensor  # [K, B] to the reference model; 0 without one
+    metrics: Metrics  # of [K]
+
+
+def sde_step(
+    model_output: Tensor,
+    sample: Tensor,
+    coeffs: StepCoefficients,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    reduction: str = "mean",
+) -> SdeStep:
+    """One stochastic denoising step of the rollout: ``y = a x + b v + s noise``.
+
+    Args:
+        model_output: velocity v, [B, *latent]. sample: x, the same shape. (Or both
+            [K, B, *latent] with ``coeffs`` of shape [K] or [K, B].)
+        coeffs: ``schedule[k]``.
+        generator, noise, seed: where the noise comes from: a generator (default: the global one),
+            the tensor itself, or a seed (:func:`guard_ops.philox_seed`, or an int) from which
+            :func:`guard_loss` regenerates it, so that it need not be stored. At most one.
+        reduction: of ``log_prob`` over the latent: "mean" or "sum".
+
+    Returns:
+        SdeStep. ``mean`` keeps float32, so the mean form is exactly 1 on policy; ``log_prob`` is
+        that of the returned ``prev_sample``: ``-kappa (y - mean)^2 - log s - log sqrt(2 pi)``
+        (``+inf`` for a deterministic step of a Gaussian).
+
+    Raises:
+        ValueError: shapes, devices or more than one source of noise; inputs that require grad.
+        TypeError: dtypes.
+    """
+    shape = transitions.check_shape(model_output, coeffs)
+    given = [n for n, v in (("generator", generator), ("noise", noise), ("seed", seed))
+             if v is not None]  # fmt: skip
+    if len(given) > 1:
+        raise ValueError(f"the noise is given by {' and '.join(given)}; it needs at most one")
+    _check_reduction(reduction)
+    device = model_output.device
+    v = transitions.latents("model_output", model_output, shape, device)
+    x = transitions.latents("sample", sample, shape, device)
+    for name, value in (("model_output", v), ("sample", x)):
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"`{name}` requires grad: sde_step is the rollout and has no gradient; call it "
+                "under torch.no_grad()"
+            )
+    full = transitions.expand_coefficients(coeffs, shape)
+    key = None
+    if seed is not None:
+        key = transitions.seeds(seed, shape, device)
+    elif noise is None:
+        noise = torch.randn(
+            shape.full,
+            generator=generator,
+            dtype=transitions.compute_dtype(model_output, sample),
+            device=device,
+        )
+    eps = None if noise is None else transitions.constant("noise", noise, shape, device)
+    y, mean, square = select(device).sde_step(v, x, full.table, eps, key)
+    numel = v.shape[-1]
+    scale = full.kappa / numel if reduction == "mean" else full.kappa
+    exponent = torch.where(square == 0, 0.0, -scale * square)
+    log_prob = objective.log_density(exponent, full, numel, reduction).to(mean.dtype)
+    return SdeStep(
+        y.reshape(shape.full), mean.reshape(shape.full), log_prob.reshape(shape.leading), noise
+    )
+
+
+def log_ratio(
+    model_output: Tensor,
+    *,
+    coeffs: StepCoefficients,
+    sample: Tensor | None = None,
+    prev_sample: Tensor | None = None,
+    old_mean: Tensor | None = None,
+    old_model_output: Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    old_log_prob: Tensor | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: float | None = None,
+    reduction: str = "mean",
+) -> LogRatio:
+    """``log p_new(y) - log p_old(y)`` and ``KL(old || new)``, differentiable in the velocities.
+
+    Args: as :func:`guard_loss`.
+
+    Returns:
+        LogRatio, [K, B] each ([B] for one step), float32 (float64 if an input is). ``kl_old`` is
+        NaN in the log-prob form, which cannot know it.
+    """
+    shape, t, full, old = _prepare(
+        model_output, coeffs, sample, prev_sample, old_mean, old_model_output, noise, seed,
+        old_log_prob, None, model_output_uncond, guidance_scale,
+    )  # fmt: skip
+    _check_reduction(reduction)
+    sums = autograd.transition_sums(select(model_output.device), t)
+    log_r, kl_old, _ = objective.log_ratio_and_kl(sums, full, t[0].shape[-1], reduction, old)
+    out = [x.to(t.compute_dtype).reshape(shape.leading) for x in (log_r, kl_old)]
+    return LogRatio(*out)
+
+
+def log_prob(
+    model_output: Tensor,
+    *,
+    sample: Tensor,
+    prev_sample: Tensor,
+    coeffs: StepCoefficients,
+    reduction: str = "mean",
+) -> Tensor:
+    """``log p(y)`` of the policy, [K, B] ([B] for one step), differentiable in ``model_output``.
+
+    ``-kappa (y - mean)^2 - log s - log sqrt(2 pi)`` averaged (or summed) over the latent. To form
+    a ratio use :func:`log_ratio`: the difference of two of these has lost its digits.
+    """
+    leading = tuple(model_output.shape[: max(1, coeffs.table.ndim - 1 and 2)])
+    zero = torch.zeros(leading, dtype=torch.float64, device=model_output.device)
+    return log_ratio(
+        model_output,
+        coeffs=coeffs,
+        sample=sample,
+        prev_sample=prev_sample,
+        old_log_prob=zero,
+        reduction=reduction,
+    ).log_ratio
+
+
+def guard_loss(
+    model_output: Tensor,
+    *,
+    advantages: Tensor,
+    coeffs: StepCoefficients,
+    config: GuardConfig | None = None,
+    sample: Tensor | None = None,
+    prev_sample: Tensor | None = None,
+    old_mean: Tensor | None = None,
+    old_model_output: Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    old_log_prob: Tensor | None = None,
+    ref_model_output: Tensor | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: float | None = None,
+    step_weights: Tensor | None = None,
+    statistics: RatioStatistics | None = None,
+    process_group: ProcessGroup | None = None,
+) -> GuardLossOutput:
+    """The GRPO-Guard policy loss over K steps: loss, gradient and diagnostics in one pass.
+
+    ``mean_i sum_k w_ki max(-A r_hat, -A clip(r_hat)) + kl_beta mean_ki KL(new || ref)``.
+
+    Args:
+        model_output: v, [K, B, *latent], or [B, *latent] for one step; the only operand (with
+            ``model_output_uncond``) that is differentiated.
+        advantages: [B], or [K, B]; any floating dtype, like every operand.
+        coeffs: ``schedule[...]`` of shape [] (one step), [K] or [K, B].
+        config: a GuardConfig; default ``GuardConfig.article()``.
+        sample, prev_sample, old_mean | sample, prev_sample, old_model_output |
+        old_model_output, noise | old_model_output, seed | sample, prev_sample, old_log_prob:
+            the behaviour policy, in exactly one of the forms mean, velocity, noise, seeded
+            (:func:`guard_ops.philox_seed`) and log-prob ([K, B]); latents shaped as v.
+        ref_model_output: the reference model's velocity, for ``kl_beta``.
+        model_output_uncond, guidance_scale: classifier-free guidance,
+            ``v = uncond + scale (v - uncond)``; ``old_model_output`` is then the combined one.
+        step_weights: [K, B] instead of ``config.balance``.
+        statistics: RatioNorm's mean and std from elsewhere (micro-batches, running average).
+        process_group: compute RatioNorm's statistics over the ranks of this group.
+
+    Returns:
+        GuardLossOutput; float32 diagnostics (float64 if an operand is), [B] for one step.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it needs.
+    """
+    config = _ARTICLE if config is None else config
+    shape, t, full, old = _prepare(
+        model_output, coeffs, sample, prev_sample, old_mean, old_model_output, noise, seed,
+        old_log_prob, ref_model_output, model_output_uncond, guidance_scale,
+    )  # fmt: skip
+    device = model_output.device
+    adv = transitions.per_transition("advantages", advantages, shape, device, per_sample=True)
+    if step_weights is not None:
+        step_weights = transitions.per_transition("step_weights", step_weights, shape, device)
+        step_weights = step_weights.double()
+    mean_std = _check_objective(config, t, full, shape, statistics, process_group)
+    backend = select(device)
+    if backend.FUSED and process_group is None:
+        loss, per_row, rows = autograd.guard_loss(
+            backend, t, adv.double(), old, step_weights, mean_std, config, full.gaussian
+        )
+    else:
+        loss, per_row, rows = _composed(
+            backend, t, adv.double(), old, step_weights, mean_std, config, full, process_group
+        )
+    if shape.one_step:
+        per_row, rows = per_row.squeeze(1), rows.squeeze(1)
+    log_r, excess, weights, kl = per_row.unbind(0)
+    return GuardLossOutput(loss, log_r, excess, weights, kl, Metrics(*rows.unbind(0)))
+
+
+def _composed(
+    backend: ModuleType,
+    t: Transitions,
+    advantages: Tensor,  # [K, B] float64
+    old_log_prob: Tensor | None,
+    step_weights: Tensor | None,
+    mean_std: Tensor | None,
+    config: GuardConfig,
+    coeffs: StepCoefficients,
+    process_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a fused backend's ``guard_loss`` returns, from its sums and objective.py."""
+    sums = autograd.transition_sums(backend, t)
+    numel = t.model_output.shape[-1]
+    log_r, kl_old, kl = objective.log_ratio_and_kl(
+        sums, coeffs, numel, config.reduction, old_log_prob
+    )
+    if process_group is not None and config.ratio_norm == "standardize":
+        seen = torch.where(advantages.isfinite(), log_r.detach(), float("nan"))
+        merged = RatioStatistics(log_r.shape[0], log_r.device).update(seen)
+        merged.all_reduce(process_group)
+        mean_std = torch.stack([merged.mean, merged.std])
+    result = objective.evaluate(
+        log_r,
+        kl_old,
+        kl,
+        advantages,
+        coeffs,
+        config,
+        step_weights,
+        None if mean_std is None else (mean_std[0], mean_std[1]),
+    )
+    per_row = torch.stack([log_r.detach(), result.excess, result.weights, kl.detach()])
+    dtype = t.compute_dtype
+    return result.loss.to(dtype), per_row.to(dtype), torch.stack(result.metrics).to(dtype)
+
+
+class LossAndGrad(NamedTuple):
+    """What :func:`guard_loss_and_grad` returns."""
+
+    loss: Tensor  # []
+    grad: Tensor | tuple[Tensor, Tensor]  # like model_output; with guidance, and its uncond
+
+
+def guard_loss_and_grad(
+    model_output: Tensor,
+    *,
+    advantages: Tensor,
+    coeffs: StepCoefficients,
+    config: GuardConfig | None = None,
+    sample: Tensor | None = None,
+    prev_sample: Tensor | None = None,
+    old_mean: Tensor | None = None,
+    old_model_output: Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    old_log_prob: Tensor | None = None,
+    ref_model_output: Tensor | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: float | None = None,
+    step_weights: Tensor | None = None,
+    statistics: RatioStatistics | None = None,
+    process_group: ProcessGroup | None = None,
+) -> LossAndGrad:
+    """:func:`guard_loss` for callers that push the gradient themselves (pipelines, offloading).
+
+    Returns:
+        (loss, d loss / d model_output), or (loss, (d / d model_output, d / d model_output_uncond))
+        with classifier-free guidance; nothing is left to run backward through.
+    """
+    v = model_output.detach().requires_grad_()
+    uncond = None
+    if model_output_uncond is not None:
+        uncond = model_output_uncond.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = guard_loss(
+            v, advantages=advantages, coeffs=coeffs, config=config, sample=sample,
+            prev_sample=prev_sample, old_mean=old_mean, old_model_output=old_model_output,
+            noise=noise, seed=seed, old_log_prob=old_log_prob, ref_model_output=ref_model_output,
+            model_output_uncond=uncond, guidance_scale=guidance_scale, step_weights=step_weights,
+            statistics=statistics, process_group=process_group,
+        ).loss  # fmt: skip
+    grads = torch.autograd.grad(loss, [v] if uncond is None else [v, uncond])
+    return LossAndGrad(loss.detach(), grads[0] if uncond is None else (grads[0], grads[1]))
+
+
+def _prepare(
+    model_output: Tensor,
+    coeffs: StepCoefficients,
+    sample: Tensor | None,
+    prev_sample: Tensor | None,
+    old_mean: Tensor | None,
+    old_model_output: Tensor | None,
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    old_log_prob: Tensor | None,
+    ref_model_output: Tensor | None,
+    model_output_uncond: Tensor | None,
+    guidance_scale: float | None,
+) -> tuple[Shape, Transitions, StepCoefficients, Tensor | None]:
+    """Check the operands of a loss; (shape, transitions, coefficients [K, B], old_log_prob)."""
+    shape = transitions.check_shape(model_output, coeffs)
+    transitions.check_stochastic(coeffs)
+    transitions.check_form(
+        {
+            "sample": sample,
+            "prev_sample": prev_sample,
+            "old_mean": old_mean,
+            "old_model_output": old_model_output,
+            "noise": noise,
+            "seed": seed,
+            "old_log_prob": old_log_prob,
+        }
+    )
+    full = transitions.expand_coefficients(coeffs, shape)
+    t = transitions.gather(
+        shape,
+        model_output,
+        full,
+        sample=sample,
+        prev_sample=prev_sample,
+        old_mean=old_mean,
+        old_model_output=old_model_output,
+        noise=noise,
+        seed=seed,
+        ref_model_output=ref_model_output,
+        model_output_uncond=model_output_uncond,
+        guidance_scale=guidance_scale,
+    )
+    old = None
+    if old_log_prob is not None:
+        old = transitions.per_transition("old_log_prob", old_log_prob, shape, t[0].device).double()
+    return shape, t, full, old
+
+
+_warned_single = False
+
+
+def _check_objective(
+    config: GuardConfig,
+    t: Transitions,
+    coeffs: StepCoefficients,
+    shape: Shape,
+    statistics: RatioStatistics | None,
+    process_group: ProcessGroup | None,
+) -> Tensor | None:
+    """What the objective needs of the call; the given statistics as [2, K]."""
+    global _warned_single
+    if not isinstance(config, GuardConfig):
+        raise TypeError(f"`config` is a {type(config).__name__}; it needs a GuardConfig")
+    if config.ratio_norm == "closed_form":
+        check_gaussian(coeffs)
+        if t.form == "log-prob":
+            raise ValueError(
+                "`config.ratio_norm` is closed_form, which needs the behaviour policy's mean; the "
+                "log-prob form does not know it"
+            )
+    if (config.kl_beta != 0) != (t.ref_model_output is not None):
+        what = "missing" if config.kl_beta else "given but `config.kl_beta` is 0"
+        raise ValueError(f"`ref_model_output` is {what}; the KL term needs both")
+    external = statistics is not None or process_group is not None
+    if external and config.ratio_norm == "standardize" and not config.detach_stats:
+        raise ValueError(
+            "`config.detach_stats` is False, but statistics from other batches are constants of "
+            "this gradient; it needs True"
+        )
+    if config.ratio_norm != "standardize":
+        if statistics is not None:
+            raise ValueError(
+                f"`statistics` is given but `config.ratio_norm` is {config.ratio_norm!r}; only "
+                "standardize uses it"
+            )
+        return None
+    if statistics is not None:
+        if process_group is not None:
+            raise ValueError(
+                "`statistics` and `process_group` are both given; all-reduce the statistics and "
+                "pass them alone"
+            )
+        if statistics.mean.numel() != shape.steps or statistics.mean.device != t[0].device:
+            raise ValueError(
+                f"`statistics` covers {statistics.mean.numel()} steps on {statistics.mean.device} "
+                f"but `model_output` has {shape.steps} on {t[0].device}"
+            )
+        return torch.stack([statistics.mean, statistics.std]).reshape(2, shape.steps)
+    alone = shape.batch == 1 and process_group is None and not torch.compiler.is_compiling()
+    if alone and not _warned_single:
+        _warned_single = True
+        warnings.warn(
+            "guard_ops: standardize over a batch of one sample is degenerate; the loss is "
+            "plain GRPO's (pass statistics= or process_group= to see more samples)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return None
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"`reduction` is {reduction!r}; it needs one of mean, sum")
