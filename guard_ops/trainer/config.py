@@ -1,0 +1,89 @@
+"""TrainConfig: how to train; what to optimize is GuardConfig's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+_NUMBERS = {"int": ((int,), "an int"), "float": ((int, float), "a number")}
+
+AdvantageScale = Literal["group", "batch", "none"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of :class:`guard_ops.trainer.Trainer`.
+
+    Args:
+        iterations: rollouts, each followed by ``inner_epochs * minibatches`` optimizer steps.
+        prompts_per_iteration, group_size: samples of a rollout: so many prompts, so many of each.
+        inner_epochs: passes over a rollout. The first update is on policy: with one epoch of one
+            minibatch the ratio is always 1 and nothing is ever clipped.
+        minibatches: optimizer steps of a pass; the samples are split evenly, without regard to
+            groups (advantages are computed before).
+        learning_rate, weight_decay: of AdamW, when the trainer makes the optimizer.
+        max_grad_norm: the gradient is scaled down to this norm; ``inf`` for never.
+        ema_decay: of the average of the weights, 0 <= d < 1; 0 is the weights themselves.
+        skip_last_steps: denoising steps at the end that are sampled but not trained.
+        advantage_scale: what divides a reward's distance from its group's mean: the spread of the
+            "group" or of the whole "batch", or nothing ("none").
+        seed: of prompts, initial latents and every step's noise.
+        evaluate_every: iterations between calls of ``evaluate``; also after the last.
+        checkpoint_every: iterations between checkpoints, also after the last; 0 for none at all.
+        keep_checkpoints: how many of the newest to keep.
+        tensorboard: write event files beside ``metrics.jsonl``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it needs.
+    """
+
+    iterations: int = 120
+    prompts_per_iteration: int = 10
+    group_size: int = 16
+    inner_epochs: int = 2
+    minibatches: int = 2
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.99
+    skip_last_steps: int = 1
+    advantage_scale: AdvantageScale = "group"
+    seed: int = 0
+    evaluate_every: int = 10
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 3
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        lowest = {"group_size": 2, "skip_last_steps": 0, "seed": 0, "checkpoint_every": 0}
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            wanted = _NUMBERS.get(str(field.type))
+            if wanted and (isinstance(value, bool) or not isinstance(value, wanted[0])):
+                raise TypeError(f"`{name}` is {value!r}; it needs {wanted[1]}")
+            if field.type == "int" and value < lowest.get(name, 1):
+                raise ValueError(f"`{name}` is {value}; it needs >= {lowest.get(name, 1)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it needs > 0")
+        for name in ("learning_rate", "weight_decay"):
+            if not (0 <= getattr(self, name) < math.inf):
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it needs >= 0 and finite")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` is {self.ema_decay}; it needs 0 <= ema_decay < 1")
+        if self.advantage_scale not in get_args(AdvantageScale):
+            raise ValueError(
+                f"`advantage_scale` is {self.advantage_scale!r}; it needs one of "
+                f"{', '.join(get_args(AdvantageScale))}"
+            )
+        if self.minibatches > self.prompts_per_iteration * self.group_size:
+            raise ValueError(
+                f"`minibatches` is {self.minibatches} for the "
+                f"{self.prompts_per_iteration * self.group_size} samples of a rollout "
+                "(prompts_per_iteration * group_size); it needs at most that"
+            )
+        if not isinstance(self.tensorboard, bool):
+            raise TypeError(f"`tensorboard` is {self.tensorboard!r}; it needs a bool")
+        if self.seed >= 2**63:
+            raise ValueError(f"`seed` is {self.seed}; it needs < 2**63")

@@ -1,0 +1,63 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+import guard_ops
+from guard_ops import cli
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in ("demo", "train", "doctor"))
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "guard_ops", "train", "--help"], capture_output=True, check=True
+    )
+    assert b"--objective {article,paper,flow_grpo}" in done.stdout
+
+
+def test_no_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 2
+    assert "required" in capsys.readouterr().err
+
+
+def test_objectives_offered_are_those_of_the_job():
+    from guard_ops.trainer.jobs import OBJECTIVES
+
+    assert set(cli.OBJECTIVES) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["train", "--iterations", "0"], "guard-ops: `iterations` is 0; it needs >= 1"),
+        (["train", "--learning-rate", "-1"], "guard-ops: `learning_rate` is -1.0; it needs > 0"),
+        (["demo", "--iterations", "0"], "guard-ops: `iterations` is 0; it needs >= 1"),
+        (["demo", "--seed", "-1"], "guard-ops: `seed` is -1; it needs >= 0"),
+    ],
+)
+def test_bad_settings_are_one_line_and_happen_before_any_work(options, message, capsys, tmp_path):
+    assert cli.main([*options, "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_extra_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
+    assert cli.main(["train", "--out", str(tmp_path)]) == 1
+    assert "pip install guard-ops[demo]" in capsys.readouterr().err
+
+
+def test_doctor_takes_json(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["guard_ops"] == guard_ops.__version__

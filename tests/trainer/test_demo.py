@@ -1,0 +1,84 @@
+"""The demo end to end, shortened: its files, and the effect on the ratio that it shows."""
+
+import json
+
+import pytest
+
+from guard_ops.cli import main
+from guard_ops.trainer import tables
+from guard_ops.trainer.demo import Run, SeedResult
+
+PICTURES = ("samples.png", "overoptimization.png", "ratio.png", "clip.png")
+ITERATIONS = 12
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A demo of 12 iterations on a policy pretrained for 300 steps; takes 15 s on 2 cores."""
+    out = tmp_path_factory.mktemp("demo")
+    options = ["--out", str(out), "--iterations", str(ITERATIONS), "--pretrain-steps", "300"]
+    assert main(["demo", *options, "--report", str(out / "page.md")]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(demo):
+    """objective -> Run with the demo's lines."""
+    runs = {}
+    for text in (demo / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        runs.setdefault(line["objective"], Run([], [], None)).lines.append(line)
+    return runs
+
+
+def test_it_writes_all_its_files(demo):
+    for name in PICTURES:
+        for path in (demo / "seed-0" / name, demo / "page" / name):
+            assert path.read_bytes().startswith(b"\x89PNG")
+            assert path.stat().st_size > 10_000
+    lines = (demo / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3 * ITERATIONS
+    page = (demo / "page.md").read_text()
+    assert "guard-ops demo --seed 0 --iterations 12 --pretrain-steps 300" in page
+    for name in PICTURES:
+        assert f"(page/{name})" in page
+
+
+def test_all_objectives_start_from_the_same_samples(runs):
+    first = {run.lines[0]["reward"] for run in runs.values()}
+    assert len(runs) == 3
+    assert len(first) == 1
+
+
+def test_the_raw_ratio_differs_between_steps_and_drifts_below_one(runs):
+    spread = tables.step_means(runs["flow_grpo"], "ratio_std")
+    bias = tables.step_means(runs["flow_grpo"], "ratio_bias")
+    assert spread[-1] > 10 * spread[0]
+    assert bias[-1] < -1e-4
+
+
+def test_ratio_norm_makes_spread_and_clipping_the_same_at_every_step(runs):
+    spread = tables.step_means(runs["article"], "ratio_hat_std")
+    # standardized in float64, reported in float32
+    assert spread == pytest.approx([1.0] * 9, abs=1e-6)
+    flat = tables.step_means(runs["article"], "clip_fraction_high")
+    steep = tables.step_means(runs["flow_grpo"], "clip_fraction_high")
+    assert max(flat) - min(flat) < 0.1
+    assert max(steep) - min(steep) > 0.2
+
+
+def test_tables_compare_the_runs_where_all_reached_the_same_proxy():
+    def run(*proxies):
+        evaluations = [
+            {"iteration": 10.0 * n, "proxy": p, "gold": 1 - p / 10, "distance": 0.0,
+             "diversity": 0.0, "frechet": p * n}
+            for n, p in enumerate(proxies)
+        ]  # fmt: skip
+        return Run([], evaluations, None)
+
+    runs = {"flow_grpo": run(1, 5, 9), "paper": run(1, 3, 4), "article": run(1, 2, 3)}
+    table = tables.equal_proxy(SeedResult(0, None, runs))
+    assert "3.00" in table.title
+    assert [row[1] for row in table.rows] == ["5", "10", "20"]
+    assert [row[2] for row in table.rows] == ["0.700"] * 3
+    assert [row[-1] for row in table.rows] == ["2.5", "3.0", "6.0"]
