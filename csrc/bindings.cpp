@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& sum_grads, GUARD_OPS_OPERANDS,
   return {grad, grad_uncond};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(
     GUARD_OPS_OPERANDS, const Tensor& advantages, const MaybeTensor& old_log_prob,
     const MaybeTensor& step_weights, const MaybeTensor& mean_std, int64_t ratio_norm,
     int64_t balance, bool detach_stats, bool mean_reduction, bool drop, bool gaussian,
@@ -248,7 +248,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(
     at += n;
   }
   fill(metrics, 0, result.metrics.data(), metrics.numel());
-  return {loss, grad, grad_uncond, per_row, metrics};
+  Tensor sum_grads = at::empty({3, t.steps, t.batch}, options.dtype(at::kDouble));
+  double* c = sum_grads.data_ptr<double>();
+  for (int64_t row = 0; row < n; ++row) {
+    c[row] = result.coefficients[row].c1;
+    c[n + row] = result.coefficients[row].c2;
+    c[2 * n + row] = result.coefficients[row].c3;
+  }
+  return {loss, grad, grad_uncond, per_row, metrics, sum_grads};
 }
 
 std::tuple<Tensor, Tensor, Tensor> sde_step(const Tensor& model_output, const Tensor& sample,
@@ -281,7 +288,8 @@ TORCH_LIBRARY(guard_ops, m) {
         "int ratio_norm, int balance, bool detach_stats, bool mean_reduction, bool drop, "
         "bool gaussian, float target_std, float std_floor, float clip_low, float clip_high, "
         "float adv_clip, float weight_floor, float kl_beta, bool cond, bool uncond) -> "
-        "(Tensor loss, Tensor grad, Tensor grad_uncond, Tensor per_row, Tensor metrics)");
+        "(Tensor loss, Tensor grad, Tensor grad_uncond, Tensor per_row, Tensor metrics, "
+        "Tensor sum_grads)");
   m.def(
       "sde_step(Tensor model_output, Tensor sample, Tensor coefficients, Tensor? noise, "
       "Tensor? seed) -> (Tensor prev_sample, Tensor mean, Tensor square)");

@@ -83,7 +83,8 @@ GUARD_OPS_HD T residual(const Step<T>& step, const Element<T>& in) {  // e
   if constexpr (uses_noise(F)) {
     return step.s * in.noise;
   } else if constexpr (F == Form::velocity) {
-    return in.y - mean(step, in.x, in.v_old);
+    // not y - mean: that would round twice at the size of the latent, and e is of the size of s
+    return fma(-step.b, in.v_old, fma(-step.a, in.x, in.y));
   } else if constexpr (F == Form::mean) {
     return in.y - in.m;
   } else {

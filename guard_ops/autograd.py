@@ -83,32 +83,48 @@ class Call(NamedTuple):
         return self.backend.guard_loss(t, *tensors[-4:], *self[2:])
 
 
+def _scaled(ctx: Context, grad_output: Tensor, tensors: Any) -> tuple[Tensor | None, ...]:
+    """The gradients for ``grad_output`` from the coefficients: one rounding, whatever the dtype."""
+    t = Transitions._make([*tensors[: len(Transitions._fields) - 1], ctx.call.guidance_scale])
+    coefficients = ctx.sum_grads * grad_output.detach().double()
+    grads: tuple[Tensor | None, ...] = ctx.call.backend.gradient(t, coefficients, *ctx.wanted)
+    return grads
+
+
 class GuardLoss(torch.autograd.Function):
     """Fused loss and gradient: the forward computes both, the backward hands the gradient out.
 
     The buffer is handed out once, scaled in place by ``grad_output``, so that no second gradient is
-    ever allocated; another backward through the same graph (``retain_graph``) computes it anew.
+    ever allocated. Another backward through the same graph (``retain_graph``), or one that scales a
+    16-bit gradient, computes it anew from the coefficients; a float16 one, which a loss scale is
+    to keep from underflowing, is not computed before the scale is known.
     """
 
     @staticmethod
     def forward(ctx: Context, call: Call, *tensors: Any) -> Any:
-        loss, grad, grad_uncond, per_row, metrics = call(*tensors)
-        ctx.call, ctx.buffers = call, (grad, grad_uncond)
+        ctx.call, ctx.wanted = call, (call.cond, call.uncond)
+        if tensors[0].dtype == torch.float16:
+            call = call._replace(cond=False, uncond=False)
+        loss, *buffers, per_row, metrics, ctx.sum_grads = call(*tensors)
+        ctx.buffers = buffers if call.cond or call.uncond else None
         ctx.save_for_backward(*tensors)
         ctx.mark_non_differentiable(per_row, metrics)
         return loss, per_row, metrics
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor, *_: Any) -> Any:
-        tensors, call = ctx.saved_tensors, ctx.call
-        buffers, ctx.buffers = ctx.buffers, None
-        if buffers is None:
-            buffers = call(*tensors)[1:3]
-        grads = []
-        for buffer, wanted in zip(buffers, (call.cond, call.uncond), strict=True):
-            grad = call.backend.scale_(buffer, grad_output.detach()) if wanted else None
-            grads.append(_once(call.backend.NAME, grad, grad_output, *tensors[:2]))
-        return (None, *grads) + (None,) * (len(tensors) - 2)
+        tensors = ctx.saved_tensors
+        grads, ctx.buffers = ctx.buffers, None
+        if grads is not None and not ctx.call.backend.scale_(grads, grad_output.detach()):
+            grads = None  # frees the buffers before their successors are allocated
+        if grads is None:
+            grads = _scaled(ctx, grad_output, tensors)
+        name = ctx.call.backend.NAME
+        handed = [
+            _once(name, grad if wanted else None, grad_output, *tensors[:2])
+            for grad, wanted in zip(grads, ctx.wanted, strict=True)
+        ]
+        return (None, *handed) + (None,) * (len(tensors) - 2)
 
 
 class TracedGuardLoss(torch.autograd.Function):
@@ -116,19 +132,25 @@ class TracedGuardLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, call: Call, *tensors: Any) -> Any:
-        loss, grad, grad_uncond, per_row, metrics = call(*tensors)
-        ctx.wanted, ctx.rest = (call.cond, call.uncond), len(tensors) - 2
-        ctx.save_for_backward(grad, grad_uncond)
+        ctx.call, ctx.wanted = call, (call.cond, call.uncond)
+        ctx.deferred = tensors[0].dtype in (torch.float16, torch.bfloat16)
+        if ctx.deferred:
+            call = call._replace(cond=False, uncond=False)
+        loss, *buffers, per_row, metrics, sum_grads = call(*tensors)
+        ctx.rest = len(tensors) - 2
+        ctx.save_for_backward(*([sum_grads, *tensors] if ctx.deferred else buffers))
         ctx.mark_non_differentiable(per_row, metrics)
         return loss, per_row, metrics
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor, *_: Any) -> Any:
-        grads = [
-            (grad * grad_output).to(grad.dtype) if wanted else None
-            for grad, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
-        ]
-        return (None, *grads) + (None,) * ctx.rest
+        if ctx.deferred:
+            ctx.sum_grads, *tensors = ctx.saved_tensors
+            grads = _scaled(ctx, grad_output, tensors)
+        else:
+            grads = tuple(grad * grad_output for grad in ctx.saved_tensors)
+        handed = [g if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)]
+        return (None, *handed) + (None,) * ctx.rest
 
 
 def guard_loss(

@@ -238,6 +238,9 @@ def group_advantages(
     Returns:
         [B], dtype of ``rewards``.
     """
+    for name, value in (("rewards", rewards), ("groups", groups)):
+        if not isinstance(value, (Tensor, *(() if name == "rewards" else (type(None),)))):
+            raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
     if not rewards.is_floating_point():
         raise TypeError(f"`rewards` has dtype {rewards.dtype}; it needs a floating dtype")
     if rewards.ndim != 1 or rewards.numel() == 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import autograd, objective, transitions
 from .backends import select
-from .blocks import check_gaussian
+from .blocks import check_config, check_gaussian, check_statistics
 from .config import GuardConfig
 from .objective import Metrics
 from .schedule import StepCoefficients
@@ -166,7 +166,7 @@ def log_prob(
     ``-kappa (y - mean)^2 - log s - log sqrt(2 pi)`` averaged (or summed) over the latent. To form
     a ratio use :func:`log_ratio`: the difference of two of these has lost its digits.
     """
-    leading = tuple(model_output.shape[: max(1, coeffs.table.ndim - 1 and 2)])
+    leading = transitions.check_shape(model_output, coeffs).leading
     zero = torch.zeros(leading, dtype=torch.float64, device=model_output.device)
     return log_ratio(
         model_output,
@@ -269,7 +269,8 @@ def _composed(
         sums, coeffs, numel, config.reduction, old_log_prob
     )
     if process_group is not None and config.ratio_norm == "standardize":
-        seen = torch.where(advantages.isfinite(), log_r.detach(), float("nan"))
+        whole = advantages.isfinite() & (kl.isfinite() if config.kl_beta else True)
+        seen = torch.where(whole, log_r.detach(), float("nan"))
         merged = RatioStatistics(log_r.shape[0], log_r.device).update(seen)
         merged.all_reduce(process_group)
         mean_std = torch.stack([merged.mean, merged.std])
@@ -321,9 +322,11 @@ def guard_loss_and_grad(
         (loss, d loss / d model_output), or (loss, (d / d model_output, d / d model_output_uncond))
         with classifier-free guidance; nothing is left to run backward through.
     """
+    transitions.check_shape(model_output, coeffs)
     v = model_output.detach().requires_grad_()
     uncond = None
     if model_output_uncond is not None:
+        transitions.check_tensor("model_output_uncond", model_output_uncond)
         uncond = model_output_uncond.detach().requires_grad_()
     with torch.enable_grad():
         loss = guard_loss(
@@ -399,8 +402,7 @@ def _check_objective(
 ) -> Tensor | None:
     """What the objective needs of the call; the given statistics as [2, K]."""
     global _warned_single
-    if not isinstance(config, GuardConfig):
-        raise TypeError(f"`config` is a {type(config).__name__}; it needs a GuardConfig")
+    check_config(config)
     if config.ratio_norm == "closed_form":
         check_gaussian(coeffs)
         if t.form == "log-prob":
@@ -417,25 +419,18 @@ def _check_objective(
             "`config.detach_stats` is False, but statistics from other batches are constants of "
             "this gradient; it needs True"
         )
-    if config.ratio_norm != "standardize":
-        if statistics is not None:
-            raise ValueError(
-                f"`statistics` is given but `config.ratio_norm` is {config.ratio_norm!r}; only "
-                "standardize uses it"
-            )
-        return None
     if statistics is not None:
         if process_group is not None:
             raise ValueError(
                 "`statistics` and `process_group` are both given; all-reduce the statistics and "
                 "pass them alone"
             )
-        if statistics.mean.numel() != shape.steps or statistics.mean.device != t[0].device:
-            raise ValueError(
-                f"`statistics` covers {statistics.mean.numel()} steps on {statistics.mean.device} "
-                f"but `model_output` has {shape.steps} on {t[0].device}"
-            )
-        return torch.stack([statistics.mean, statistics.std]).reshape(2, shape.steps)
+        mean_std = check_statistics(
+            statistics, config, torch.Size(shape.leading[:-1]), t.model_output.device
+        )
+        return torch.stack(mean_std).reshape(2, shape.steps)
+    if config.ratio_norm != "standardize":
+        return None
     alone = shape.batch == 1 and process_group is None and not torch.compiler.is_compiling()
     if alone and not _warned_single:
         _warned_single = True

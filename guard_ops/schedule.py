@@ -44,8 +44,14 @@ class StepCoefficients:
             raise ValueError(f"`a` has shape {tuple(a.shape)}; it needs [], [K] or [K, B]")
         deterministic: tuple[int, ...] = ()
         if a.device.type == "cpu" and not torch.compiler.is_compiling():
+            for name, value in named.items():
+                infinite = value.isinf() & (s == 0) if name == "kappa" else False  # 1 / (2 s^2)
+                if not bool((value.isfinite() | infinite).all()):
+                    raise ValueError(f"`{name}` has a value that is not finite")
             if bool((s < 0).any()):
                 raise ValueError("`s` has a negative value; a standard deviation is >= 0")
+            if bool((dt >= 0).any()):
+                raise ValueError("`dt` has a value >= 0; sigmas decrease, so dt is negative")
             zero = (s == 0).reshape(s.shape[0] if s.ndim else 1, -1).any(1)
             deterministic = tuple(zero.nonzero().flatten().tolist())
         self._set(torch.stack([x.double() for x in named.values()]), gaussian, deterministic)
@@ -96,6 +102,14 @@ class StepCoefficients:
 
     def __repr__(self) -> str:
         return f"StepCoefficients(shape={tuple(self.shape)}, device={str(self.device)!r})"
+
+
+def check_coefficients(coeffs: StepCoefficients) -> None:
+    """What an op takes as ``coeffs``."""
+    if not isinstance(coeffs, StepCoefficients):
+        raise TypeError(
+            f"`coeffs` is a {type(coeffs).__name__}; it needs StepCoefficients, as schedule[k] is"
+        )
 
 
 class SdeSchedule:

@@ -29,7 +29,9 @@ class RatioStatistics:
     """
 
     def __init__(self, steps: int | None = None, device: torch.device | str | None = None) -> None:
-        if steps is not None and (isinstance(steps, bool) or steps < 1):
+        if isinstance(steps, bool) or not isinstance(steps, (int, type(None))):
+            raise TypeError(f"`steps` is {steps!r} ({type(steps).__name__}); it needs an int")
+        if steps is not None and steps < 1:
             raise ValueError(f"`steps` is {steps}; it needs a positive int, or None for one step")
         shape = () if steps is None else (steps,)
         self.count = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -43,7 +45,13 @@ class RatioStatistics:
 
     @torch.no_grad()
     def update(self, log_ratio: Tensor) -> RatioStatistics:
-        """Take in ``log_ratio`` [K, B] ([B] for one step); transitions not finite are left out."""
+        """Take in ``log_ratio`` [K, B] ([B] for one step); transitions not finite are left out.
+
+        Where an advantage is not finite, :func:`guard_ops.guard_loss` leaves the transition out as
+        well: set its ``log_ratio`` to NaN to have the same here.
+        """
+        if not isinstance(log_ratio, Tensor):
+            raise TypeError(f"`log_ratio` is a {type(log_ratio).__name__}; it needs a tensor")
         if log_ratio.ndim != self.count.ndim + 1 or log_ratio.shape[:-1] != self.count.shape:
             raise ValueError(
                 f"`log_ratio` has shape {tuple(log_ratio.shape)}; it needs "
@@ -97,6 +105,10 @@ class RatioStatistics:
 
     def __getitem__(self, k: int | slice) -> RatioStatistics:
         """The statistics of some of the steps (a copy)."""
+        steps = self.count.numel()
+        if self.count.ndim == 0 or (isinstance(k, int) and not -steps <= k < steps):
+            of = "one step" if self.count.ndim == 0 else f"{steps} steps"
+            raise ValueError(f"`k` is {k}, out of range for the statistics of {of}")
         part = RatioStatistics.__new__(RatioStatistics)
         part.count, part.mean, part.m2 = (
             x[k].clone() for x in (self.count, self.mean, self.m2)
@@ -104,10 +116,14 @@ class RatioStatistics:
         return part
 
     def state_dict(self) -> dict[str, Tensor]:
+        """``count``, ``mean`` and ``m2``, to save with a checkpoint."""
         return {"count": self.count, "mean": self.mean, "m2": self.m2}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave, for as many steps."""
         for name in ("count", "mean", "m2"):
+            if name not in state:
+                raise ValueError(f"`state` lacks {name!r}; it needs what state_dict() gave")
             if state[name].shape != self.count.shape:
                 raise ValueError(
                     f"`state[{name!r}]` has shape {tuple(state[name].shape)}; it needs "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import StepCoefficients
+from .schedule import StepCoefficients, check_coefficients
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,11 +109,8 @@ class Shape(NamedTuple):
 
 def check_shape(model_output: Tensor, coeffs: StepCoefficients) -> Shape:
     """The call's shape from ``model_output`` and ``coeffs``; raises naming what does not fit."""
-    _check_tensor("model_output", model_output)
-    if not isinstance(coeffs, StepCoefficients):
-        raise TypeError(
-            f"`coeffs` is a {type(coeffs).__name__}; it needs StepCoefficients, as schedule[k] is"
-        )
+    check_tensor("model_output", model_output)
+    check_coefficients(coeffs)
     shape, one_step = tuple(model_output.shape), coeffs.table.ndim == 1
     leading = 1 if one_step else 2
     if len(shape) <= leading:
@@ -158,7 +155,7 @@ def check_stochastic(coeffs: StepCoefficients) -> None:
 
 def latents(name: str, value: Tensor, shape: Shape, device: torch.device) -> Tensor:
     """[K, B, D] of a floating ``[K, B, *latent]``; a copy only if its latent is not dense."""
-    _check_tensor(name, value)
+    check_tensor(name, value)
     if tuple(value.shape) != shape.full:
         raise ValueError(f"`{name}` has shape {tuple(value.shape)} but `model_output` {shape.full}")
     if value.device != device:
@@ -184,7 +181,7 @@ def per_transition(
     name: str, value: Tensor, shape: Shape, device: torch.device, *, per_sample: bool = False
 ) -> Tensor:
     """[K, B] of a floating tensor of that shape ([B] for one step, or ``per_sample``)."""
-    _check_tensor(name, value)
+    check_tensor(name, value)
     check_constant(name, value)
     ok = tuple(value.shape) == shape.leading
     if per_sample and tuple(value.shape) == (shape.batch,):
@@ -203,7 +200,7 @@ def per_transition(
 def seeds(seed: int | Tensor, shape: Shape, device: torch.device) -> Tensor:
     """[K, B, 2] int64 from what the caller passed as ``seed``."""
     if not isinstance(seed, Tensor):
-        if shape.steps > 1:
+        if shape.steps > 1 and isinstance(seed, int):
             raise ValueError(
                 f"`seed` is the int {seed} for {shape.steps} steps; it needs the rollout's seeds, "
                 "philox_seed(seed, (K, B))"
@@ -278,7 +275,8 @@ def gather(
     )
 
 
-def _check_tensor(name: str, value: Tensor) -> None:
+def check_tensor(name: str, value: Tensor) -> None:
+    """A floating tensor of a dtype that the kernels know."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
     if value.dtype not in FLOATING:

@@ -51,19 +51,15 @@ int64_t cache_share(int threads) {
   return std::max<int64_t>(l2 > 0 ? l2 : 1 << 19, l3 > 0 ? l3 / threads : 0);
 }
 
-void sums(const Machine& machine, const Batch& t, const Rows table[5], Sums* out) {
+void sums(const Machine& machine, const Batch& t, const Rows table[5], Sums* out,
+          const Direction& direction) {
   const int64_t chunks = chunks_of(t), rows = t.steps * t.batch;
-  if (chunks == 1) {
-    for_each_chunk(machine, t, false, [&](int64_t unit, const Span& at) {
-      out[unit] = machine.kernels.sums(t, step_at(table, at.k, at.i), at);
-    });
-    return;
-  }
-  std::vector<Sums> partial(rows * chunks);
+  std::vector<Sums> partial(chunks == 1 ? 0 : rows * chunks);
+  Sums* parts = chunks == 1 ? out : partial.data();
   for_each_chunk(machine, t, false, [&](int64_t unit, const Span& at) {
-    partial[unit] = machine.kernels.sums(t, step_at(table, at.k, at.i), at);
+    parts[unit] = machine.kernels.sums(t, step_at(table, at.k, at.i), at, direction);
   });
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = 0; row < rows && chunks > 1; ++row) {
     out[row] = partial[row * chunks];
     for (int64_t n = 1; n < chunks; ++n) add(out[row], partial[row * chunks + n]);
   }
@@ -77,64 +73,115 @@ void gradient(const Machine& machine, const Batch& t, const Rows table[5],
   });
 }
 
-Evaluation guard_loss(const Machine& machine, const Batch& t, const Problem& problem,
-                      const Operand& cond, const Operand& uncond) {
-  const int64_t rows = t.steps * t.batch;
-  std::vector<Sums> row_sums(rows);
-  const bool wanted = cond || uncond;
-  const bool one_pass = wanted && problem.rows_are_independent() && rows >= machine.threads &&
-                        row_bytes(t) <= machine.cache_bytes;
-  if (!one_pass) {
-    sums(machine, t, problem.table, row_sums.data());
-    Evaluation out = evaluate(problem, row_sums.data());
-    if (wanted) gradient(machine, t, problem.table, out.coefficients.data(), cond, uncond);
+namespace {
+
+// One call of guard_loss: what its steps share.
+struct Call {
+  const Machine& machine;
+  const Batch& t;
+  const Problem& problem;
+  const Operand &cond, &uncond;
+  Direction direction;  // absent when the gradient has no direction known beforehand
+  std::vector<Sums> sums;
+
+  Call(const Machine& machine, const Batch& t, const Problem& problem, const Operand& cond,
+       const Operand& uncond)
+      : machine(machine), t(t), problem(problem), cond(cond), uncond(uncond) {
+    sums.resize(t.steps * t.batch);
+    const bool compute_type = cond.dtype == (t.wide ? DType::f64 : DType::f32);
+    if (cond && compute_type && !t.uncond && problem.config.kl_beta == 0) {
+      direction = {cond, problem.config.ratio_norm != RatioNorm::closed_form};
+    }
+  }
+
+  Span span(int64_t row, int64_t begin) const {
+    return {row / t.batch, row % t.batch, begin, std::min(begin + chunk, t.numel)};
+  }
+
+  Step<double> step(int64_t row) const {
+    return step_at(problem.table, row / t.batch, row % t.batch);
+  }
+
+  // One row's sums, and its direction.
+  Sums read(int64_t row) const {
+    Sums total = machine.kernels.sums(t, step(row), span(row, 0), direction);
+    for (int64_t begin = chunk; begin < t.numel; begin += chunk) {
+      add(total, machine.kernels.sums(t, step(row), span(row, begin), direction));
+    }
+    return total;
+  }
+
+  // One row's gradient, right after it was read: backwards, as its tail is the warmest.
+  void write(int64_t row, const Coefficients& c) const {
+    for (int64_t begin = (t.numel - 1) / chunk * chunk; begin >= 0; begin -= chunk) {
+      if (direction.to) {
+        machine.kernels.scale(cond, c.c1, span(row, begin));
+      } else {
+        machine.kernels.gradient(t, step(row), c, span(row, begin), cond, uncond);
+      }
+    }
+  }
+
+  // A row's coefficients, if every transition of the batch is finite.
+  Coefficients assume(int64_t row) const {
+    const int64_t k = row / t.batch, i = row % t.batch;
+    const Config& config = problem.config;
+    const StepScalars scalars = problem.scalars(k, i);
+    const double advantage = *problem.advantages.at(k, i);
+    const Ratio r = ratio_of(config, scalars, sums[row], advantage, problem.old_log_prob.at(k, i));
+    if (!r.finite) return nonfinite_coefficients(config);
+    return own_coefficients(config, scalars, r, problem.statistics(k), advantage,
+                            problem.step_weights.at(k, i), double(t.steps), double(t.batch));
+  }
+
+  template <class Body>
+  void for_each_row(Body body) const {
+    const int64_t grain = std::max<int64_t>(1, grain_elements / t.numel);
+    machine.parallel(int64_t(sums.size()), grain, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) body(row);
+    });
+  }
+
+  Evaluation one_pass() {
+    std::vector<Coefficients> assumed(sums.size());
+    for_each_row([&](int64_t row) {
+      sums[row] = read(row);
+      assumed[row] = assume(row);
+      write(row, assumed[row]);
+    });
+    Evaluation out = evaluate(problem, sums.data());
+    for_each_row([&](int64_t row) {  // where another step of the sample was not finite
+      const Coefficients& c = out.coefficients[row];
+      if (assumed[row] == c || std::isnan(c.c1)) return;
+      if (direction.to) read(row);
+      write(row, c);
+    });
     return out;
   }
-  // As if every transition were finite; a row whose coefficients turn out otherwise is done again.
-  std::vector<Coefficients> assumed(rows);
-  const int64_t grain = std::max<int64_t>(1, grain_elements / t.numel);
-  const auto write = [&](int64_t row, const Coefficients& c) {
-    const int64_t k = row / t.batch, i = row % t.batch;
-    for (int64_t end = t.numel; end > 0;) {  // backwards: the row's tail is the warmest
-      const int64_t begin = (end - 1) / chunk * chunk;
-      machine.kernels.gradient(t, step_at(problem.table, k, i), c, {k, i, begin, end}, cond,
-                               uncond);
-      end = begin;
+
+  Evaluation two_passes() {
+    cpu::sums(machine, t, problem.table, sums.data(), direction);
+    Evaluation out = evaluate(problem, sums.data());
+    if (direction.to) {
+      for_each_chunk(machine, t, true, [&](int64_t, const Span& at) {
+        machine.kernels.scale(cond, out.coefficients[at.k * t.batch + at.i].c1, at);
+      });
+    } else if (cond || uncond) {
+      gradient(machine, t, problem.table, out.coefficients.data(), cond, uncond);
     }
-  };
-  machine.parallel(rows, grain, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t k = row / t.batch, i = row % t.batch;
-      Sums total{0, 0, 0};
-      for (int64_t begin = 0; begin < t.numel; begin += chunk) {
-        const Span at{k, i, begin, std::min(begin + chunk, t.numel)};
-        const Sums part = machine.kernels.sums(t, step_at(problem.table, k, i), at);
-        if (begin == 0) {
-          total = part;
-        } else {
-          add(total, part);
-        }
-      }
-      row_sums[row] = total;
-      const double advantage = *problem.advantages.at(k, i);
-      const Ratio r = ratio_of(problem.config, problem.scalars(k, i), total, advantage,
-                               problem.old_log_prob.at(k, i));
-      assumed[row] = r.finite ? own_coefficients(problem.config, problem.scalars(k, i), r,
-                                                 problem.statistics(k), advantage,
-                                                 problem.step_weights.at(k, i), double(t.steps),
-                                                 double(t.batch))
-                              : nonfinite_coefficients(problem.config);
-      write(row, assumed[row]);
-    }
-  });
-  Evaluation out = evaluate(problem, row_sums.data());
-  machine.parallel(rows, grain, [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      const bool same = assumed[row] == out.coefficients[row];
-      if (!same && !std::isnan(out.coefficients[row].c1)) write(row, out.coefficients[row]);
-    }
-  });
-  return out;
+    return out;
+  }
+};
+
+}  // namespace
+
+Evaluation guard_loss(const Machine& machine, const Batch& t, const Problem& problem,
+                      const Operand& cond, const Operand& uncond) {
+  Call call(machine, t, problem, cond, uncond);
+  const bool fits = row_bytes(t) <= machine.cache_bytes;
+  const bool busy = t.steps * t.batch >= machine.threads;
+  if ((cond || uncond) && problem.rows_are_independent() && fits && busy) return call.one_pass();
+  return call.two_passes();
 }
 
 void sde_step(const Machine& machine, const Batch& t, const Rows table[5],

@@ -22,16 +22,18 @@ struct Machine {
 // Bytes of cache that one of `threads` threads may count on.
 int64_t cache_share(int threads);
 
-// Each row's sums [K, B]; the same bits for any number of threads.
-void sums(const Machine&, const Batch&, const Rows table[5], Sums* out);
+// Each row's sums [K, B], and on the way a direction; the same bits for any number of threads.
+void sums(const Machine&, const Batch&, const Rows table[5], Sums* out,
+          const Direction& direction = {});
 
 // The gradient of every row into `cond` and `uncond` (either may be absent), given [K, B].
 void gradient(const Machine&, const Batch&, const Rows table[5], const Coefficients* coefficients,
               const Operand& cond, const Operand& uncond);
 
-// Loss and gradient. Reads each row from memory once when its gradient needs only its own sums and
-// it fits a core's share of the cache; else reads the batch twice, the second time backwards, so
-// that what the first pass left in the cache is used.
+// Loss and gradient. Where the gradient is a multiple of a direction known beforehand (Direction),
+// the pass that forms the sums writes that, and what remains is to scale it: at once while the row
+// is cached when the gradient needs only its own sums, else after the batch is read. Otherwise the
+// operands are read twice, the second time backwards, so that what the first left cached is used.
 Evaluation guard_loss(const Machine&, const Batch&, const Problem&, const Operand& cond,
                       const Operand& uncond);
 

@@ -1,6 +1,7 @@
 // The row kernels. This file is compiled once per instruction set.
 #include "kernels.h"
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "philox.h"
@@ -10,39 +11,51 @@ namespace guard_ops::cpu::GUARD_OPS_ISA {
 namespace {
 
 template <class R>
-struct Scratch {  // one tile of each operand, in L1
+struct Scratch {  // one tile of what is not read in place: converted, combined or generated
   alignas(64) R v[tile], uncond[tile], x[tile], y[tile], m[tile], v_old[tile], ref[tile];
   alignas(64) R noise[tile + 4 * width<float>];
   alignas(64) R out[tile];
 };
 
-// The operands of one tile, in the compute type.
+// The operands of one tile.
 template <class R>
 struct Tile {
-  const R *v = nullptr, *x = nullptr, *y = nullptr, *m = nullptr, *v_old = nullptr;
-  const R *noise = nullptr, *ref = nullptr;
+  Source<R> v, x, y, m, v_old, noise, ref;
 };
 
-template <class R>
-const R* stage(const Operand& from, const Span& at, int64_t j, int64_t n, R* scratch) {
-  return widen(from.dtype, from.row(at.k, at.i) + j * size_of(from.dtype), scratch, n);
+// float32 arithmetic converts as it loads; float64 arithmetic, which is for checking, beforehand.
+inline Source<float> stage(const Operand& from, const Span& at, int64_t j, int64_t, float*) {
+  return {from.row(at.k, at.i) + j * size_of(from.dtype), from.dtype};
+}
+
+inline Source<double> stage(const Operand& from, const Span& at, int64_t j, int64_t n,
+                            double* scratch) {
+  const char* row = from.row(at.k, at.i) + j * size_of(from.dtype);
+  if (from.dtype == DType::f64) return {row, DType::f64};
+  const Source<float> source{row, from.dtype};
+  for (int64_t e = 0; e < n; ++e) scratch[e] = load_one(source, e);
+  return {scratch};
 }
 
 template <class R>
-const R* stage_velocity(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch<R>& s) {
-  const R* v = stage(t.v, at, j, n, s.v);
+Source<R> stage_velocity(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch<R>& s) {
+  const Source<R> v = stage(t.v, at, j, n, s.v);
   if (!t.uncond) return v;
-  const R* uncond = stage(t.uncond, at, j, n, s.uncond);
-  const R scale = R(t.guidance_scale);
-  for (int64_t e = 0; e < n; ++e) s.v[e] = guided(uncond[e], v[e], scale);
-  return s.v;
+  const Source<R> uncond = stage(t.uncond, at, j, n, s.uncond);
+  const Vector<R> scale = splat(R(t.guidance_scale));
+  constexpr int w = width<R>;
+  for (int64_t e = 0; e < n; e += w) {
+    const int64_t count = n - e < w ? n - e : w;
+    store_some(s.v + e, guided(load_some(uncond, e, count), load_some(v, e, count), scale), count);
+  }
+  return {s.v};
 }
 
 template <class R>
-const R* stage_noise(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch<R>& s) {
+Source<R> stage_noise(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch<R>& s) {
   if (t.noise) return stage(t.noise, at, j, n, s.noise);
   normals(t.seeds.word(at.k, at.i, 0), t.seeds.word(at.k, at.i, 1), j, n, s.noise);
-  return s.noise;
+  return {s.noise};
 }
 
 template <Form F, class R>
@@ -67,17 +80,18 @@ Tile<R> stage_tile(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch
 
 template <Form F, class R, class Load>
 GUARD_OPS_HD Element<Vector<R>> element(const Tile<R>& in, bool with_delta, Load load_at) {
-  Element<Vector<R>> e{};
+  Element<Vector<R>>
+      e;  // what the form does not use stays as it is: zeroing it costs a third of a pass
   if (with_delta) e.v = load_at(in.v);
   if constexpr (uses_sample(F)) {
     e.x = load_at(in.x);
     e.y = load_at(in.y);
   }
-  if constexpr (F == Form::mean) e.m = load_at(in.m);
+  if constexpr (F == Form::mean) e.m = load_at.any(in.m);
   if constexpr (uses_old_velocity(F)) {
     if (with_delta || F == Form::velocity) e.v_old = load_at(in.v_old);
   }
-  if constexpr (uses_noise(F)) e.noise = load_at(in.noise);
+  if constexpr (uses_noise(F)) e.noise = load_at.any(in.noise);
   return e;
 }
 
@@ -103,26 +117,61 @@ struct Accumulator {
   }
 };
 
-// Calls body(q, load) for every vector of a tile: q its accumulator, load(p) its elements of p.
-template <class R, class Body>
+// One vector of a tile: whole, or its last one, shorter. `call` loads an operand of dtype D, `any`
+// one of whichever, `put` stores one of dtype D.
+template <class D>
+struct Whole {
+  int64_t at;
+  template <class R>
+  GUARD_OPS_HD Vector<R> operator()(const Source<R>& from) const {
+    return load<D>(from, at);
+  }
+  template <class R>
+  GUARD_OPS_HD Vector<R> any(const Source<R>& from) const {
+    return load(from, at);
+  }
+  template <class R>
+  GUARD_OPS_HD void put(const Target<R>& to, Vector<R> x) const {
+    store<D>(to, at, x);
+  }
+};
+
+template <class D>
+struct Part {
+  int64_t at, count;
+  template <class R>
+  GUARD_OPS_HD Vector<R> operator()(const Source<R>& from) const {
+    return any(from);
+  }
+  template <class R>
+  GUARD_OPS_HD Vector<R> any(const Source<R>& from) const {
+    return load_some(from, at, count);
+  }
+  template <class R>
+  GUARD_OPS_HD void put(const Target<R>& to, Vector<R> x) const {
+    store_some(to, at, x, count);
+  }
+};
+
+// Calls body(q, where) for every vector of a tile; q is its accumulator.
+template <class R, class D, class Body>
 GUARD_OPS_HD void for_each_vector(int64_t n, Body body) {
   constexpr int w = width<R>, registers = Accumulator<R>::registers;
   int64_t j = 0;
   for (; j + lanes<R> <= n; j += lanes<R>) {
 #pragma GCC unroll 8
-    for (int q = 0; q < registers; ++q) {
-      const int64_t at = j + q * w;
-      body(q, [at](const R* p) { return load(p + at); });
-    }
+    for (int q = 0; q < registers; ++q) body(q, Whole<D>{j + q * w});
   }
-  for (int q = 0; j < n; j += w, ++q) {
-    const int64_t at = j, count = n - j < w ? n - j : w;
-    body(q, [at, count](const R* p) { return load_some(p + at, count); });
-  }
+  for (int q = 0; j < n; j += w, ++q) body(q, Part<D>{j, n - j < w ? n - j : w});
 }
 
-template <Form F, class R>
-Sums sums_of(const Batch& t, const Step<double>& step, const Span& at) {
+template <class R>
+Target<R> target(const Operand& to, const Span& at, int64_t j) {
+  return {to.row(at.k, at.i) + j * size_of(to.dtype), to.dtype};
+}
+
+template <Form F, class R, class D>
+Sums sums_of(const Batch& t, const Step<double>& step, const Span& at, const Direction& direction) {
   Scratch<R> scratch;
   const Step<Vector<R>> coefficients = broadcast<R>(step);
   Sums out{0, 0, 0};
@@ -130,20 +179,21 @@ Sums sums_of(const Batch& t, const Step<double>& step, const Span& at) {
     const int64_t n = at.end - j < tile ? at.end - j : tile;
     const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, true);
     Accumulator<R> s1, s2;
-    for_each_vector<R>(n, [&](int q, auto load_at) {
-      const Element<Vector<R>> e = element<F, R>(in, true, load_at);
-      const Vector<R> d = delta<F>(coefficients, e);
-      if constexpr (F != Form::log_prob) {
-        s1.part[q] = fma(d, residual<F>(coefficients, e), s1.part[q]);
-      }
+    Target<R> to{};
+    if (direction.to) to = target<R>(direction.to, at, j);
+    for_each_vector<R, D>(n, [&](int q, auto where) {
+      const Element<Vector<R>> x = element<F, R>(in, true, where);
+      const Vector<R> d = delta<F>(coefficients, x), e = residual<F>(coefficients, x);
+      if constexpr (F != Form::log_prob) s1.part[q] = fma(d, e, s1.part[q]);
       s2.part[q] = fma(d, d, s2.part[q]);
+      if (to) where.put(to, coefficients.b * (direction.with_delta ? e - d : e));
     });
     out.s1 += s1.total();
     out.s2 += s2.total();
-    if (in.ref == nullptr) continue;
+    if (!in.ref) continue;
     Accumulator<R> ref;
-    for_each_vector<R>(n, [&](int q, auto load_at) {
-      const Vector<R> d = coefficients.b * (load_at(in.v) - load_at(in.ref));
+    for_each_vector<R, D>(n, [&](int q, auto where) {
+      const Vector<R> d = coefficients.b * (where(in.v) - where.any(in.ref));
       ref.part[q] = fma(d, d, ref.part[q]);
     });
     out.ref += ref.total();
@@ -151,73 +201,74 @@ Sums sums_of(const Batch& t, const Step<double>& step, const Span& at) {
   return out;
 }
 
-template <Form F, class R>
+void write_zeros(const Operand& to, const Span& at) {
+  if (!to) return;
+  std::memset(to.row(at.k, at.i) + at.begin * size_of(to.dtype), 0,
+              (at.end - at.begin) * size_of(to.dtype));
+}
+
+// How c1 e + 2 c2 delta is formed: `general`, or as a multiple of a Direction, to its very bits.
+enum class Shape { general, with_delta, without };
+
+Shape shape_of(const Coefficients& c) {
+  if (c.c2 == 0) return Shape::without;  // delta's operands need not be read
+  return c.c2 == -0.5 * c.c1 ? Shape::with_delta : Shape::general;
+}
+
+template <Form F, class R, class D>
 void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c, const Span& at,
                  const Operand& cond, const Operand& uncond) {
-  const auto write_zeros = [&](const Operand& to) {
-    if (!to) return;
-    std::memset(to.row(at.k, at.i) + at.begin * size_of(to.dtype), 0,
-                (at.end - at.begin) * size_of(to.dtype));
-  };
   if (c.c1 == 0 && c.c2 == 0 && c.c3 == 0) {
-    write_zeros(cond);
-    write_zeros(uncond);
+    write_zeros(cond, at);
+    write_zeros(uncond, at);
     return;
   }
   Scratch<R> scratch;
   const Step<Vector<R>> coefficients = broadcast<R>(step);
+  const Vector<R> b = coefficients.b, factor = splat(R(c.c1));
   const Vector<R> k1 = splat(R(step.b * c.c1)), k2 = splat(R(2 * step.b * c.c2));
   const Vector<R> k3 = splat(R(2 * step.b * step.b * c.c3));
-  // Without c2 and c3 the gradient is c1 e alone, and delta's operands need not be read.
-  const bool with_delta = c.c2 != 0 || c.c3 != 0;
+  const Vector<R> scale = splat(R(t.guidance_scale)), rest = splat(R(1 - t.guidance_scale));
+  const Shape shape = shape_of(c);
+  const bool with_ref = c.c3 != 0 && t.ref, with_v = shape != Shape::without || with_ref;
   for (int64_t j = at.begin; j < at.end; j += tile) {
     const int64_t n = at.end - j < tile ? at.end - j : tile;
-    const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, with_delta);
-    const bool direct = cond && !t.uncond;
-    R* out = direct
-                 ? target(cond.dtype, cond.row(at.k, at.i) + j * size_of(cond.dtype), scratch.out)
-                 : scratch.out;
-    constexpr int w = width<R>;
-    const auto body = [&](bool delta_too, auto load_at) {
-      const Element<Vector<R>> e = element<F, R>(in, delta_too, load_at);
-      Vector<R> g{};
-      if (delta_too) g = k2 * delta<F>(coefficients, e);
-      if constexpr (F != Form::log_prob) g = fma(k1, residual<F>(coefficients, e), g);
-      if (delta_too && in.ref != nullptr) g = fma(k3, load_at(in.v) - load_at(in.ref), g);
-      return g;
-    };
-    const auto sweep = [&](auto delta_too) {
-      int64_t e = 0;
-      for (; e + w <= n; e += w) {
-        store(out + e, body(delta_too, [e](const R* p) { return load(p + e); }));
+    const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, with_v);
+    Target<R> to{}, to_uncond{};
+    if (cond) to = target<R>(cond, at, j);
+    if (uncond) to_uncond = target<R>(uncond, at, j);
+    for_each_vector<R, D>(n, [&](int, auto where) {
+      const Element<Vector<R>> x = element<F, R>(in, with_v, where);
+      Vector<R> e = residual<F>(coefficients, x), g;
+      if (shape == Shape::general) {
+        g = fma(k1, e, k2 * delta<F>(coefficients, x));
+      } else {
+        if (shape == Shape::with_delta) e = e - delta<F>(coefficients, x);
+        g = factor * (b * e);
       }
-      if (e < n) {
-        const int64_t count = n - e;
-        store_some(out + e,
-                   body(delta_too, [e, count](const R* p) { return load_some(p + e, count); }),
-                   count);
-      }
-    };
-    if (with_delta) {
-      sweep(std::true_type{});
-    } else {
-      sweep(std::false_type{});
-    }
-    const auto deliver = [&](const Operand& to, R scale, bool scaled) {
-      if (!to) return;
-      char* row = to.row(at.k, at.i) + j * size_of(to.dtype);
-      R* own = target(to.dtype, row, scratch.ref);
-      if (scaled) {
-        for (int64_t e = 0; e < n; ++e) own[e] = scale * out[e];
-      }
-      if (reinterpret_cast<char*>(own) != row) narrow(to.dtype, scaled ? own : out, row, n);
-    };
-    if (direct) {
-      deliver(cond, R(1), false);
-    } else {
-      deliver(cond, R(t.guidance_scale), true);
-      deliver(uncond, R(1 - t.guidance_scale), true);
-    }
+      if (with_ref) g = fma(k3, x.v - where.any(in.ref), g);
+      if (to) where.put(to, t.uncond ? scale * g : g);
+      if (to_uncond) where.put(to_uncond, rest * g);
+    });
+  }
+}
+
+template <class R>
+void scale_of(const Operand& to, double factor, const Span& at) {
+  const Vector<R> f = splat(R(factor));
+  const Target<R> out = target<R>(to, at, at.begin);
+  const Source<R> in{out.data, out.dtype};
+  for_each_vector<R, Any>(at.end - at.begin,
+                          [&](int, auto where) { where.put(out, f * where(in)); });
+}
+
+void scale(const Operand& to, double factor, const Span& at) {
+  if (factor == 0) {
+    write_zeros(to, at);
+  } else if (to.dtype == DType::f64) {
+    scale_of<double>(to, factor, at);
+  } else {
+    scale_of<float>(to, factor, at);
   }
 }
 
@@ -229,27 +280,17 @@ double step_of(const Batch& t, const Step<double>& step, const Span& at, const O
   double total = 0;
   for (int64_t j = at.begin; j < at.end; j += tile) {
     const int64_t n = at.end - j < tile ? at.end - j : tile;
-    const R* v = stage(t.v, at, j, n, s.v);
-    const R* x = stage(t.x, at, j, n, s.x);
-    const R* noise = stage_noise(t, at, j, n, s);
-    char* y_row = prev_sample.row(at.k, at.i) + j * size_of(prev_sample.dtype);
-    R* y = target(prev_sample.dtype, y_row, s.y);
-    R* m = reinterpret_cast<R*>(mean_out.row(at.k, at.i)) + j;
-    constexpr int w = width<R>;
-    for (int64_t e = 0; e < n; e += w) {
-      const int64_t count = n - e < w ? n - e : w;
-      const Vector<R> mu = mean(coefficients, load_some(x + e, count), load_some(v + e, count));
-      store_some(m + e, mu, count);
-      store_some(y + e, fma(coefficients.s, load_some(noise + e, count), mu), count);
-    }
-    if (reinterpret_cast<char*>(y) != y_row) {  // log_prob is that of the rounded sample
-      narrow(prev_sample.dtype, y, y_row, n);
-      const R* rounded = widen(prev_sample.dtype, y_row, s.out, n);
-      std::memmove(y, rounded, n * sizeof(R));
-    }
+    const Source<R> v = stage(t.v, at, j, n, s.v), x = stage(t.x, at, j, n, s.x);
+    const Source<R> noise = stage_noise(t, at, j, n, s);
+    const Target<R> y = target<R>(prev_sample, at, j), m = target<R>(mean_out, at, j);
     Accumulator<R> square;
-    for_each_vector<R>(n, [&](int q, auto load_at) {
-      const Vector<R> d = load_at(y) - load_at(m);
+    for_each_vector<R, Any>(n, [&](int q, auto where) {
+      const Vector<R> mu = mean(coefficients, where(x), where(v));
+      const Vector<R> sampled = fma(coefficients.s, where(noise), mu);
+      where.put(m, mu);
+      where.put(y, sampled);
+      // log_prob is that of the sample as it is stored
+      const Vector<R> d = rounded<R>(sampled, y.dtype) - mu;
       square.part[q] = fma(d, d, square.part[q]);
     });
     total += square.total();
@@ -257,36 +298,46 @@ double step_of(const Batch& t, const Step<double>& step, const Span& at, const O
   return total;
 }
 
-template <class R, class Call>
-auto by_form(Form form, Call call) {
-  switch (form) {
-    case Form::mean:
-      return call(std::integral_constant<Form, Form::mean>{}, R{});
-    case Form::velocity:
-      return call(std::integral_constant<Form, Form::velocity>{}, R{});
-    case Form::noise:
-    case Form::seeded:
-      return call(std::integral_constant<Form, Form::noise>{}, R{});
-    default:
-      return call(std::integral_constant<Form, Form::log_prob>{}, R{});
-  }
+// The dtype of v, x, y and v_old, if it is one and nothing but conversion stands before them.
+template <class Call>
+auto by_dtype(const Batch& t, Call call) {
+  if (t.wide) return call(double{}, Any{});
+  bool same = !t.uncond;
+  for (const Operand* x : {&t.x, &t.y, &t.v_old}) same = same && (!*x || x->dtype == t.v.dtype);
+  if (same && t.v.dtype == DType::f32) return call(float{}, Known<DType::f32>{});
+  if (same && t.v.dtype == DType::bf16) return call(float{}, Known<DType::bf16>{});
+  if (same && t.v.dtype == DType::f16) return call(float{}, Known<DType::f16>{});
+  return call(float{}, Any{});
 }
 
 template <class Call>
 auto dispatch(const Batch& t, Call call) {
-  return t.wide ? by_form<double>(t.form, call) : by_form<float>(t.form, call);
+  return by_dtype(t, [&](auto real, auto dtype) {
+    switch (t.form) {
+      case Form::mean:
+        return call(std::integral_constant<Form, Form::mean>{}, real, dtype);
+      case Form::velocity:
+        return call(std::integral_constant<Form, Form::velocity>{}, real, dtype);
+      case Form::noise:
+      case Form::seeded:
+        return call(std::integral_constant<Form, Form::noise>{}, real, dtype);
+      default:
+        return call(std::integral_constant<Form, Form::log_prob>{}, real, dtype);
+    }
+  });
 }
 
-Sums sums(const Batch& t, const Step<double>& step, const Span& at) {
-  return dispatch(t, [&](auto form, auto real) {
-    return sums_of<decltype(form)::value, decltype(real)>(t, step, at);
+Sums sums(const Batch& t, const Step<double>& step, const Span& at, const Direction& direction) {
+  return dispatch(t, [&](auto form, auto real, auto dtype) {
+    return sums_of<decltype(form)::value, decltype(real), decltype(dtype)>(t, step, at, direction);
   });
 }
 
 void gradient(const Batch& t, const Step<double>& step, const Coefficients& c, const Span& at,
               const Operand& cond, const Operand& uncond) {
-  dispatch(t, [&](auto form, auto real) {
-    gradient_of<decltype(form)::value, decltype(real)>(t, step, c, at, cond, uncond);
+  dispatch(t, [&](auto form, auto real, auto dtype) {
+    gradient_of<decltype(form)::value, decltype(real), decltype(dtype)>(t, step, c, at, cond,
+                                                                        uncond);
   });
 }
 
@@ -302,6 +353,6 @@ double sde_step(const Batch& t, const Step<double>& step, const Span& at,
 }  // namespace
 
 extern const Kernels table;
-const Kernels table{GUARD_OPS_STRING(GUARD_OPS_ISA), sums, gradient, sde_step};
+const Kernels table{GUARD_OPS_STRING(GUARD_OPS_ISA), sums, gradient, scale, sde_step};
 
 }  // namespace guard_ops::cpu::GUARD_OPS_ISA

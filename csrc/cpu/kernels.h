@@ -46,14 +46,23 @@ struct Span {
   int64_t k, i, begin, end;
 };
 
+// Where sums may also write h = b (e - delta), or h = b e: the gradient up to the factor c1 of
+// every loss whose c2 is -c1 / 2, or 0 (all of them, but for the KL to a reference model).
+struct Direction {
+  Operand to;  // of v's dtype, which has to be the compute type; or absent
+  bool with_delta = false;
+};
+
 constexpr int64_t tile = 1024;        // staged in L1, summed in the compute type
 constexpr int64_t chunk = 64 * tile;  // unit of parallel work; partial sums are float64
 
 struct Kernels {
   const char* name;
-  Sums (*sums)(const Batch&, const Step<double>&, const Span&);
+  Sums (*sums)(const Batch&, const Step<double>&, const Span&, const Direction&);
+  // Either may be absent; they have the dtypes of v and uncond.
   void (*gradient)(const Batch&, const Step<double>&, const Coefficients&, const Span&,
                    const Operand& cond, const Operand& uncond);
+  void (*scale)(const Operand&, double factor, const Span&);  // in place; 0 gives zeros always
   // prev_sample, mean; returns sum((prev_sample - mean)^2).
   double (*sde_step)(const Batch&, const Step<double>&, const Span&, const Operand& prev_sample,
                      const Operand& mean);

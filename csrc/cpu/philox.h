@@ -9,25 +9,65 @@ typedef uint32_t vu __attribute__((vector_size(GUARD_OPS_VECTOR)));
 typedef int32_t vi __attribute__((vector_size(GUARD_OPS_VECTOR)));
 typedef uint64_t vq __attribute__((vector_size(GUARD_OPS_VECTOR)));
 
-// Low and high words of m * x per lane.
+// Low and high words of m * x per lane: products of the even and of the odd lanes, interleaved.
 GUARD_OPS_HD void multiply(uint32_t m, vu x, vu* low, vu* high) {
-  const vq even_mask = vq{} + 0xFFFFFFFFull;
-  const vq x64 = (vq)x;
 #if GUARD_OPS_VECTOR == 64
-  const __m512i factor = _mm512_set1_epi64(m);
-  const vq even = (vq)_mm512_mul_epu32((__m512i)x64, factor);
-  const vq odd = (vq)_mm512_mul_epu32((__m512i)(x64 >> 32), factor);
+  const __m512i factor = _mm512_set1_epi64(m), odd_lanes = _mm512_srli_epi64((__m512i)x, 32);
+  const __m512i even = _mm512_mul_epu32((__m512i)x, factor);
+  const __m512i odd = _mm512_mul_epu32(odd_lanes, factor);
+  *low = (vu)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
+  *high = (vu)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
 #elif GUARD_OPS_VECTOR == 32
-  const __m256i factor = _mm256_set1_epi64x(m);
-  const vq even = (vq)_mm256_mul_epu32((__m256i)x64, factor);
-  const vq odd = (vq)_mm256_mul_epu32((__m256i)(x64 >> 32), factor);
+  const __m256i factor = _mm256_set1_epi64x(m), odd_lanes = _mm256_srli_epi64((__m256i)x, 32);
+  const __m256i even = _mm256_mul_epu32((__m256i)x, factor);
+  const __m256i odd = _mm256_mul_epu32(odd_lanes, factor);
+  *low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  *high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
 #else
-  const __m128i factor = _mm_set1_epi64x(m);
-  const vq even = (vq)_mm_mul_epu32((__m128i)x64, factor);
-  const vq odd = (vq)_mm_mul_epu32((__m128i)(x64 >> 32), factor);
-#endif
+  const vq factor = vq{} + m, even_mask = vq{} + 0xFFFFFFFFull;
+  const vq even = (vq)_mm_mul_epu32((__m128i)x, (__m128i)factor);
+  const vq odd = (vq)_mm_mul_epu32((__m128i)((vq)x >> 32), (__m128i)factor);
   *low = (vu)((even & even_mask) | (odd << 32));
   *high = (vu)((even >> 32) | (odd & ~even_mask));
+#endif
+}
+
+#if GUARD_OPS_VECTOR == 64
+#define GUARD_OPS_MM(op) _mm512_##op
+typedef __m512 mm_ps;
+typedef __m512d mm_pd;
+#elif GUARD_OPS_VECTOR == 32
+#define GUARD_OPS_MM(op) _mm256_##op
+typedef __m256 mm_ps;
+typedef __m256d mm_pd;
+#else
+#define GUARD_OPS_MM(op) _mm_##op
+typedef __m128 mm_ps;
+typedef __m128d mm_pd;
+#endif
+
+// z[q] lane (4 b + i) -> out[i w + 4 b + q]: a transposition of every four lanes, which is the
+// order of the elements because of how `counters` numbers the lanes.
+GUARD_OPS_HD void store_transposed(const vf z[4], float* out) {
+  constexpr int w = width<float>;
+  const mm_ps z0 = (mm_ps)z[0], z1 = (mm_ps)z[1], z2 = (mm_ps)z[2], z3 = (mm_ps)z[3];
+  const mm_pd low01 = (mm_pd)GUARD_OPS_MM(unpacklo_ps)(z0, z1);
+  const mm_pd low23 = (mm_pd)GUARD_OPS_MM(unpacklo_ps)(z2, z3);
+  const mm_pd high01 = (mm_pd)GUARD_OPS_MM(unpackhi_ps)(z0, z1);
+  const mm_pd high23 = (mm_pd)GUARD_OPS_MM(unpackhi_ps)(z2, z3);
+  store(out, (vf)GUARD_OPS_MM(unpacklo_pd)(low01, low23));
+  store(out + w, (vf)GUARD_OPS_MM(unpackhi_pd)(low01, low23));
+  store(out + 2 * w, (vf)GUARD_OPS_MM(unpacklo_pd)(high01, high23));
+  store(out + 3 * w, (vf)GUARD_OPS_MM(unpackhi_pd)(high01, high23));
+}
+
+// `width<float>` counters from `first` on, one per lane, lane 4 b + i holding number i (w / 4) + b.
+GUARD_OPS_HD void counters(uint64_t first, vu* low, vu* high) {
+  constexpr int w = width<float>;
+  vu number;
+  for (int l = 0; l < w; ++l) number[l] = l % 4 * (w / 4) + l / 4;
+  *low = number + uint32_t(first);
+  *high = uint32_t(first >> 32) - (vu)(*low < number);  // the comparison is -1 where it carried
 }
 
 // Natural logarithm of x in (0, 1]: exponent and a polynomial on [sqrt(1/2), sqrt(2)) (Cephes).
@@ -93,12 +133,8 @@ GUARD_OPS_HD void box_muller(vu radius_word, vu angle_word, vf* first, vf* secon
 inline void normals(uint64_t key, uint64_t transition, int64_t begin, int64_t n, float* out) {
   constexpr int w = width<float>;
   for (int64_t j = 0; j < n; j += 4 * w) {
-    const uint64_t first = uint64_t(begin + j) / 4;
     vu c0, c1;
-    for (int l = 0; l < w; ++l) {
-      c0[l] = uint32_t(first + l);
-      c1[l] = uint32_t((first + l) >> 32);
-    }
+    counters(uint64_t(begin + j) / 4, &c0, &c1);
     vu c2 = vu{} + uint32_t(transition), c3 = vu{} + uint32_t(transition >> 32);
     uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
     for (int r = 0; r < philox::rounds; ++r) {
@@ -115,9 +151,7 @@ inline void normals(uint64_t key, uint64_t transition, int64_t begin, int64_t n,
     vf z[4];
     box_muller(c0, c2, &z[0], &z[1]);
     box_muller(c1, c3, &z[2], &z[3]);
-    for (int l = 0; l < w; ++l) {
-      for (int q = 0; q < 4; ++q) out[j + 4 * l + q] = z[q][l];
-    }
+    store_transposed(z, out + j);
   }
 }
 

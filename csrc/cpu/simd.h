@@ -88,6 +88,7 @@ GUARD_OPS_HD Vector<R> splat(R x) {
   return Vector<R>{} + x;
 }
 
+// Registers from and to memory of their own type.
 template <class R>
 GUARD_OPS_HD Vector<R> load(const R* p) {
   Vector<R> r;
@@ -98,14 +99,6 @@ GUARD_OPS_HD Vector<R> load(const R* p) {
 template <class R>
 GUARD_OPS_HD void store(R* p, Vector<R> x) {
   std::memcpy(p, &x, sizeof x);
-}
-
-// The first `count` elements, zeros after them.
-template <class R>
-GUARD_OPS_HD Vector<R> load_some(const R* p, int64_t count) {
-  Vector<R> r{};
-  std::memcpy(&r, p, count * sizeof(R));
-  return r;
 }
 
 template <class R>
@@ -163,87 +156,158 @@ inline uint16_t float_to_bfloat(float f) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? uint16_t(0x7FC0u) : uint16_t(rounded);
 }
 
-inline void widen_half(const uint16_t* from, float* to, int64_t n) {
-  int64_t j = 0;
+// `width<float>` elements of a 16-bit type, widened; and a vector narrowed, to nearest even.
 #if GUARD_OPS_VECTOR == 64
-  for (; j + 16 <= n; j += 16) {
-    _mm512_storeu_ps(to + j, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(from + j))));
-  }
+typedef __m256i vh;
+GUARD_OPS_HD vf from_bfloat(vh h) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16); }
+GUARD_OPS_HD vf from_half(vh h) { return (vf)_mm512_cvtph_ps(h); }
+GUARD_OPS_HD vh to_half(vf x) { return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+GUARD_OPS_HD vh to_bfloat(vf x) {
+  const __m512i bits = (__m512i)x, odd = _mm512_srli_epi32(_mm512_slli_epi32(bits, 15), 31);
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7FC0)));
+}
 #elif GUARD_OPS_VECTOR == 32
-  for (; j + 8 <= n; j += 8) {
-    _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + j))));
-  }
+typedef __m128i vh;
+GUARD_OPS_HD vf from_bfloat(vh h) { return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16); }
+GUARD_OPS_HD vf from_half(vh h) { return (vf)_mm256_cvtph_ps(h); }
+GUARD_OPS_HD vh to_half(vf x) { return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+GUARD_OPS_HD vh to_bfloat(vf x) {
+  const __m256i bits = (__m256i)x, odd = _mm256_srli_epi32(_mm256_slli_epi32(bits, 15), 31);
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+  const __m256i nan = (__m256i)_mm256_cmp_ps((__m256)x, (__m256)x, _CMP_UNORD_Q);
+  const __m256i words =
+      _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7FC0), nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+#else
+typedef struct {
+  uint16_t h[4];
+} vh;
+GUARD_OPS_HD vf from_bfloat(vh h) {
+  return (vf)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i*)h.h));
+}
+GUARD_OPS_HD vh to_bfloat(vf x) {
+  const __m128i bits = (__m128i)x, odd = _mm_srli_epi32(_mm_slli_epi32(bits, 15), 31);
+  const __m128i sum = _mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7FFF)), odd);
+  const __m128i nan = (__m128i)_mm_cmpunord_ps((__m128)x, (__m128)x);
+  const __m128i words =
+      _mm_or_si128(_mm_andnot_si128(nan, sum), _mm_and_si128(nan, _mm_set1_epi32(0x7FC00000)));
+  const __m128i high = _mm_srai_epi32(words, 16);  // signed, as the pack saturates
+  vh r;
+  _mm_storel_epi64((__m128i*)r.h, _mm_packs_epi32(high, high));
+  return r;
+}
+__attribute__((noinline)) inline vf from_half(vh h) {
+  vf r;
+  for (int l = 0; l < 4; ++l) r[l] = half_to_float(h.h[l]);
+  return r;
+}
+__attribute__((noinline)) inline vh to_half(vf x) {
+  vh r;
+  for (int l = 0; l < 4; ++l) r.h[l] = float_to_half(x[l]);
+  return r;
+}
 #endif
-  for (; j < n; ++j) to[j] = half_to_float(from[j]);
-}
 
-inline void narrow_half(const float* from, uint16_t* to, int64_t n) {
-  int64_t j = 0;
-#if GUARD_OPS_VECTOR == 64
-  for (; j + 16 <= n; j += 16) {
-    _mm256_storeu_si256((__m256i*)(to + j), _mm512_cvtps_ph(_mm512_loadu_ps(from + j), 0));
-  }
-#elif GUARD_OPS_VECTOR == 32
-  for (; j + 8 <= n; j += 8) {
-    _mm_storeu_si128((__m128i*)(to + j), _mm256_cvtps_ph(_mm256_loadu_ps(from + j), 0));
-  }
-#endif
-  for (; j < n; ++j) to[j] = float_to_half(from[j]);
-}
-
-// A pointer to `n` elements of compute type: the tensor's own memory, or `scratch`.
-inline const float* widen(DType dtype, const char* from, float* scratch, int64_t n) {
-  const auto* h = reinterpret_cast<const uint16_t*>(from);
-  switch (dtype) {
-    case DType::f32:
-      return reinterpret_cast<const float*>(from);
-    case DType::bf16:
-      for (int64_t j = 0; j < n; ++j) scratch[j] = bfloat_to_float(h[j]);
-      return scratch;
-    case DType::f16:
-      widen_half(h, scratch, n);
-      return scratch;
-    case DType::f64:
-      break;  // float64 operands make the arithmetic wide
-  }
-  return nullptr;
-}
-
-inline const double* widen(DType dtype, const char* from, double* scratch, int64_t n) {
-  if (dtype == DType::f64) return reinterpret_cast<const double*>(from);
-  float narrow[tile];
-  const float* f = widen(dtype, from, narrow, n);
-  for (int64_t j = 0; j < n; ++j) scratch[j] = f[j];
-  return scratch;
-}
-
-// Where to write `n` elements of compute type: the tensor's own memory, or `scratch`.
+// What R arithmetic reads and writes: memory of R's own type, or for float32 of a 16-bit one.
 template <class R>
-inline R* target(DType dtype, char* to, R* scratch) {
-  const DType own = sizeof(R) == 8 ? DType::f64 : DType::f32;
-  return dtype == own ? reinterpret_cast<R*>(to) : scratch;
+struct Source {
+  const void* data = nullptr;
+  DType dtype = sizeof(R) == 8 ? DType::f64 : DType::f32;
+  GUARD_OPS_HD explicit operator bool() const { return data != nullptr; }
+};
+
+template <class R>
+struct Target {
+  void* data = nullptr;
+  DType dtype = sizeof(R) == 8 ? DType::f64 : DType::f32;
+  GUARD_OPS_HD explicit operator bool() const { return data != nullptr; }
+};
+
+// A dtype known when compiling, or not: then every access branches on it.
+struct Any {
+  GUARD_OPS_HD static DType of(DType dtype) { return dtype; }
+};
+template <DType D>
+struct Known {
+  GUARD_OPS_HD static constexpr DType of(DType) { return D; }
+};
+
+template <class T>
+GUARD_OPS_HD T load_bytes(const void* from, int64_t at, int64_t count) {
+  T r{};
+  std::memcpy(&r, static_cast<const char*>(from) + at, count);
+  return r;
 }
 
-inline void narrow(DType dtype, const float* from, char* to, int64_t n) {
-  auto* h = reinterpret_cast<uint16_t*>(to);
-  if (dtype == DType::bf16) {
-    for (int64_t j = 0; j < n; ++j) h[j] = float_to_bfloat(from[j]);
-  } else if (dtype == DType::f16) {
-    narrow_half(from, h, n);
-  } else if (dtype == DType::f64) {
-    for (int64_t j = 0; j < n; ++j) reinterpret_cast<double*>(to)[j] = from[j];
-  }
+// Elements [at, at + count) of a source, zeros after them.
+template <class D = Any>
+GUARD_OPS_HD vf load_some(const Source<float>& s, int64_t at, int64_t count) {
+  const DType dtype = D::of(s.dtype);
+  if (dtype == DType::f32) return load_bytes<vf>(s.data, 4 * at, 4 * count);
+  const vh h = load_bytes<vh>(s.data, 2 * at, 2 * count);
+  return dtype == DType::bf16 ? from_bfloat(h) : from_half(h);
 }
 
-inline void narrow(DType dtype, const double* from, char* to, int64_t n) {
-  if (dtype == DType::f64) return;
-  float f[tile];
-  for (int64_t j = 0; j < n; ++j) f[j] = float(from[j]);
+template <class D = Any>
+GUARD_OPS_HD vd load_some(const Source<double>& s, int64_t at, int64_t count) {
+  return load_bytes<vd>(s.data, 8 * at, 8 * count);
+}
+
+template <class D = Any, class R>
+GUARD_OPS_HD Vector<R> load(const Source<R>& s, int64_t at) {
+  return load_some<D>(s, at, width<R>);
+}
+
+GUARD_OPS_HD float load_one(const Source<float>& s, int64_t at) { return load_some(s, at, 1)[0]; }
+
+template <class T>
+GUARD_OPS_HD void store_bytes(void* to, int64_t at, const T& x, int64_t count) {
+  std::memcpy(static_cast<char*>(to) + at, &x, count);
+}
+
+// The first `count` elements of x from element `at` on, in the target's type.
+template <class D = Any>
+GUARD_OPS_HD void store_some(const Target<float>& to, int64_t at, vf x, int64_t count) {
+  const DType dtype = D::of(to.dtype);
   if (dtype == DType::f32) {
-    std::memcpy(to, f, n * sizeof(float));
+    store_bytes(to.data, 4 * at, x, 4 * count);
   } else {
-    narrow(dtype, f, to, n);
+    store_bytes(to.data, 2 * at, dtype == DType::bf16 ? to_bfloat(x) : to_half(x), 2 * count);
   }
+}
+
+template <class D = Any>
+inline void store_some(const Target<double>& to, int64_t at, vd x, int64_t count) {
+  if (to.dtype == DType::f64) return store_bytes(to.data, 8 * at, x, 8 * count);
+  float* f = static_cast<float*>(to.data) + at;
+  auto* h = static_cast<uint16_t*>(to.data) + at;
+  for (int64_t l = 0; l < count; ++l) {
+    if (to.dtype == DType::f32) {
+      f[l] = float(x[l]);
+    } else {
+      h[l] = to.dtype == DType::bf16 ? float_to_bfloat(float(x[l])) : float_to_half(float(x[l]));
+    }
+  }
+}
+
+template <class D = Any, class R>
+GUARD_OPS_HD void store(const Target<R>& to, int64_t at, Vector<R> x) {
+  store_some<D>(to, at, x, width<R>);
+}
+
+// x as it will read back from memory of `dtype`.
+template <class R>
+GUARD_OPS_HD Vector<R> rounded(Vector<R> x, DType dtype) {
+  char bytes[sizeof x];
+  store(Target<R>{bytes, dtype}, 0, x);
+  if (dtype == DType::f64 || sizeof(R) == 4) return load(Source<R>{bytes, dtype}, 0);
+  Vector<R> r{};
+  for (int l = 0; l < width<R>; ++l) r[l] = load_one(Source<float>{bytes, dtype}, l);
+  return r;
 }
 
 }  // namespace guard_ops::cpu::GUARD_OPS_ISA

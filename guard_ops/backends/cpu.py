@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import warnings
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from .. import _C  # registers torch.ops.guard_ops; its absence makes this backend unavailable
+if importlib.util.find_spec("guard_ops._C") is None:
+    raise ImportError(
+        "the C++ kernels were not built when guard-ops was installed, for want of a C++ compiler "
+        "or because build isolation hid torch (pip install --no-build-isolation)"
+    )
+from .. import _C  # registers torch.ops.guard_ops
 from ..config import Balance, GuardConfig, RatioNorm
 from ..objective import Metrics
 from ..transitions import Transitions, compute_dtype
@@ -16,6 +24,14 @@ NAME = "cpu"
 FUSED = True
 
 build_info = _C.build_info
+_isa = os.environ.get("GUARD_OPS_CPU_ISA")
+if _isa and _isa != build_info()["cpu_isa"]:
+    warnings.warn(
+        f"guard_ops: GUARD_OPS_CPU_ISA is {_isa!r}, which this build or processor does not have "
+        f"({build_info()['cpu_isa_built']}); using {build_info()['cpu_isa']}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 _ops = torch.ops.guard_ops
 _RATIO_NORM = {name: i for i, name in enumerate(get_args(RatioNorm))}
 _BALANCE = {name: i for i, name in enumerate(get_args(Balance))}
@@ -58,9 +74,12 @@ def guard_loss(
     cond: bool,
     uncond: bool,
 ) -> tuple[Tensor, ...]:
-    """Loss and gradient in one pass over the latents: (loss, grad, grad_uncond, per_row, metrics).
+    """Loss and gradient in one pass over the latents.
 
-    ``per_row`` [4, K, B] is log_ratio, excess, weights, kl; ``metrics`` [10, K] as Metrics.
+    Returns:
+        loss [], grad and grad_uncond (empty when not asked for), per_row [4, K, B] (log_ratio,
+        excess, weights, kl), metrics [10, K] as Metrics, and ``d loss / d sums`` [3, K, B] float64,
+        from which :func:`gradient` makes the same gradient again, or a multiple of it.
     """
     out: tuple[Tensor, ...] = _ops.guard_loss(
         *t,
@@ -87,10 +106,15 @@ def guard_loss(
     return out
 
 
-def scale_(grad: Tensor, factor: Tensor) -> Tensor:
-    """``grad *= factor`` in place; free for the factor 1 that ``loss.backward()`` passes."""
+def scale_(grads: list[Tensor], factor: Tensor) -> bool:
+    """Multiply in place; False where that would round a 16-bit gradient a second time."""
     value = factor.item()
-    return grad if value == 1.0 else grad.mul_(value)
+    if value != 1.0:
+        if any(grad.dtype in (torch.bfloat16, torch.float16) for grad in grads):
+            return False
+        for grad in grads:
+            grad.mul_(value)
+    return True
 
 
 def _fake_gradient(branch: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
@@ -123,6 +147,7 @@ def _(*args):  # type: ignore[no-untyped-def]
         _fake_gradient(uncond_output, uncond, v),
         per_row,
         per_row.new_empty((len(Metrics._fields), v.shape[0])),
+        per_row.new_empty((3, *v.shape[:2]), dtype=torch.float64),
     )
 
 

@@ -29,7 +29,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def philox(key: Tensor, transition: Tensor, counter: Tensor) -> list[Tensor]:
     """Four words (int64 below 2^32) per counter; the arguments broadcast against each other."""
-    c = [counter & _MASK, counter >> 32, transition & _MASK, (transition >> 32) & _MASK]
+    c = [counter & _MASK, (counter >> 32) & _MASK, transition & _MASK, (transition >> 32) & _MASK]
     k = [key & _MASK, (key >> 32) & _MASK]
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c[0])

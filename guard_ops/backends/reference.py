@@ -44,7 +44,7 @@ def _delta_e(t: Transitions, v: Tensor) -> tuple[Tensor, Tensor]:
     x, y = wide(t.sample), wide(t.prev_sample)
     if t.form == "velocity":
         old = wide(t.old_model_output)
-        return b * (v - old), y - _mean(a, b, x, old)
+        return b * (v - old), (y - a * x) - b * old
     if t.form == "mean":
         m = wide(t.old_mean)
         return _mean(a, b, x, v) - m, y - m
