@@ -1,0 +1,72 @@
+"""Fixtures over the backends that this machine has, and the golden vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import guard_ops as go
+
+DATA = Path(__file__).parent / "data"
+
+
+class Goldens:
+    """A ``.npz`` of keys ``case/array`` and ``case/variant/array``."""
+
+    def __init__(self, name: str) -> None:
+        with np.load(DATA / name) as file:
+            self._arrays = {key: file[key] for key in file.files}
+        self.cases = sorted({key.split("/")[0] for key in self._arrays})
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._arrays
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(self._arrays[key])).clone()
+
+    def variants(self, case: str) -> list[str]:
+        """Of the cases' three-part keys, the middle parts."""
+        parts = [key.split("/") for key in self._arrays if key.startswith(f"{case}/")]
+        return sorted({part[1] for part in parts if len(part) == 3})
+
+
+@pytest.fixture(scope="session")
+def objective_goldens() -> Goldens:
+    return Goldens("objective_f64.npz")
+
+
+@pytest.fixture(scope="session")
+def peer_goldens() -> Goldens:
+    return Goldens("peers_f32.npz")
+
+
+@pytest.fixture(params=go.available_backends())
+def backend(request):
+    """Every backend in turn, in use while the test runs."""
+    with go.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in go.available_backends() if name != "reference"])
+def fused_backend(request):
+    """Every backend but ``reference``, in use while the test runs."""
+    with go.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _reproducible(request):
+    """No test depends on another's random numbers or thread count.
+
+    Those of the ops run on one thread, so that they may share the machine with other workers;
+    test_determinism.py asks for more.
+    """
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    if request.path.parent == DATA.parent:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

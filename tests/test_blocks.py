@@ -1,0 +1,192 @@
+"""The building blocks make guard_loss, and refuse what it refuses."""
+
+import re
+
+import pytest
+import torch
+from problems import FORMS, problem, relative, run, schedule, without_advantages
+
+import guard_ops as go
+
+
+@pytest.mark.parametrize("steps", [3, None])
+@pytest.mark.parametrize("recipe", ["article", "paper", "flow_grpo"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_blocks_compose_to_guard_loss(form, recipe, steps, backend):
+    """Loss, excess, weights and gradient; what someone with an objective of their own relies on."""
+    if form == "log-prob" and recipe == "paper":
+        recipe = "flow_grpo"
+    config = getattr(go.GuardConfig, recipe)(clip_low=0.02, clip_high=0.03)
+    given = problem(form, steps=steps, drift=0.4)
+    out, grad = run(given, config)
+    v = given["model_output"].clone().requires_grad_()
+    t = go.log_ratio(**without_advantages({**given, "model_output": v}))
+    coeffs = given["coeffs"]
+    excess = go.ratio_norm(t.log_ratio, config=config, coeffs=coeffs, kl_old=t.kl_old)
+    weights = go.balance_weights(excess, config=config, coeffs=coeffs)
+    losses = go.clipped_surrogate(excess, given["advantages"], config=config)
+    loss = (weights * losses).reshape(-1, 4).sum(0).mean()
+    loss.backward()
+    torch.testing.assert_close(t.log_ratio, out.log_ratio, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(excess, out.excess, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(weights, out.weights, rtol=1e-11, atol=1e-14)
+    assert loss.item() == pytest.approx(out.loss.item(), rel=1e-12)
+    assert relative(v.grad, grad) < 1e-11
+
+
+def test_metrics_by_hand(backend):
+    """Eight samples whose excesses are known: shares, means, spreads, and the KL."""
+    given = problem("noise", steps=None, batch=8, drift=0.5)
+    given["advantages"] = torch.tensor([1.0, -1.0, -1.0, 1.0] * 2, dtype=torch.float64)
+    config = go.GuardConfig("none", clip_low=0.005, clip_high=0.01)
+    out, _ = run(given, config)
+    u, a, metrics = out.excess, given["advantages"], out.metrics
+    high, low = u > 0.01, u < -0.005
+    clipped = (high & (a > 0)) | (low & (a < 0))
+    assert 0 < clipped.sum() < high.sum() + low.sum() < 8
+    assert high.any()
+    expected = {
+        "ratio_bias": u.mean(),
+        "ratio_std": u.std(correction=0),
+        "ratio_hat_bias": u.mean(),
+        "ratio_hat_std": u.std(correction=0),
+        "clip_fraction": clipped.double().mean(),
+        "clip_fraction_high": high.double().mean(),
+        "clip_fraction_low": low.double().mean(),
+        "kl_old": go.log_ratio(**without_advantages(given)).kl_old.mean(),
+        "grad_weight": torch.ones(()).double(),
+        "nonfinite": torch.zeros(()).double(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(metrics, name), value, rtol=1e-12, atol=1e-15, msg=name)
+
+
+def test_given_step_weights_replace_the_balance(backend):
+    given = problem("velocity")
+    weights = torch.rand(3, 4, dtype=torch.float64)
+    config = go.GuardConfig.article()
+    out, grad = run(given, config, step_weights=weights)
+    assert torch.equal(out.weights, weights)
+    expected, expected_grad = run(given, go.GuardConfig(), step_weights=torch.ones(3, 4))
+    scale = weights[..., None, None].expand_as(grad)
+    assert relative(grad, scale * expected_grad) < 1e-12
+    assert relative(out.excess, expected.excess) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "call, exception, message",
+    [
+        (
+            lambda x: go.ratio_norm(x, config=go.GuardConfig.paper(), kl_old=x),
+            ValueError,
+            "`coeffs` is missing: closed_form needs both",
+        ),
+        (
+            lambda x: go.ratio_norm(x, config=go.GuardConfig.paper(), coeffs=schedule()[:2]),
+            ValueError,
+            "`kl_old` is missing: closed_form needs both",
+        ),
+        (
+            lambda x: go.ratio_norm(
+                x, config=go.GuardConfig.paper(), coeffs=schedule("cps")[:2], kl_old=x
+            ),
+            ValueError,
+            "`config.ratio_norm` is closed_form, which needs the Gaussian kappa",
+        ),
+        (
+            lambda x: go.ratio_norm(
+                x, config=go.GuardConfig.paper(), coeffs=schedule()[:2], kl_old=x[0]
+            ),
+            ValueError,
+            "`kl_old` has shape (3,) but `log_ratio` (2, 3)",
+        ),
+        (
+            lambda x: go.ratio_norm(
+                x, config=go.GuardConfig.paper(), coeffs=schedule()[:3], kl_old=x
+            ),
+            ValueError,
+            "`coeffs` has shape (3,)",
+        ),
+        (
+            lambda x: go.ratio_norm(
+                x, config=go.GuardConfig.paper(), coeffs=schedule()[:1], kl_old=x
+            ),
+            ValueError,
+            "`coeffs` has shape (1,)",
+        ),
+        (
+            lambda x: go.ratio_norm(
+                x[0], config=go.GuardConfig.paper(), coeffs=schedule()[:3], kl_old=x[0]
+            ),
+            ValueError,
+            "`coeffs` has shape (3,)",
+        ),
+        (
+            lambda x: go.ratio_norm(x, config=go.GuardConfig(), statistics=go.RatioStatistics()),
+            ValueError,
+            "`statistics` covers steps of shape () on cpu; this call needs (2,) on cpu",
+        ),
+        (
+            lambda x: go.ratio_norm(
+                x, config=go.GuardConfig("none"), statistics=go.RatioStatistics(2)
+            ),
+            ValueError,
+            "`statistics` is given but `config.ratio_norm` is 'none'",
+        ),
+        (
+            lambda x: go.ratio_norm(x.long(), config=go.GuardConfig()),
+            TypeError,
+            "`log_ratio` has dtype torch.int64; it needs a floating dtype",
+        ),
+        (
+            lambda x: go.ratio_norm([0.0], config=go.GuardConfig()),
+            TypeError,
+            "`log_ratio` is a list; it needs a tensor",
+        ),
+        (
+            lambda x: go.ratio_norm(x, config={"ratio_norm": "none"}),
+            TypeError,
+            "`config` is a dict; it needs a GuardConfig",
+        ),
+        (
+            lambda x: go.ratio_norm(x[None], config=go.GuardConfig()),
+            ValueError,
+            "`log_ratio` has shape (1, 2, 3); it needs [K, B] or [B]",
+        ),
+        (
+            lambda x: go.balance_weights(x, config=go.GuardConfig(balance="inverse_dt")),
+            ValueError,
+            "`coeffs` is missing: inverse_dt needs it",
+        ),
+        (
+            lambda x: go.balance_weights(
+                x, config=go.GuardConfig(balance="inverse_dt"), coeffs=schedule()[:3]
+            ),
+            ValueError,
+            "`coeffs` has shape (3,)",
+        ),
+        (
+            lambda x: go.balance_weights(x[:, :0], config=go.GuardConfig()),
+            ValueError,
+            "`excess` has shape (2, 0); it needs [K, B] or [B]",
+        ),
+        (
+            lambda x: go.clipped_surrogate(x, x[:, 0], config=go.GuardConfig()),
+            ValueError,
+            "`advantages` has shape (2,) but `excess` (2, 3)",
+        ),
+        (
+            lambda x: go.clipped_surrogate(x, x[0].long(), config=go.GuardConfig()),
+            TypeError,
+            "`advantages` has dtype torch.int64",
+        ),
+        (
+            lambda x: go.clipped_surrogate(x, [1.0, 2.0, 3.0], config=go.GuardConfig()),
+            TypeError,
+            "`advantages` is a list; it needs a tensor",
+        ),
+    ],
+)
+def test_blocks_refuse_what_guard_loss_refuses(call, exception, message):
+    with pytest.raises(exception, match=re.escape(message)):
+        call(torch.zeros(2, 3, dtype=torch.float64))

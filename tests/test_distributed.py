@@ -1,0 +1,123 @@
+"""RatioNorm over the ranks of a process group: two gloo processes against one with the batch."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from problems import problem, relative, run, without_advantages
+
+import guard_ops as go
+
+CONFIGS = {
+    "article": go.GuardConfig.article(),
+    "drop": go.GuardConfig.article(nonfinite="drop"),
+    "kl": go.GuardConfig.article(kl_beta=0.1),
+    "paper": go.GuardConfig.paper(clip_low=0.01, clip_high=0.02),
+}
+RANKS = 2
+
+
+def batch(config):
+    given = problem("velocity", batch=6, drift=0.4, reference=config == "kl")
+    if config == "drop":  # on each rank one, in the same and in different steps
+        given["model_output"][0, 1, 0, 0] = math.nan
+        given["advantages"] = given["advantages"].expand(3, 6).clone()
+        given["advantages"][1, 4] = math.nan
+    return given
+
+
+def share(given, rank):
+    """Rank 0 has the first half of the samples, rank 1 the rest."""
+    part = slice(3 * rank, 3 * rank + 3)
+    return {
+        n: x if n == "coeffs" else x[..., part] if n == "advantages" else x[:, part]
+        for n, x in given.items()
+    }
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
+    )
+    results = {}
+    for backend in go.available_backends():
+        with go.use_backend(backend):
+            for name, config in CONFIGS.items():
+                mine = share(batch(name), rank)
+                out, grad = run(mine, config, process_group=dist.group.WORLD)
+                results[backend, name] = (out.loss.detach(), out.excess, out.weights, grad)
+            mine = without_advantages(share(batch("article"), rank))
+            statistics = go.RatioStatistics(3).update(go.log_ratio(**mine).log_ratio)
+            statistics.all_reduce(dist.group.WORLD)
+            results[backend, "all_reduce"] = statistics.state_dict()
+    torch.save(results, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory):
+    """What every rank got, from one start of the processes."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    mp.spawn(worker, (folder,), nprocs=RANKS)
+    return [torch.load(f"{folder}/{rank}") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_ranks_have_the_whole_batches_ratios_and_gradient(name, backend, by_rank):
+    whole, grad = run(batch(name), CONFIGS[name])
+    parts = [results[backend, name] for results in by_rank]
+    excess = torch.cat([part[1] for part in parts], 1)
+    weights = torch.cat([part[2] for part in parts], 1)
+    got = torch.cat([part[3] for part in parts], 1)
+    assert torch.equal(excess.isnan(), whole.excess.isnan())
+    assert relative(excess.nan_to_num(), whole.excess.nan_to_num()) < 1e-10
+    assert relative(weights, whole.weights) < 1e-10
+    assert relative(got / RANKS, grad) < 1e-10  # data parallelism averages over the ranks
+    loss = sum(part[0].item() for part in parts) / RANKS
+    assert loss == pytest.approx(whole.loss.item(), rel=1e-10)
+
+
+def test_all_reduce_gives_every_rank_the_same_bits(backend, by_rank):
+    first, second = (results[backend, "all_reduce"] for results in by_rank)
+    log_ratio = go.log_ratio(**without_advantages(batch("article"))).log_ratio
+    expected = go.RatioStatistics(3).update(log_ratio).state_dict()
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name])
+        assert relative(first[name], value) < 1e-10
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_group_of_one_is_the_ordinary_call(backend, alone):
+    """Whatever makes a transition not finite: it is in no one's statistics."""
+    for name in ("model_output", "advantages", "ref_model_output"):
+        given = problem("velocity", reference=True)
+        given["advantages"] = given["advantages"].expand(3, 4).clone()
+        given[name][1, 2] = math.nan
+        config = go.GuardConfig.article(kl_beta=0.1, nonfinite="drop")
+        expected, expected_grad = run(given, config)
+        out, grad = run(given, config, process_group=alone)
+        assert out.metrics.nonfinite.tolist() == [0, 1, 0], name
+        assert relative(out.excess.nan_to_num(), expected.excess.nan_to_num()) < 1e-10, name
+        assert relative(grad, expected_grad) < 1e-10, name
+
+
+def test_one_sample_per_rank_needs_no_warning(backend, alone, recwarn):
+    given = problem("velocity", batch=1)
+    run(given, go.GuardConfig(), process_group=alone)
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+def test_statistics_over_ranks_are_constants(alone):
+    given = problem("velocity")
+    config = go.GuardConfig(detach_stats=False)
+    with pytest.raises(ValueError, match=r"`config.detach_stats` is False, but statistics from"):
+        go.guard_loss(**given, config=config, process_group=alone)

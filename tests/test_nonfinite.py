@@ -1,0 +1,239 @@
+"""NaN and Inf stay in their transition, under "propagate" and under "drop"."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from problems import problem, run, without_advantages
+
+import guard_ops as go
+
+NORMS = ("none", "standardize", "closed_form")
+BALANCES = ("none", "inverse_ratio", "inverse_dt")
+NAN, INF = math.nan, math.inf
+MODES = list(itertools.product(NORMS, BALANCES))
+HIT = (1, 2)  # the transition that is made not finite
+WIDE = 1e-12  # float64 sums in another order
+
+
+def configured(norm, balance, nonfinite, **more):
+    return go.GuardConfig(
+        norm, balance=balance, nonfinite=nonfinite, clip_low=0.05, clip_high=0.1, **more
+    )
+
+
+def poisoned(given, name, value, where=HIT, element=3):
+    bad = given[name].clone()
+    if name == "advantages":
+        bad = bad.expand(given["model_output"].shape[:2]).clone()
+        bad[where] = value
+    elif name == "old_log_prob":
+        bad[where] = value
+    else:
+        bad.flatten(2)[(*where, element)] = value
+    return {**given, name: bad}
+
+
+def frozen(given, config, finite):
+    """What section 4 asks of the finite transitions: an ordinary call on the unpoisoned numbers
+    whose statistics and weights, taken over the finite ones alone, are handed in as constants."""
+    k, b = finite.shape
+    log_ratio = go.log_ratio(**without_advantages(given)).log_ratio.double()
+    more = {}
+    if config.ratio_norm == "standardize":
+        seen = torch.where(finite, log_ratio, NAN)
+        more["statistics"] = go.RatioStatistics(k).update(seen)
+    excess = go.guard_loss(**given, config=config, **more).excess.double()
+    weights = torch.zeros(k, b, dtype=torch.float64)
+    for i in range(b):
+        steps = [j for j in range(k) if finite[j, i]]
+        if config.balance == "inverse_ratio":
+            inverse = {j: 1 / max(1 + excess[j, i].item(), config.weight_floor) for j in steps}
+        elif config.balance == "inverse_dt":
+            inverse = {j: 1 / abs(given["coeffs"].dt[j].item()) for j in steps}
+        else:
+            inverse = dict.fromkeys(steps, 1.0)
+        whole = sum(inverse.values()) if config.balance == "inverse_ratio" else len(steps)
+        for j in steps:
+            weights[j, i] = inverse[j] / whole
+    return run(given, config, step_weights=weights, **more), weights
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
+@pytest.mark.parametrize("norm, balance", MODES)
+@pytest.mark.parametrize(
+    "form, name, value",
+    [
+        ("noise", "model_output", NAN),
+        ("noise", "noise", INF),
+        ("seeded", "old_model_output", NAN),
+        ("velocity", "prev_sample", -INF),
+        ("mean", "old_mean", NAN),
+        ("mean", "sample", INF),
+        ("velocity", "advantages", NAN),
+        ("noise", "advantages", -INF),
+    ],
+)
+def test_one_transition_reaches_no_other(form, name, value, norm, balance, nonfinite, backend):
+    config = configured(norm, balance, nonfinite)
+    clean = problem(form, steps=3, batch=4, latent=(37,), drift=0.4)
+    bad = poisoned(clean, name, value)
+    finite = torch.ones(3, 4, dtype=torch.bool)
+    finite[HIT] = False
+    (expected, expected_grad), weights = frozen(clean, config, finite)
+    out, grad = run(bad, config)
+
+    torch.testing.assert_close(out.weights, weights, rtol=WIDE, atol=0)
+    assert out.excess[HIT].isnan()
+    torch.testing.assert_close(out.excess[finite], expected.excess[finite], rtol=1e-9, atol=1e-13)
+    assert torch.equal(out.metrics.nonfinite, torch.tensor([0.0, 1.0, 0.0]).to(grad.dtype))
+    others = grad[finite]
+    torch.testing.assert_close(others, expected_grad[finite], rtol=1e-9, atol=1e-13)
+    for field in ("ratio_bias", "ratio_std", "ratio_hat_bias", "ratio_hat_std", "kl_old"):
+        assert getattr(out.metrics, field).isfinite().all(), field
+    if nonfinite == "propagate":
+        assert out.loss.isnan()
+        assert grad[HIT].isnan().all()
+    else:
+        assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12, abs=1e-14)
+        assert torch.equal(grad[HIT], torch.zeros_like(grad[HIT]))
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("norm", ["none", "closed_form"])
+def test_per_sample_modes_leave_other_samples_bitwise_alone(norm, balance, nonfinite, backend):
+    """Nothing of another sample enters these modes, so nothing of it may change a bit."""
+    config = configured(norm, balance, nonfinite)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        clean = problem("noise", steps=3, batch=4, latent=(37,), dtype=dtype, drift=0.4)
+        _, expected = run(clean, config)
+        _, grad = run(poisoned(clean, "model_output", NAN), config)
+        others = [i for i in range(4) if i != HIT[1]]
+        assert torch.equal(grad[:, others], expected[:, others])
+
+
+@pytest.mark.parametrize("detach_stats", [True, False])
+@pytest.mark.parametrize("norm, balance", MODES)
+def test_a_sample_with_a_nan_advantage_is_as_if_it_were_not_there(
+    norm, balance, detach_stats, backend
+):
+    """Under "drop": loss, gradient and metrics of the batch without it."""
+    config = configured(norm, balance, "drop", detach_stats=detach_stats, kl_beta=0.2)
+    given = problem("velocity", steps=3, batch=5, latent=(37,), drift=0.4, reference=True)
+    keep = [0, 1, 3, 4]
+    without = {
+        name: value[keep] if value.ndim == 1 else value[:, keep]
+        for name, value in given.items()
+        if isinstance(value, torch.Tensor)
+    } | {"coeffs": given["coeffs"]}
+    expected, expected_grad = run(without, config)
+    given["advantages"][2] = NAN
+    out, grad = run(given, config)
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    torch.testing.assert_close(grad[:, keep], expected_grad, rtol=1e-9, atol=1e-13)
+    assert torch.equal(grad[:, 2], torch.zeros_like(grad[:, 2]))
+    for name, value in expected.metrics._asdict().items():
+        got = getattr(out.metrics, name)
+        wanted = torch.ones_like(value) if name == "nonfinite" else value
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-14, msg=name)
+
+    # "propagate" keeps the mean over all samples; the others' gradient is that share of it.
+    config = configured(norm, balance, "propagate", detach_stats=detach_stats)
+    del given["ref_model_output"], without["ref_model_output"]
+    _, expected_grad = run(without, config)
+    out, grad = run(given, config)
+    assert out.loss.isnan()
+    assert grad[:, 2].isnan().all()
+    torch.testing.assert_close(grad[:, keep], 4 / 5 * expected_grad, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
+def test_a_bad_reference_model_stays_in_its_transition(nonfinite, backend):
+    config = configured("standardize", "none", nonfinite, kl_beta=0.3)
+    clean = problem("velocity", steps=3, batch=4, latent=(37,), drift=0.4, reference=True)
+    finite = torch.ones(3, 4, dtype=torch.bool)
+    finite[HIT] = False
+    share = 12 / 11 if nonfinite == "drop" else 1  # KL is a mean over the finite transitions
+    frozen_config = configured("standardize", "none", nonfinite, kl_beta=0.3 * share)
+    del (no_kl := dict(clean))["ref_model_output"]
+    seen = torch.where(finite, go.log_ratio(**without_advantages(no_kl)).log_ratio, NAN)
+    weights = finite.double() / 3
+    weights[:, HIT[1]] *= 3 / 2
+    _, expected = run(
+        clean,
+        frozen_config,
+        statistics=go.RatioStatistics(3).update(seen),
+        step_weights=weights,
+    )
+    out, grad = run(poisoned(clean, "ref_model_output", INF), config)
+    torch.testing.assert_close(grad[finite], expected[finite], rtol=1e-9, atol=1e-13)
+    assert out.loss.isnan() == (nonfinite == "propagate")
+    if nonfinite == "drop":
+        assert torch.equal(grad[HIT], torch.zeros_like(grad[HIT]))
+    else:
+        assert grad[HIT].isnan().all()
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_overflowing_ratio_is_not_finite(norm, nonfinite, backend):
+    """exp(log r) past float64: as bad as a NaN, though log r itself is finite."""
+    given = problem("noise", steps=2, batch=3, latent=(50,), drift=0.1)
+    noise = given["noise"]
+    b, s = (c[:, None, None] for c in (given["coeffs"].b, given["coeffs"].s))
+    far = given["old_model_output"] + 30 * s * noise / b  # log r = 30 - 450 per element
+    given["model_output"][1, 1] = far[1, 1]
+    given["noise"] = noise.clone()
+    given["noise"][1, 1] = 1e5 * noise[1, 1]
+    config = go.GuardConfig(norm, nonfinite=nonfinite, reduction="sum")
+    out, grad = run(given, config)
+    assert out.log_ratio[1, 1] > 710
+    assert out.metrics.nonfinite.tolist() == [0, 1]
+    assert grad[0].isfinite().all()
+    assert grad[1, [0, 2]].isfinite().all()
+    assert out.loss.isnan() == (nonfinite == "propagate")
+
+
+@pytest.mark.parametrize("norm, balance", MODES)
+def test_nothing_finite_at_all(norm, balance, backend):
+    given = problem("noise", steps=2, batch=3)
+    given["advantages"] = torch.full((3,), NAN, dtype=torch.float64)
+    out, grad = run(given, configured(norm, balance, "drop"))
+    assert out.loss == 0
+    assert torch.equal(grad, torch.zeros_like(grad))
+    assert out.metrics.nonfinite.tolist() == [3, 3]
+    out, grad = run(given, configured(norm, balance, "propagate"))
+    assert out.loss.isnan()
+    assert grad.isnan().all()
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_log_ratio_gradient_stays_in_its_transition(guided, backend):
+    """Other people's objectives mask with torch.where; the masked row's gradient is then 0."""
+    given = without_advantages(problem("velocity", latent=(37,), guided=guided))
+    v = poisoned(given, "model_output", NAN)["model_output"].requires_grad_()
+    ratio = go.log_ratio(**{**given, "model_output": v}).log_ratio
+    assert ratio[HIT].isnan()
+    assert ratio.isnan().sum() == 1
+    torch.where(ratio.isfinite(), ratio, 0.0).sum().backward()
+    assert torch.equal(v.grad[HIT], torch.zeros_like(v.grad[HIT]))
+    assert v.grad.isfinite().all()
+    assert v.grad[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("numel", [70001, 10])
+def test_many_bad_elements_and_chunks(numel, fused_backend):
+    """A NaN in the last chunk of a row is the whole row's, in every 16-bit dtype too."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        given = problem("noise", steps=2, batch=3, latent=(numel,), dtype=dtype, drift=0.2)
+        given["model_output"][1, 0, -1] = NAN
+        config = configured("closed_form", "none", "drop")
+        out, grad = run(given, config)
+        assert out.metrics.nonfinite.tolist() == [0, 1]
+        assert torch.equal(grad[1, 0], torch.zeros_like(grad[1, 0]))
+        config = configured("closed_form", "none", "propagate")
+        _, grad = run(given, config)
+        assert grad[1, 0].isnan().all()
+        assert grad.isnan().sum() == numel

@@ -1,0 +1,329 @@
+"""The package as it is imported: its names, its backends, its neighbours, its doctor."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import problem, run
+
+import guard_ops as go
+from guard_ops import backends, doctor
+
+ROOT = Path(go.__file__).resolve().parents[1]
+
+
+def python(program, **environment):
+    """Run ``program`` in a fresh interpreter; its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+PUBLIC = {
+    "GuardConfig",
+    "GuardLossOutput",
+    "LogRatio",
+    "LossAndGrad",
+    "Metrics",
+    "RatioStatistics",
+    "SdeSchedule",
+    "SdeStep",
+    "StepCoefficients",
+    "available_backends",
+    "balance_weights",
+    "clipped_surrogate",
+    "group_advantages",
+    "guard_loss",
+    "guard_loss_and_grad",
+    "log_prob",
+    "log_ratio",
+    "philox_seed",
+    "ratio_norm",
+    "sde_step",
+    "use_backend",
+}
+FORM = ["sample", "prev_sample", "old_mean", "old_model_output", "noise", "seed", "old_log_prob"]
+GUIDANCE = ["model_output_uncond", "guidance_scale"]
+LOSS = [
+    "model_output",
+    "advantages",
+    "coeffs",
+    "config",
+    *FORM,
+    "ref_model_output",
+    *GUIDANCE,
+    "step_weights",
+    "statistics",
+    "process_group",
+]
+SIGNATURES = {
+    "SdeSchedule": ["sigmas", "noise_level", "kind", "device"],
+    "SdeSchedule.from_scheduler": ["scheduler", "noise_level", "kind", "device"],
+    "sde_step": [
+        "model_output",
+        "sample",
+        "coeffs",
+        "generator",
+        "noise",
+        "seed",
+        "reduction",
+    ],
+    "guard_loss": LOSS,
+    "guard_loss_and_grad": LOSS,
+    "log_ratio": ["model_output", "coeffs", *FORM, *GUIDANCE, "reduction"],
+    "log_prob": ["model_output", "sample", "prev_sample", "coeffs", "reduction"],
+    "ratio_norm": ["log_ratio", "config", "coeffs", "kl_old", "statistics"],
+    "balance_weights": ["excess", "config", "coeffs"],
+    "clipped_surrogate": ["excess", "advantages", "config"],
+    "group_advantages": ["rewards", "groups", "scale", "eps"],
+    "philox_seed": ["seed", "shape", "device"],
+    "use_backend": ["name"],
+}
+RESULTS = {
+    "SdeStep": ["prev_sample", "mean", "log_prob", "noise"],
+    "LogRatio": ["log_ratio", "kl_old"],
+    "GuardLossOutput": ["loss", "log_ratio", "excess", "weights", "kl", "metrics"],
+    "LossAndGrad": ["loss", "grad"],
+    "Metrics": [
+        "ratio_bias",
+        "ratio_std",
+        "ratio_hat_bias",
+        "ratio_hat_std",
+        "clip_fraction",
+        "clip_fraction_high",
+        "clip_fraction_low",
+        "kl_old",
+        "grad_weight",
+        "nonfinite",
+    ],
+}
+
+
+def test_the_public_surface_is_fixed():
+    assert sorted(go.__all__) == go.__all__
+    assert set(go.__all__) == PUBLIC
+    for name in PUBLIC:
+        assert getattr(go, name).__doc__, name
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_argument_names_are_fixed(name):
+    target = go
+    for part in name.split("."):
+        target = getattr(target, part)
+    assert list(inspect.signature(target).parameters) == SIGNATURES[name]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_result_names_are_fixed(name):
+    assert list(getattr(go, name)._fields) == RESULTS[name]
+
+
+def test_star_import_and_version():
+    program = "from guard_ops import *; import guard_ops; print(guard_ops.__version__, guard_loss)"
+    assert python(program).startswith(go.__version__)
+
+
+# ---- kernels/ -----------------------------------------------------------------------------------
+
+
+def test_guard_ops_kernels_is_the_repositorys_folder():
+    import guard_ops.kernels
+
+    (path,) = {Path(p).resolve() for p in guard_ops.kernels.__path__}
+    assert (path / "README.md").is_file()
+    if (ROOT / "kernels").is_dir():  # a checkout, not an installed wheel
+        assert path == ROOT / "kernels"
+
+
+def test_the_repository_root_on_the_path_hides_no_other_kernels_package():
+    """diffusers and transformers import Hugging Face's ``kernels``."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import kernels, guard_ops.kernels
+print(kernels.__file__)
+print(kernels.get_kernel)
+"""
+    path = Path(python(program).splitlines()[0])
+    assert path.parent.parent.name == "site-packages"
+
+
+# ---- backends -----------------------------------------------------------------------------------
+
+
+def in_use():
+    return backends.select(torch.device("cpu")).NAME
+
+
+def test_reference_is_always_there_and_comes_last():
+    assert go.available_backends()[-1] == "reference"
+    assert set(go.available_backends()) | set(backends.unavailable_backends()) == set(
+        backends.ORDER
+    )
+
+
+def test_use_backend_for_a_block_and_for_good():
+    try:
+        go.use_backend("reference")
+        assert in_use() == "reference"
+        for name in go.available_backends():
+            with go.use_backend(name):
+                assert in_use() == name
+            assert in_use() == "reference"
+        with pytest.raises(KeyError), go.use_backend(go.available_backends()[0]):
+            raise KeyError
+        assert in_use() == "reference"
+    finally:
+        go.use_backend(None)
+    assert in_use() == go.available_backends()[0]
+
+
+def test_an_unknown_backend_is_named_with_what_there_is():
+    with pytest.raises(ValueError, match="`name` is 'cuba': there is no such backend; available: "):
+        go.use_backend("cuba")
+    assert in_use() == go.available_backends()[0]
+
+
+def test_a_backend_is_not_used_for_a_device_it_does_not_run_on():
+    for name in go.available_backends():
+        if name == "reference":
+            continue
+        with (
+            go.use_backend(name),
+            pytest.raises(ValueError, match=f"'{name}' does not run on meta"),
+        ):
+            backends.select(torch.device("meta"))
+
+
+def test_the_environment_variable_chooses_at_import():
+    program = """
+import torch
+from guard_ops import backends
+print(backends.select(torch.device("cpu")).NAME)
+"""
+    assert python(program, GUARD_OPS_BACKEND="reference").strip() == "reference"
+    assert python(program, GUARD_OPS_BACKEND="").strip() == go.available_backends()[0]
+
+
+def test_an_unknown_name_in_the_environment_is_an_error():
+    program = """
+try:
+    import guard_ops
+except ValueError as error:
+    print(error)
+"""
+    message = "`name` is 'fast': there is no such backend; available: "
+    assert python(program, GUARD_OPS_BACKEND="fast").startswith(message)
+
+
+def test_without_the_extension_the_reference_runs_and_one_warning_says_so():
+    program = """
+import sys, warnings
+sys.modules["guard_ops._C"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch
+    import guard_ops as go
+    assert go.available_backends() == ("reference",), go.available_backends()
+    v = torch.randn(2, 4, 6)
+    given = {"coeffs": go.SdeSchedule([1.0, 0.5, 0.2])[:], "noise": torch.randn(2, 4, 6)}
+    for _ in range(3):
+        t = go.log_ratio(v, old_model_output=v, **given)
+        go.guard_loss(v, old_model_output=v, advantages=torch.randn(4), **given)
+    assert torch.equal(t.log_ratio, torch.zeros(2, 4))
+ours = [w for w in caught if "guard_ops" in str(w.message)]
+print(len(ours), ours[0].category.__name__)
+print(ours[0].message)
+try:
+    go.use_backend("cpu")
+except ValueError as error:
+    print(error)
+"""
+    count, warning, refusal = python(program, GUARD_OPS_BACKEND="").splitlines()
+    assert count == "1 RuntimeWarning"
+    assert warning.startswith(
+        "guard_ops: no fused backend for cpu tensors, using the plain PyTorch"
+    )
+    assert "cpu: the C++ kernels were not built" in warning
+    assert refusal.startswith("`name` is 'cpu': the C++ kernels were not built")
+
+
+# ---- doctor -------------------------------------------------------------------------------------
+
+
+def test_every_available_backend_passes_its_self_test():
+    for name in go.available_backends():
+        assert doctor.self_test(name) == "ok"
+
+
+def test_doctor_reports_for_people(capsys):
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"guard-ops {go.__version__}, Python ")
+    assert f"torch {torch.__version__}" in text
+    for name in go.available_backends():
+        assert f"{name}: available, self-test ok" in text
+
+
+def test_doctor_reports_for_programs(capsys):
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["guard_ops"] == go.__version__
+    assert report["torch"] == torch.__version__
+    found = {b["name"]: b for b in report["backends"]}
+    assert set(found) == set(backends.ORDER)
+    for name in go.available_backends():
+        assert found[name]["available"]
+        assert found[name]["self_test"] == "ok"
+    if "cpu" in found and found["cpu"]["available"]:
+        assert found["cpu"]["build"]["cpu_isa"] in ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.skipif("cpu" not in go.available_backends(), reason="needs the compiled extension")
+@pytest.mark.parametrize("error", [1e-6, float("nan")])
+def test_doctor_finds_a_backend_that_computes_wrongly(error, monkeypatch, capsys):
+    right = backends.cpu.sums
+    monkeypatch.setattr(backends.cpu, "sums", lambda t: right(t) * (1 + error))
+    assert doctor.self_test("cpu").startswith("off by ")
+    assert doctor.main([]) == 1
+    assert "cpu: available, self-test off by " in capsys.readouterr().out
+
+
+@pytest.mark.skipif("cpu" not in go.available_backends(), reason="needs the compiled extension")
+def test_doctor_finds_a_backend_that_fails(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr(backends.cpu, "guard_loss", fail)
+    assert doctor.self_test("cpu") == "failed: illegal instruction"
+    assert doctor.main(["--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"][0]["self_test"] == "failed: illegal instruction"
+
+
+def test_doctor_explains_what_is_missing(monkeypatch, capsys):
+    if "cpu" in backends._loaded:
+        monkeypatch.delitem(backends._loaded, "cpu")
+    monkeypatch.setitem(backends._unavailable, "cpu", "no module named _C")
+    assert doctor.main([]) == 0  # a missing backend is not a broken one
+    text = capsys.readouterr().out
+    assert "cpu: not available: no module named _C" in text
+    assert "install a C++20 compiler" in text
+
+
+def test_doctor_leaves_the_backend_in_use_alone(backend):
+    doctor.examine()
+    assert in_use() == backend
+    run(problem("noise"))

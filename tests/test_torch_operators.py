@@ -1,0 +1,151 @@
+"""The registered operators under torch's own checks, and torch.compile over the public ops."""
+
+import pytest
+import torch
+from problems import FORMS, problem, relative, without_advantages
+
+import guard_ops as go
+from guard_ops import transitions
+from guard_ops.config import Balance, RatioNorm
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in go.available_backends(), reason="needs the compiled extension"
+)
+
+
+def operands(form, *, guided=False, dtype=torch.float32):
+    """The flattened tensors that the operators take."""
+    given = problem(form, latent=(9, 4), dtype=dtype, guided=guided, reference=True)
+    names = transitions.Transitions._fields[:9]
+    t = [given.get(name) for name in names]
+    t = [
+        x if x is None or name == "seed" else x.flatten(2) for name, x in zip(names, t, strict=True)
+    ]
+    coefficients = given["coeffs"].table.unsqueeze(-1).expand(5, 3, 4)
+    return [*t, coefficients, given.get("guidance_scale", 1.0)]
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_sums_and_gradient(form, guided):
+    t = operands(form, guided=guided)
+    torch.library.opcheck(torch.ops.guard_ops.sums.default, tuple(t))
+    c = torch.randn(3, 3, 4, dtype=torch.float64)
+    for cond in (True, False):
+        arguments = (c, *t, cond, guided)
+        torch.library.opcheck(torch.ops.guard_ops.gradient.default, arguments)
+
+
+@pytest.mark.parametrize("guided, dtype", [(False, torch.float64), (True, torch.bfloat16)])
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_guard_loss(form, guided, dtype):
+    t = operands(form, guided=guided, dtype=dtype)
+    advantages = torch.randn(3, 4, dtype=torch.float64)
+    old = torch.randn(3, 4, dtype=torch.float64) if form == "log-prob" else None
+    weights, mean_std = torch.full((3, 4), 0.3, dtype=torch.float64), torch.ones(2, 3).double()
+    numbers = (1.0, 1e-8, 0.2, 0.2, 5.0, 0.1, 0.01)
+    norm, balance = RatioNorm.__args__.index("standardize"), Balance.__args__.index("none")
+    # opcheck compares outputs as if NaN were an error, and the log-prob form's kl_old is NaN.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if form != "log-prob":
+        checks = (*checks, "test_aot_dispatch_dynamic")
+    for more in ((old, None, None), (old, weights, mean_std)):
+        arguments = (*t, advantages, *more, norm, balance, True, True, False, True, *numbers)
+        operator = torch.ops.guard_ops.guard_loss.default
+        torch.library.opcheck(operator, (*arguments, True, guided), test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("source", ["noise", "seed"])
+def test_opcheck_sde_step(source, dtype):
+    given = problem("velocity", latent=(9, 4), dtype=dtype)
+    x, v = given["sample"].flatten(2), given["model_output"].flatten(2)
+    coefficients = given["coeffs"].table.unsqueeze(-1).expand(5, 3, 4)
+    noise, seed = (
+        (torch.randn_like(x), None) if source == "noise" else (None, go.philox_seed(1, (3, 4)))
+    )
+    torch.library.opcheck(torch.ops.guard_ops.sde_step.default, (v, x, coefficients, noise, seed))
+
+
+def test_every_registered_operator_is_checked_above():
+    names = {
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("guard_ops::")
+    }
+    assert names == {"sums", "gradient", "guard_loss", "sde_step"}
+
+
+def compiled_and_eager(given, config, compiler):
+    """(loss, excess, gradient) of guard_loss, traced whole and not."""
+
+    def step(v, rest):
+        out = go.guard_loss(v, **rest, config=config)
+        return out.loss, out.excess, out.metrics.clip_fraction
+
+    results = []
+    rest = {name: value for name, value in given.items() if name != "model_output"}
+    torch.compiler.reset()
+    for function in (torch.compile(step, fullgraph=True, backend=compiler), step):
+        v = given["model_output"].detach().clone().requires_grad_()
+        loss, *others = function(v, rest)
+        (2.0 * loss).backward()
+        results.append((loss.detach(), *others, v.grad))
+    return results
+
+
+# The compiled graph holds the same operators; only the multiplication by grad_output is its own.
+@pytest.mark.parametrize(
+    "form, config, dtype",
+    [
+        ("mean", go.GuardConfig.article(), torch.float32),
+        ("velocity", go.GuardConfig.flow_grpo(clip_low=0.2), torch.float64),
+        ("noise", go.GuardConfig.paper(clip_low=0.2, clip_high=0.2), torch.bfloat16),
+        ("seeded", go.GuardConfig.article(detach_stats=False), torch.float16),
+        ("log-prob", go.GuardConfig("standardize", balance="inverse_dt"), torch.float32),
+    ],
+)
+def test_guard_loss_compiles_into_one_graph(form, config, dtype, backend):
+    given = problem(form, latent=(9, 4), dtype=dtype)
+    compiled, eager = compiled_and_eager(given, config, "aot_eager")
+    for got, expected in zip(compiled, eager, strict=True):
+        assert got.dtype == expected.dtype
+        assert relative(got, expected) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_guard_loss_compiles_with_inductor(fused_backend):
+    given = problem("noise", latent=(9, 4), dtype=torch.float32, guided=True)
+    compiled, eager = compiled_and_eager(given, go.GuardConfig.article(), "inductor")
+    for got, expected in zip(compiled, eager, strict=True):
+        assert relative(got, expected) < 1e-6
+
+
+def test_a_custom_objective_over_log_ratio_compiles(backend):
+    given = without_advantages(problem("velocity", latent=(9, 4), dtype=torch.float32))
+    v = given.pop("model_output").requires_grad_()
+
+    def objective(v):
+        t = go.log_ratio(v, **given)
+        return (t.log_ratio.exp() * t.kl_old.detach()).sum() + t.kl_old.sum()
+
+    torch.compiler.reset()
+    loss = torch.compile(objective, fullgraph=True, backend="aot_eager")(v)
+    (grad,) = torch.autograd.grad(loss, v)
+    expected = objective(v)
+    (expected_grad,) = torch.autograd.grad(expected, v)
+    assert relative(loss, expected) < 1e-6
+    assert relative(grad, expected_grad) < 1e-6
+
+
+def test_sde_step_compiles(backend):
+    given = problem("velocity", latent=(9, 4), dtype=torch.float32)
+    seeds = go.philox_seed(5, (3, 4))
+
+    def step(v, x):
+        return tuple(go.sde_step(v, x, given["coeffs"], seed=seeds)[:3])
+
+    arguments = (given["model_output"], given["sample"])
+    torch.compiler.reset()
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    for left, right in zip(got, step(*arguments), strict=True):
+        assert relative(left, right) < 1e-6
