@@ -1,0 +1,51 @@
+"""``pytest benchmarks``: two threads, tables at the end, ``--save-results`` to keep the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from benchmarks import report, results
+
+THREADS = 2
+MEASURED = pytest.StashKey[dict[str, list[results.Row]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--save-results",
+        action="store_true",
+        help="write what is measured to benchmarks/results/ (then run python -m benchmarks.report)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MEASURED] = {}
+    config.option.showcapture = "no"  # torch.compile logs hundreds of lines
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def record(request: pytest.FixtureRequest) -> Callable[[str, results.Row], None]:
+    """``record(section, row)`` keeps a row of one of the report's sections."""
+    measured = request.config.stash[MEASURED]
+    return lambda section, row: measured.setdefault(section, []).append(row)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    for section, rows in config.stash[MEASURED].items():
+        terminalreporter.section(section)
+        terminalreporter.write_line(report.SECTIONS[section](rows))
+        if config.getoption("--save-results"):
+            results.save(section, rows)

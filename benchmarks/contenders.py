@@ -1,0 +1,156 @@
+"""What races: one workload's tensors, and the calls over them that give a loss and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import guard_ops as go
+
+from . import baselines
+from .measure import Call
+from .workloads import READS, Workload
+
+SIGMA_SHIFT = 3.0
+TOTAL_STEPS = 20
+NOISE_LEVEL = 0.7
+CHAINS: dict[str, Callable[..., Tensor]] = {
+    "article": baselines.article_chain,
+    "paper": baselines.paper_chain,
+    "flow_grpo": baselines.flow_grpo_chain,
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One rollout and the velocity now; latents [K, B, *latent]."""
+
+    model_output: Tensor  # requires grad
+    old_model_output: Tensor
+    sample: Tensor
+    prev_sample: Tensor
+    noise: Tensor
+    old_mean: Tensor  # float32, as sde_step returns it
+    old_log_prob: Tensor  # [K, B] float32, as a trainer stores it
+    advantages: Tensor  # [B]
+    coeffs: go.StepCoefficients  # [K]
+    sigmas: Tensor  # [TOTAL_STEPS + 1]
+    index: Tensor  # [K * B]: the transitions' steps
+
+    @property
+    def step(self) -> baselines.Step:
+        """The same steps as a chain's scheduler gives them."""
+        latent_dims = self.sample.ndim - 2
+        return baselines.scheduler_step(self.sigmas, self.index, NOISE_LEVEL, latent_dims)
+
+
+def make_inputs(
+    workload: Workload, dtype: torch.dtype = torch.float32, drift: float = 1e-2, seed: int = 0
+) -> Inputs:
+    """A Flow-SDE rollout in ``dtype`` whose policy has since moved by ``drift`` (velocity units).
+
+    ``old_mean`` and ``old_log_prob`` are float32 and those of the rounded tensors, as a trainer
+    computes them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn() -> Tensor:
+        return torch.randn(workload.shape, generator=generator)
+
+    line = torch.linspace(1, 0, TOTAL_STEPS + 1, dtype=torch.float64)
+    sigmas = SIGMA_SHIFT * line / (1 + (SIGMA_SHIFT - 1) * line)
+    steps = torch.arange(workload.steps) + (TOTAL_STEPS - workload.steps + 1) // 2  # the middle
+    coeffs = go.SdeSchedule(sigmas, NOISE_LEVEL)[steps]
+    old_model_output, sample, noise = (randn().to(dtype) for _ in range(3))
+    model_output = (old_model_output.float() + drift * randn()).to(dtype)
+    rollout = go.sde_step(old_model_output, sample, coeffs, noise=noise)
+    prev_sample, old_mean = rollout.prev_sample.to(dtype), rollout.mean
+    index = steps.repeat_interleave(workload.batch)
+    sigmas = sigmas.float()
+    step = baselines.scheduler_step(sigmas, index, NOISE_LEVEL, len(workload.latent))
+    old_log_prob = baselines.stored_log_prob(
+        prev_sample.flatten(0, 1), old_mean.flatten(0, 1), step, "flow_sde"
+    )
+    return Inputs(
+        model_output.requires_grad_(),
+        old_model_output,
+        sample,
+        prev_sample,
+        noise,
+        old_mean,
+        old_log_prob.view(workload.shape[:2]),
+        torch.randn(workload.batch, generator=generator),
+        coeffs,
+        sigmas,
+        index,
+    )
+
+
+def ours(inputs: Inputs, form: str, objective: str) -> Call:
+    """``guard_loss`` in one of the forms under ``GuardConfig.<objective>()``, and its backward."""
+    config = getattr(go.GuardConfig, objective)()
+    operands = {name: getattr(inputs, name) for name in READS[form] if name != "model_output"}
+    v = inputs.model_output
+
+    def call() -> None:
+        v.grad = None
+        out = go.guard_loss(
+            v, advantages=inputs.advantages, coeffs=inputs.coeffs, config=config, **operands
+        )
+        out.loss.backward()
+
+    return call
+
+
+def chain(
+    inputs: Inputs, objective: str, *, compiled: bool = False, recompute: bool = False
+) -> Call:
+    """A plain-PyTorch chain of :mod:`benchmarks.baselines`, and its backward.
+
+    Args:
+        objective: a key of ``CHAINS``.
+        compiled: through ``torch.compile`` (default mode); the first calls compile.
+        recompute: the stored log-prob is not given but computed from ``old_mean``, which is what
+            the mean form is given (public trainers store the log-prob, so the default is given it).
+    """
+    v, step = inputs.model_output, inputs.step
+    loss_of = CHAINS[objective]
+    extra = {"old_mean": inputs.old_mean} if objective == "paper" else {}
+
+    def forward(
+        v: Tensor, sample: Tensor, prev_sample: Tensor, old: Tensor, advantages: Tensor
+    ) -> Tensor:
+        if recompute:
+            log_prob = baselines.stored_log_prob(
+                prev_sample.flatten(0, 1), old.flatten(0, 1), step, "flow_sde"
+            )
+            old = log_prob.view(v.shape[:2])
+        return loss_of(
+            v,
+            sample=sample,
+            prev_sample=prev_sample,
+            old_log_prob=old,
+            advantages=advantages,
+            step=step,
+            **extra,
+        )
+
+    run = torch.compile(forward) if compiled else forward
+    old = inputs.old_mean if recompute else inputs.old_log_prob
+
+    def call() -> None:
+        v.grad = None
+        run(v, inputs.sample, inputs.prev_sample, old, inputs.advantages).backward()
+
+    return call
+
+
+def memory_copy(nbytes: int) -> Call:
+    """The yardstick: ``nbytes`` moved, half of them read and half written, between two buffers."""
+    source = torch.zeros(nbytes // 2, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    source.fill_(1)  # a real page behind every address
+    return lambda: target.copy_(source)

@@ -1,0 +1,183 @@
+"""``python -m benchmarks.report``: the saved numbers as tables in README.md and docs/benchmarks.md.
+
+Tables go between ``<!-- begin:NAME -->`` and ``<!-- end:NAME -->``, NAME being ``speed`` (which
+includes memory) or ``accuracy``; nothing else of a document is touched. ``--check`` writes nothing
+and exits with 1 if a document is not what the saved numbers say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import results
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/benchmarks.md")
+COMMAND = "python -m pytest benchmarks --save-results"
+
+Rows = list[dict[str, Any]]
+
+
+def main(
+    arguments: Sequence[str] | None = None, root: Path = ROOT, saved: Path = results.FOLDER
+) -> int:
+    """Write the tables; 0, or 1 with ``--check`` when a document is out of date."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether all is up to date")
+    check = parser.parse_args(arguments).check
+    tables = render(results.load(saved))
+    stale = False
+    for name in DOCUMENTS:
+        path = root / name
+        if not path.exists():
+            print(f"{name}: absent, skipped")
+            continue
+        text = path.read_text()
+        new = fill(text, tables)
+        if new == text:
+            print(f"{name}: up to date")
+        elif check:
+            print(f"{name}: out of date; run python -m benchmarks.report")
+            stale = True
+        else:
+            path.write_text(new)
+            print(f"{name}: written")
+    return int(stale)
+
+
+def render(machines: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Place -> Markdown, from what :func:`benchmarks.results.load` returns."""
+    tables = {}
+    for place, sections in PLACES.items():
+        parts = []
+        for label, machine in machines.items():
+            found = [section for section in sections if section in machine]
+            if found:
+                parts.append(_heading(label, machine[found[0]]["environment"]))
+            parts += [SECTIONS[section](machine[section]["rows"]) for section in found]
+        tables[place] = "\n\n".join(parts) or "No saved results."
+    return tables
+
+
+def fill(text: str, tables: dict[str, str]) -> str:
+    """``text`` with every marked place filled; a place it does not have is no error.
+
+    Raises:
+        ValueError: a begin without its end.
+    """
+    for name, table in tables.items():
+        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
+        if (begin in text) != (end in text):
+            raise ValueError(f"{begin} and {end} must both be in the document or neither")
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def speed_table(rows: Rows) -> str:
+    """Time of every contender and how many times guard_ops' it is."""
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    cases: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["contender"]] = row
+    lines = [_line("loss and gradient", *names), _line("---", *["---:"] * len(names))]
+    for case, found in cases.items():
+        lines.append(_line(case, *(_time(found.get(name)) for name in names)))
+    noise = ", ".join(f"{case} {found['guard_ops']['noise']:.0%}" for case, found in cases.items())
+    lines += [
+        "",
+        f"Median of {rows[0]['rounds']} interleaved rounds on latents {rows[0]['shape']}; in "
+        "brackets how many times guard_ops' time that is, the median of the rounds' ratios. Noise "
+        f"(guard_ops timed twice in each round): {noise}; a smaller difference is a tie.",
+    ]
+    return "\n".join(lines)
+
+
+def memory_table(rows: Rows) -> str:
+    """Bytes that a case moves, the operators it takes and the memory it needs."""
+    lines = [
+        _line(
+            "loss and gradient",
+            "guard_ops, bytes per element",
+            "eager, bytes per element",
+            "eager, operators over whole latents",
+            "guard_ops, peak extra memory",
+            "eager, peak extra memory",
+        ),
+        _line("---", *["---:"] * 5),
+    ]
+    for row in rows:
+        lines.append(
+            _line(
+                row["case"],
+                str(row["bytes_per_element"]),
+                str(row["eager_bytes_per_element"]),
+                f"{row['eager_whole_latent_operators']} of {row['eager_operators']}",
+                _mebibytes(row["peak_bytes"]),
+                _mebibytes(row["eager_peak_bytes"]),
+            )
+        )
+    return "\n".join(lines)
+
+
+def accuracy_table(rows: Rows) -> str:
+    """Max error of ``r_hat`` and wrong clips of every contender, a row per dtype and drift."""
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    cells = {(r["dtype"], r["drift"], r["contender"]): r for r in rows}
+    lines = [_line("dtype", "drift", *names), _line("---", "---:", *["---:"] * len(names))]
+    for dtype, drift in dict.fromkeys((row["dtype"], row["drift"]) for row in rows):
+        found = (cells.get((dtype, drift, name)) for name in names)
+        lines.append(_line(dtype, f"{drift:.0e}", *(_error(row) for row in found)))
+    lines += [
+        "",
+        "Largest error of the standardized ratio against float64; in brackets the clip decisions "
+        f"(of {rows[0]['batch']}) that differ from float64's.",
+    ]
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[Rows], str]] = {
+    "speed": speed_table,
+    "memory": memory_table,
+    "accuracy": accuracy_table,
+}
+PLACES = {"speed": ("speed", "memory"), "accuracy": ("accuracy",)}
+
+
+def _heading(label: str, environment: dict[str, Any]) -> str:
+    e = environment
+    return (
+        f"**{label}**: {e['cpu']}, {e['cores']} cores, {e['threads']} threads, {e['isa']}, "
+        f"torch {e['torch']}, commit {e['commit']}, {e['date']} (`{COMMAND}`)"
+    )
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _time(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    time, ratio = f"{row['milliseconds']:.2f} ms", row["times_ours"]
+    if row["contender"] == "guard_ops":
+        return time
+    tie = abs(ratio - 1) <= row["noise"]
+    return f"{time} ({'tie' if tie else f'{ratio:.{1 if ratio >= 1.95 else 2}f}x'})"
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _error(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{row['max_error']:.1e} ({row['wrong_clips']})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The workloads: latents of real backbones, with batch and steps as published GRPO recipes train.
+
+A recipe's ``batch`` is the micro-batch of one process, ``steps`` the trained steps of a trajectory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+# Operands of design section 2 that one pass over the data reads, per form.
+READS = {
+    "mean": ("model_output", "sample", "prev_sample", "old_mean"),
+    "velocity": ("model_output", "old_model_output", "sample", "prev_sample"),
+    "noise": ("model_output", "old_model_output", "noise"),
+    "seeded": ("model_output", "old_model_output"),
+    "log-prob": ("model_output", "sample", "prev_sample"),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Latents [steps, batch, *latent]; ``recipe`` says whose batch and steps these are."""
+
+    name: str
+    backbone: str
+    latent: tuple[int, ...]
+    batch: int
+    steps: int
+    recipe: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(K, B, *latent)``."""
+        return (self.steps, self.batch, *self.latent)
+
+    @property
+    def numel(self) -> int:
+        """Elements of all K x B latents."""
+        return math.prod(self.shape)
+
+    def floor_bytes(self, form: str, dtype: torch.dtype) -> int:
+        """Bytes that loss plus gradient must move: :func:`bytes_per_element` of every element."""
+        return self.numel * bytes_per_element(form, dtype)
+
+
+def bytes_per_element(form: str, dtype: torch.dtype) -> int:
+    """Each operand read once, the gradient written once (design section 6); old_mean is float32.
+
+    Raises:
+        KeyError: not a form.
+    """
+    wide = max(dtype.itemsize, torch.float32.itemsize)
+    reads = (wide if name == "old_mean" else dtype.itemsize for name in READS[form])
+    return sum(reads) + dtype.itemsize
+
+
+CI = Workload("ci", "FLUX.1-dev 1024, one step", (4096, 64), 8, 1, "design section 6")
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        CI,
+        Workload(
+            "sd35_512", "SD3.5-M 512", (16, 64, 64), 9, 9, "flow_grpo general_ocr_sd3: 9 of 10"
+        ),
+        Workload(
+            "sd35_1024", "SD3.5-M 1024", (16, 128, 128), 9, 9, "flow_grpo's 512 recipe at 1024"
+        ),
+        Workload(
+            "flux_512", "FLUX.1-dev 512", (1024, 64), 3, 5, "flow_grpo pickscore_flux: 5 of 6"
+        ),
+        Workload("flux_1024", "FLUX.1-dev 1024", (4096, 64), 3, 5, "flow_grpo's 512 recipe"),
+        Workload(
+            "qwen_image_1328",
+            "Qwen-Image 1328",
+            (6889, 64),
+            16,
+            2,
+            "verl-omni grpoguard_trainer: a window of 2 steps",
+        ),
+        Workload(
+            "wan21_480p",
+            "Wan2.1 480p, 81 frames",
+            (16, 21, 60, 104),
+            8,
+            19,
+            "flow_grpo general_ocr_wan2_1 (240p there): 19 of 20",
+        ),
+        Workload(
+            "wan21_720p",
+            "Wan2.1 720p, 81 frames",
+            (16, 21, 90, 160),
+            4,
+            2,
+            "verl-omni dancegrpo_trainer (Wan2.2): a window of 2 steps",
+        ),
+        Workload(
+            "hunyuan_720p",
+            "HunyuanVideo 720p, 129 frames",
+            (16, 33, 90, 160),
+            1,
+            9,
+            "DanceGRPO finetune_hunyuan_grpo (480p there): 0.6 of 15 steps",
+        ),
+    )
+}
