@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-cpp lint format bench clean setup
+.PHONY: demo test test-cpp lint format bench clean
 
 demo: $(VENV)/runtime
 	$(BIN)/guard-ops demo
@@ -32,10 +32,13 @@ format: $(VENV)/development
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
+# Speed and accuracy against their bounds, the numbers kept and the documents' tables rewritten.
+bench: $(VENV)/development
+	$(BIN)/python -m pytest benchmarks -q --save-results
+	$(BIN)/python -m benchmarks.report
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info guard_ops/_C*.so
-
-setup: $(VENV)/development
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

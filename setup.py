@@ -14,7 +14,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
@@ -36,12 +36,14 @@ class CMakeBuild(build_ext):
         print("guard-ops: building the CPU kernels (this version has no CUDA kernels)")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Kept between installs, so that the next one compiles what changed; one for each torch.
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
         build.mkdir(parents=True, exist_ok=True)
         torch_libraries = Path(torch.__file__).parent / "lib"
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_INSTALL_PREFIX": str(build / "install"),
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "Python_EXECUTABLE": sys.executable,
             "PYBIND11_FINDPYTHON": "ON",
             "pybind11_DIR": pybind11.get_cmake_dir(),
