@@ -150,12 +150,12 @@ struct Call {
       write(row, assumed[row]);
     });
     Evaluation out = evaluate(problem, sums.data());
-    for_each_row([&](int64_t row) {  // where another step of the sample was not finite
+    for (size_t row = 0; row < sums.size(); ++row) {  // rare: another step was not finite
       const Coefficients& c = out.coefficients[row];
-      if (assumed[row] == c || std::isnan(c.c1)) return;
+      if (assumed[row] == c || std::isnan(c.c1)) continue;
       if (direction.to) read(row);
       write(row, c);
-    });
+    }
     return out;
   }
 

@@ -1,0 +1,16 @@
+// main of a test that is compiled for one instruction set: runs it where the processor has it.
+// Compiled without that set's flags, so that it can say so elsewhere.
+#include "../cpu/kernels.h"
+#include "check.h"
+
+void run_isa_test(const guard_ops::cpu::Kernels& kernels);
+
+int main() {
+  const guard_ops::cpu::Kernels* found = guard_ops::cpu::kernels(GUARD_OPS_TEST_ISA);
+  if (found == nullptr) {
+    std::puts("not on this processor");
+    return 77;  // SKIP_RETURN_CODE
+  }
+  run_isa_test(*found);
+  return guard_ops::test::finish();
+}

@@ -1,0 +1,130 @@
+// The rollout step of every instruction set: the mean's single rounding, the sample, its
+// log-prob's sum, and that a mean it made is exact in the mean form.
+#include "check.h"
+#include "reference.h"
+
+namespace guard_ops::test {
+namespace {
+
+using cpu::Kernels;
+using cpu::Span;
+
+constexpr Step<double> step{0.97, -0.13, 0.21};
+
+struct Result {
+  Tensor prev_sample, mean;
+  std::vector<double> squares;
+};
+
+Result run(const Kernels& kernels, const Operands& in, const Batch& t) {
+  const auto make = [&](DType dtype) { return Tensor(dtype, in.steps, in.batch, in.numel, true); };
+  Result out{make(in.x.dtype()), make(t.wide ? f64 : f32), {}};
+  for (int64_t k = 0; k < in.steps; ++k) {
+    for (int64_t i = 0; i < in.batch; ++i) {
+      double square = 0;
+      for (int64_t begin = 0; begin < in.numel; begin += cpu::chunk) {
+        const Span at{k, i, begin, std::min(in.numel, begin + cpu::chunk)};
+        square += kernels.sde_step(t, step, at, out.prev_sample.operand(), out.mean.operand());
+      }
+      out.squares.push_back(square);
+    }
+  }
+  CHECK(out.prev_sample.guards_intact() && out.mean.guards_intact());
+  return out;
+}
+
+// fma(b, v, a x) as the kernel's scalar twin rounds it.
+double exact_mean(bool wide, double x, double v) {
+  if (wide) return std::fma(step.b, v, step.a * x);
+  return std::fma(float(step.b), float(v), float(step.a) * float(x));
+}
+
+void compare(const Kernels& kernels, const Result& got, const Operands& in, const Batch& t) {
+  const bool fused = kernels.name != std::string("baseline") || t.wide;
+  const Near a = coefficient(step.a), b = coefficient(step.b), s = coefficient(step.s);
+  for (int64_t k = 0; k < in.steps; ++k) {
+    for (int64_t i = 0; i < in.batch; ++i) {
+      long double square = 0, error = 0;
+      for (int64_t j = 0; j < in.numel; ++j) {
+        const double x = in.x.get(k, i, j), v = in.v.get(k, i, j);
+        const double mean = got.mean.get(k, i, j), y = got.prev_sample.get(k, i, j);
+        if (fused) {
+          CHECK(mean == exact_mean(t.wide, x, v));
+        } else {
+          CHECK_NEAR(mean, a * x + b * v);
+        }
+        CHECK_NEAR(y, stored(Near(mean) + s * noise_at(in, t, k, i, j), in.x.dtype()));
+        // Of the sample as it is stored, and the mean as it is stored.
+        const Near term = (Near(y) - mean) * (Near(y) - mean);
+        square += term.value;
+        error += term.error;
+      }
+      CHECK_NEAR(got.squares[k * in.batch + i], sum_of(square, error, square));
+    }
+  }
+}
+
+Batch step_batch(const Operands& in, bool seeded) {
+  Batch t = in.of(seeded ? Form::seeded : Form::noise, false, false);
+  t.x = in.x.operand();
+  t.v_old = {};
+  t.wide = in.v.dtype() == f64 || in.x.dtype() == f64 || (!seeded && in.noise.dtype() == f64);
+  Near::unit = t.wide ? 0x1p-53L : 0x1p-24L;
+  return t;
+}
+
+void test_sde_step() {
+  for (const int64_t numel : {1, 3, 7, 127, 1023, 1024, 1025, 4097, 70000}) {
+    for (const DTypes& d : dtypes) {
+      const Operands in(d, numel > cpu::chunk ? 1 : 2, 2, numel, numel % 2 == 1);
+      for (const bool seeded : {false, true}) {
+        const Batch t = step_batch(in, seeded);
+        Result avx2;
+        for (const char* isa : isa_names) {
+          const Kernels* kernels = cpu::kernels(isa);
+          if (kernels == nullptr) continue;
+          CONTEXT("%s sde_step D=%ld %s seeded=%d", isa, long(numel), d.name, seeded);
+          const Result got = run(*kernels, in, t);
+          compare(*kernels, got, in, t);
+          if (isa == std::string("avx2")) avx2 = got;
+          if (isa == std::string("avx512") && !avx2.squares.empty()) {
+            CHECK(got.mean.bytes() == avx2.mean.bytes());
+            CHECK(got.prev_sample.bytes() == avx2.prev_sample.bytes());
+            CHECK(got.squares == avx2.squares);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The mean form, given the mean that sde_step returned: delta is exactly zero, whatever the
+// storage of the rest, as both are one expression.
+void test_own_mean_is_exact(const Kernels& kernels) {
+  for (const DTypes& d : dtypes) {
+    const Operands in(d, 2, 2, 1030, false);
+    const Batch t = step_batch(in, false);
+    const Result rollout = run(kernels, in, t);
+    Batch again = t;
+    again.form = Form::mean;
+    again.y = rollout.prev_sample.operand();
+    again.m = rollout.mean.operand();
+    again.noise = {};
+    CONTEXT("%s mean form on policy, %s", kernels.name, d.name);
+    const Sums sums = kernels.sums(again, step, {1, 1, 0, 1030}, {});
+    CHECK(sums.s1 == 0 && sums.s2 == 0);
+  }
+}
+
+}  // namespace
+}  // namespace guard_ops::test
+
+int main() {
+  using namespace guard_ops;
+  test::test_sde_step();
+  for (const char* isa : test::isa_names) {
+    const cpu::Kernels* kernels = cpu::kernels(isa);
+    if (kernels != nullptr) test::test_own_mean_is_exact(*kernels);
+  }
+  return test::finish();
+}
