@@ -28,6 +28,7 @@ class CMakeBuild(build_ext):
                 "plain PyTorch `reference` backend",
                 file=sys.stderr,
             )
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # an earlier build's
             return
         import pybind11
         import torch
