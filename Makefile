@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') CMakeLists.txt setup.
 demo: $(VENV)/runtime
 	$(BIN)/guard-ops demo
 
-test: $(VENV)/development test-cpp
+test: lint test-cpp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The C++ tests: kernels and formulas without Python or torch.

@@ -83,11 +83,16 @@ class Call(NamedTuple):
         return self.backend.guard_loss(t, *tensors[-4:], *self[2:])
 
 
+def _transitions(ctx: Context, tensors: Any) -> Transitions:
+    return Transitions._make([*tensors[: len(Transitions._fields) - 1], ctx.call.guidance_scale])
+
+
 def _scaled(ctx: Context, grad_output: Tensor, tensors: Any) -> tuple[Tensor | None, ...]:
     """The gradients for ``grad_output`` from the coefficients: one rounding, whatever the dtype."""
-    t = Transitions._make([*tensors[: len(Transitions._fields) - 1], ctx.call.guidance_scale])
     coefficients = ctx.sum_grads * grad_output.detach().double()
-    grads: tuple[Tensor | None, ...] = ctx.call.backend.gradient(t, coefficients, *ctx.wanted)
+    grads: tuple[Tensor | None, ...] = ctx.call.backend.gradient(
+        _transitions(ctx, tensors), coefficients, *ctx.wanted
+    )
     return grads
 
 
@@ -114,11 +119,14 @@ class GuardLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor, *_: Any) -> Any:
         tensors = ctx.saved_tensors
-        grads, ctx.buffers = ctx.buffers, None
-        if grads is not None and not ctx.call.backend.scale_(grads, grad_output.detach()):
-            grads = None  # frees the buffers before their successors are allocated
-        if grads is None:
+        buffers, ctx.buffers = ctx.buffers, None
+        if buffers is None:
             grads = _scaled(ctx, grad_output, tensors)
+        else:
+            t = _transitions(ctx, tensors)
+            grads = ctx.call.backend.scaled(
+                t, ctx.sum_grads, buffers, grad_output.detach(), *ctx.wanted
+            )
         name = ctx.call.backend.NAME
         handed = [
             _once(name, grad if wanted else None, grad_output, *tensors[:2])

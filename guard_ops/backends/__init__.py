@@ -1,7 +1,7 @@
 """Which backend runs an op: the fastest one that its tensors' device has, or the one asked for.
 
 A backend is a module with ``NAME``, ``FUSED``, ``supports(device)`` and the functions of
-``reference.py`` in the same order of arguments; a fused one adds ``guard_loss`` and ``scale_``.
+``reference.py`` in the same order of arguments; a fused one adds ``guard_loss`` and ``scaled``.
 """
 
 from __future__ import annotations

@@ -106,15 +106,26 @@ def guard_loss(
     return out
 
 
-def scale_(grads: list[Tensor], factor: Tensor) -> bool:
-    """Multiply in place; False where that would round a 16-bit gradient a second time."""
+def scaled(
+    t: Transitions,
+    sum_grads: Tensor,  # [3, K, B] float64: d loss / d sums
+    grads: list[Tensor],
+    factor: Tensor,  # []
+    cond: bool,
+    uncond: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``factor * loss`` from those of ``loss``: in place, emptying ``grads``.
+
+    A 16-bit gradient would be rounded a second time; it is computed anew from the coefficients.
+    """
     value = factor.item()
+    if value != 1.0 and any(grad.element_size() == 2 for grad in grads):
+        grads.clear()  # frees the buffers before their successors are allocated
+        return gradient(t, sum_grads * value, cond, uncond)
     if value != 1.0:
-        if any(grad.dtype in (torch.bfloat16, torch.float16) for grad in grads):
-            return False
         for grad in grads:
             grad.mul_(value)
-    return True
+    return tuple(grads)
 
 
 def _fake_gradient(branch: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
