@@ -68,19 +68,29 @@ class Race:
 
 
 def race(
-    contenders: Mapping[str, Call], *, rounds: int, warmup: int = 5, repeat: str, seed: int = 0
+    contenders: Mapping[str, Call],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    settle: int = 8,
+    timed: int = 3,
+    repeat: str,
+    seed: int = 0,
 ) -> Race:
     """Time every contender once a round, in an order drawn anew for each round.
 
-    A slow spell of the machine then falls on all of them. Each timed call follows an untimed one of
-    the same contender: it meets the caches and the allocator as it leaves them itself and not as a
-    neighbour did, so a result does not depend on who else is in the race.
+    A slow spell of the machine then falls on all of them. A contender's turn is ``settle`` untimed
+    calls and the median of ``timed`` more: it meets the caches and the allocator as its own calls
+    leave them and not as a neighbour did. (A last-level cache takes several passes over 30 MB to
+    forget what came before: with one untimed call a kernel looks up to twice as slow behind a
+    neighbour that allocates much, and a result would depend on who else is in the race.)
 
     Args:
         contenders: name -> call.
         rounds: timed rounds, at least 2.
         warmup: rounds before them that are not timed (compilation, thread pools).
-        repeat: the contender that runs twice a round, for :attr:`Race.noise`.
+        settle, timed: calls of a turn.
+        repeat: the contender that has two turns a round, for :attr:`Race.noise`.
 
     Raises:
         ValueError: ``repeat`` is not a contender.
@@ -93,14 +103,21 @@ def race(
     for current in range(-warmup, rounds):
         shuffle(order)
         for name in order:
-            call = calls[name]
-            call()
-            start = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - start
+            elapsed = _turn(calls[name], settle, timed)
             if current >= 0:
                 seconds[name].append(elapsed)
     return Race(seconds, repeat)
+
+
+def _turn(call: Call, settle: int, timed: int) -> float:
+    for _ in range(settle):
+        call()
+    elapsed = []
+    for _ in range(timed):
+        start = time.perf_counter()
+        call()
+        elapsed.append(time.perf_counter() - start)
+    return statistics.median(elapsed)
 
 
 def peak_extra_bytes(call: Call, release: Call, repeats: int = 5) -> int:

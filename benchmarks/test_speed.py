@@ -19,7 +19,7 @@ from benchmarks import contenders, measure
 from benchmarks.results import Row
 from benchmarks.workloads import CI, bytes_per_element
 
-ROUNDS = 60
+ROUNDS = 20
 RACES = 3  # at most: other processes on the machine may spoil one
 QUIET = 0.05  # noise of a race that needs no other
 MEGABYTE = 2**20
@@ -98,7 +98,7 @@ def test_fused_loss_is_faster(
             },
         )
     ours = contenders.ours(inputs, case.form, case.objective)
-    benchmark.pedantic(ours, rounds=ROUNDS, warmup_rounds=5)
+    benchmark.pedantic(ours, rounds=60, warmup_rounds=10)
     missed = [
         f"{name} takes {times_ours[name]:.2f} times guard_ops' time, the bound is {bound:.2f}"
         for name, bound in case.at_least.items()

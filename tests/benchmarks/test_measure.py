@@ -13,21 +13,36 @@ TINY = Workload("tiny", "none", (16, 8), 4, 3, "none")
 MIB = 2**20
 
 
-def test_a_round_is_every_contender_once_and_one_twice_each_after_its_own_untimed_call():
+def test_a_round_is_a_turn_of_every_contender_and_two_of_one():
     calls = []
     result = measure.race(
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
         rounds=6,
         warmup=2,
+        settle=3,
+        timed=2,
         repeat="a",
     )
-    rounds = [calls[i : i + 6] for i in range(0, len(calls), 6)]
-    assert len(rounds) == 8  # warm-up included
-    assert all(untimed == timed for untimed, timed in zip(calls[::2], calls[1::2], strict=True))
-    assert all(sorted(calls[::2]) == ["a", "a", "b"] for calls in rounds)
-    assert any(x != rounds[0] for x in rounds)
+    turns = [calls[i : i + 5] for i in range(0, len(calls), 5)]
+    assert len(turns) == 8 * 3  # warm-up included
+    assert all(len(set(turn)) == 1 for turn in turns)
+    rounds = ["".join(turn[0] for turn in turns[i : i + 3]) for i in range(0, len(turns), 3)]
+    assert all(sorted(order) == ["a", "a", "b"] for order in rounds)
+    assert len(set(rounds)) > 1
     assert {name: len(s) for name, s in result.seconds.items()} == {"a": 6, "b": 6, "a" + AGAIN: 6}
     assert result.contenders == ["a", "b"]
+
+
+def test_only_the_calls_after_a_turn_has_settled_are_timed(monkeypatch):
+    now, count = [0.0], [0]
+
+    def slow_at_first():  # every turn: 2 slow calls, then the median of 1, 9 and 2 seconds
+        now[0] += (50.0, 50.0, 1.0, 9.0, 2.0)[count[0] % 5]
+        count[0] += 1
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    result = measure.race({"x": slow_at_first}, rounds=4, settle=2, timed=3, repeat="x")
+    assert result.seconds["x"] == [2.0] * 4
 
 
 def test_ratio_is_taken_within_each_round():
