@@ -148,9 +148,12 @@ Tensor sums(GUARD_OPS_OPERANDS) {
 }
 
 // Fresh memory costs a page fault per 4 KiB, more than a kernel takes to fill it; ask for large
-// pages (a hint: where the system has none, nothing changes).
+// pages (a hint: where the system has none, nothing changes). From 32 MiB on the C library maps
+// each allocation by itself and unmaps it after, so the advice outlives no buffer.
 void advise_large_pages(const Tensor& t) {
 #if defined(MADV_HUGEPAGE)
+  constexpr size_t mapped = size_t(32) << 20;
+  if (t.nbytes() < mapped) return;
   constexpr uintptr_t page = uintptr_t(2) << 20;
   const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
   const uintptr_t first = (begin + page - 1) / page * page,
