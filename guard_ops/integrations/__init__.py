@@ -13,7 +13,15 @@ from .patch import Patch, Target, replace
 
 __all__ = ["FRAMEWORKS", "Patch", "apply"]
 
-_SCRIPTS = ("flux", "flux_lora", "hunyuan", "qwenimage", "qwenimage_edit", "skyreels_i2v")
+_SCRIPTS = (
+    "flux",
+    "flux_lora",
+    "hunyuan",
+    "qwenimage",
+    "qwenimage_edit",
+    "skyreels_i2v",
+    "wan_2_1",
+)
 TARGETS: dict[str, tuple[Target, ...]] = {
     "flow_grpo": (
         Target(

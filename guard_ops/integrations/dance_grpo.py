@@ -66,6 +66,31 @@ def _coefficients(
     return StepCoefficients._of(table, True, coeffs.deterministic)
 
 
+def grpo_one_step_log_prob(
+    pred: Tensor,
+    latents: Tensor,
+    pre_latents: Tensor,
+    eta: float,
+    sigma_schedule: Tensor,
+    i: int | Tensor,
+) -> Tensor:
+    """The tail of ``grpo_one_step``, after the transformer: the log-prob [B], differentiable.
+
+    :func:`flux_step` also makes the predicted original sample, which that function throws away.
+
+    Args:
+        pred: velocity, [B, *latent]. latents: x. pre_latents: y. eta, sigma_schedule, i: the step.
+    """
+    return ops.log_prob(
+        pred.unsqueeze(0),
+        sample=latents.unsqueeze(0),
+        prev_sample=pre_latents.unsqueeze(0),
+        coeffs=_coefficients(
+            sigma_schedule, i if isinstance(i, Tensor) else int(i), eta, True, latents
+        ),
+    ).squeeze(0)
+
+
 def grpo_loss(
     new_log_probs: Tensor,
     old_log_probs: Tensor,

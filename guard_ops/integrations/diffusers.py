@@ -62,9 +62,7 @@ class FlowMatchSdeScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mi
     ) -> None:
         if invert_sigmas or stochastic_sampling:
             name = "invert_sigmas" if invert_sigmas else "stochastic_sampling"
-            raise ValueError(
-                f"`{name}` is True; this SDE needs sigmas that decrease, its own noise"
-            )
+            raise ValueError(f"`{name}` is True; this SDE has decreasing sigmas and its own noise")
         FlowMatchEulerDiscreteScheduler.__init__(
             self,
             num_train_timesteps=num_train_timesteps,
