@@ -94,6 +94,8 @@ def replace(framework: str, targets: Sequence[Target]) -> Patch:
                 and vars(module).get(name) is original
             ]
         for where, place in places:
+            if where in replaced:  # two scripts may share one function
+                continue
             patch._places.append((place, name, original))
             setattr(place, name, target.replacement)
             replaced.append(where)
