@@ -81,15 +81,27 @@ def test_as_a_context_manager(flow_grpo_package):
 
 
 def test_another_signature_is_refused_and_nothing_is_replaced(flow_grpo_package):
-    def older(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None):
-        return "older"
+    def other(self, model_output, timestep, sample, eta=0.7, prev_sample=None):
+        return "other"
 
     defining, using = flow_grpo_package
-    defining.sde_step_with_logprob = older
-    with pytest.raises(ValueError, match=r"takes \(self, .*prev_sample=\) but .*return_sqrt_dt=\)"):
+    defining.sde_step_with_logprob = other
+    with pytest.raises(ValueError, match=r"takes \(self, .*, eta=, .*\) but .*return_sqrt_dt=\)"):
         integrations.apply("flow_grpo")
-    assert defining.sde_step_with_logprob is older
+    assert defining.sde_step_with_logprob is other
     assert using.sde_step_with_logprob is their_sde_step
+
+
+def test_an_earlier_version_without_the_last_options_is_taken(flow_grpo_package):
+    def earlier(self, model_output, timestep, sample, noise_level=0.7, prev_sample=None,
+                generator=None):  # fmt: skip
+        return "earlier"
+
+    defining, _ = flow_grpo_package
+    defining.sde_step_with_logprob = earlier
+    with integrations.apply("flow_grpo"):
+        assert defining.sde_step_with_logprob is flow_grpo.sde_step_with_logprob
+    assert defining.sde_step_with_logprob is earlier
 
 
 def test_a_missing_function_is_refused(flow_grpo_package):
@@ -186,6 +198,17 @@ def test_verl_omni_gets_the_step_and_two_losses(verl_package):
         assert verl_omni.register() == ("flow_grpo_fused", "grpo_guard_fused")
     assert scheduler.sample_previous_step is original
     assert not registry
+
+
+def test_nothing_stays_replaced_when_the_registry_cannot_be_imported(verl_package, monkeypatch):
+    scheduler, _ = verl_package
+    original = scheduler.sample_previous_step
+    name = "verl_omni.trainer.diffusion"
+    monkeypatch.setitem(sys.modules, f"{name}.diffusion_algos", None)
+    monkeypatch.delattr(sys.modules[name], "diffusion_algos")
+    with pytest.raises(ImportError):
+        integrations.apply("verl_omni")
+    assert scheduler.sample_previous_step is original
 
 
 def test_verl_omni_losses_run_through_its_registry(verl_package):
