@@ -12,7 +12,6 @@ import triton.language as tl
 
 from .objective import (
     INVERSE_RATIO,
-    NAN,
     STANDARDIZE,
     coefficients_of,
     denominator_of,
@@ -194,7 +193,7 @@ def evaluate(
             safe, tl.where(finite, kl_old, 0.0), tl.where(finite, u, 0.0), s, mean, denominator,
             target_std, mode,
         )  # fmt: skip
-        excess = tl.where(finite, excess, NAN)
+        excess = tl.where(finite, excess, float("nan"))
         tl.store(out.excess + n, excess, mask=inside)
         tl.store(out.per_row + n, log_ratio.to(out.per_row.dtype.element_ty), mask=inside)
         total += sum_first(tl.where(finite, inverse_rho(excess, weight_floor), 0.0))
@@ -274,5 +273,5 @@ def evaluate(
     if mode.kl:
         value += kl_beta * (tl.sum(sum_last(kl_sum)) / transitions)
     if not mode.drop:
-        value = tl.where(all_finite < rows, NAN, value)
+        value = tl.where(all_finite < rows, float("nan"), value)
     tl.store(out.loss, value.to(out.loss.dtype.element_ty))

@@ -8,14 +8,7 @@ from ..transitions import Transitions
 from .launch import arguments, compute_type, on_device, start, start_tuned, strides_of
 from .paths import cut
 from .sums import tuning_key
-from .transition import (
-    TILE,
-    delta_and_residual,
-    load,
-    step_coefficient,
-    store,
-    velocity,
-)
+from .transition import TILE, delta_and_residual, load, step_coefficient, store, velocity
 
 
 @triton.jit
@@ -78,7 +71,7 @@ def gradient_kernel(
     strides,  # Operands: (over K, over B) of each
     table,  # [5, K, B] float64
     table_strides,
-    guidance_scale: "fp64",
+    guidance_scale: tl.float64,
     numel,
     steps,
     batch,

@@ -60,7 +60,7 @@ def sums_then_evaluate_kernel(
     strides,  # Operands: (over K, over B) of each
     table,  # [5, K, B] float64
     table_strides,
-    guidance_scale: fp64,
+    guidance_scale: tl.float64,
     numel,
     steps,
     batch,
@@ -72,13 +72,13 @@ def sums_then_evaluate_kernel(
     given,  # Given: pointers
     given_strides,  # Given: (over K, over B) of each
     out,  # Results
-    target_std: fp64,
-    std_floor: fp64,
-    clip_low: fp64,
-    clip_high: fp64,
-    adv_clip: fp64,
-    weight_floor: fp64,
-    kl_beta: fp64,
+    target_std: tl.float64,
+    std_floor: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    adv_clip: tl.float64,
+    weight_floor: tl.float64,
+    kl_beta: tl.float64,
     mode,  # Mode
     T: tl.constexpr,
     PADDED: tl.constexpr,
@@ -111,7 +111,7 @@ def rows_kernel(
     strides,
     table,
     table_strides,
-    guidance_scale: fp64,
+    guidance_scale: tl.float64,
     numel,
     steps,
     batch,
@@ -123,13 +123,13 @@ def rows_kernel(
     given,
     given_strides,
     out,
-    target_std: fp64,
-    std_floor: fp64,
-    clip_low: fp64,
-    clip_high: fp64,
-    adv_clip: fp64,
-    weight_floor: fp64,
-    kl_beta: fp64,
+    target_std: tl.float64,
+    std_floor: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    adv_clip: tl.float64,
+    weight_floor: tl.float64,
+    kl_beta: tl.float64,
     mode,
     written,  # [3, K B] float64: the coefficients of the gradient that is written
     grads,  # (cond, uncond) pointers, None where not wanted

@@ -67,8 +67,8 @@ def start(kernel: Any, grid: int, *args: Any, warps: int, **options: Any) -> Non
 def start_tuned(name: str, key: tuple[object, ...], launch: Callable[[int], None]) -> None:
     """``launch(warps)`` with the table's number of warps, or under GUARD_OPS_AUTOTUNE=1 the best.
 
-    ``launch`` must be repeatable. No number of warps changes a bit of the result. The search is made
-    once per key, never while a graph is captured; without it nothing ever stalls a training step.
+    ``launch`` must be repeatable; no number of warps changes a bit of the result. The search is made
+    once per key, never while a graph is captured. Without it nothing ever stalls a training step.
     """
     if INTERPRETED or os.environ.get("GUARD_OPS_AUTOTUNE") != "1":
         launch(WARPS[name])
@@ -88,9 +88,9 @@ def _milliseconds(launch: Callable[[int], None], warps: int) -> float:
 
 
 # ---- counters -----------------------------------------------------------------------------------
-# A kernel leaves its counters at 0, so they are zeroed once and not per call, which would be another
-# launch. Calls on one stream follow each other and share; a captured graph may be replayed beside
-# anything, so its calls get counters that nobody else ever gets.
+# A kernel leaves its counters at 0, so they are zeroed once and not per call, which would be one
+# more launch. Calls on one stream follow each other and share; a captured graph may be replayed
+# beside anything, so its calls get counters that nobody else ever gets.
 
 RESERVED = 1 << 18  # int32 for captured calls, 1 MB, made with a device's first eager call
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}

@@ -33,7 +33,6 @@ class Mode(NamedTuple):
 
 LOG_SQRT_2PI = tl.constexpr(0.91893853320467274178)
 LARGEST = tl.constexpr(1.7976931348623157e308)
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -48,7 +47,7 @@ def scale_of(kappa, numel, mode):
 
 @triton.jit
 def ratio_of(s1, s2, ref, advantage, old_log_prob, s, kappa, numel, mode):
-    """``log r``, ``kl_old``, the KL to the reference model, ``u = expm1(log r)``, and finiteness."""
+    """``log r``, ``kl_old``, KL to the reference model, ``u = expm1(log r)``, whether finite."""
     scale = scale_of(kappa, numel, mode)
     kl = ref / (2 * s * s * numel)
     if old_log_prob is not None:
@@ -57,7 +56,7 @@ def ratio_of(s1, s2, ref, advantage, old_log_prob, s, kappa, numel, mode):
             constants = tl.log(s) + LOG_SQRT_2PI
             log_prob = log_prob - (constants if mode.mean_reduction else numel * constants)
         log_ratio = log_prob - old_log_prob
-        kl_old = tl.zeros_like(log_ratio) + NAN
+        kl_old = tl.zeros_like(log_ratio) + float("nan")
     else:
         log_ratio = scale * (2 * s1 - s2)
         kl_old = scale * s2
@@ -130,5 +129,5 @@ def coefficients_of(d_excess, d_u, excess, u, s, kappa, numel, transitions, kl_b
     c3 = tl.zeros_like(c1)
     if mode.kl:
         c3 = c3 + kl_beta / transitions / (2 * s * s * numel)
-    other = 0.0 if mode.drop else NAN
+    other = 0.0 if mode.drop else float("nan")
     return tl.where(finite, c1, other), tl.where(finite, c2, other), tl.where(finite, c3, other)

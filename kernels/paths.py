@@ -45,7 +45,7 @@ def machine(device: torch.device) -> Machine:
 
 
 class Cut(NamedTuple):
-    """How a call is cut into programs: by its shape alone, so that its bits depend on nothing else."""
+    """How a call is cut into programs: by its shape alone, and so are its bits."""
 
     rows: int  # K B
     tiles: int  # of a segment

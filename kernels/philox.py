@@ -1,7 +1,7 @@
 """Philox4x32-10 and its normals: the integers of ``backends/philox.py``, normals within 1e-6.
 
-Logarithm, sine and cosine are polynomials (Cephes'), as in ``csrc/cpu/philox.h``: the GPU's own fast
-logarithm has no digits near 1, where a radius is small.
+Logarithm, sine and cosine are polynomials (Cephes'), as in ``csrc/cpu/philox.h``: the GPU's own
+fast logarithm has no digits near 1, where a radius is small.
 """
 
 import triton

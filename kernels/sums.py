@@ -127,7 +127,7 @@ def sums_kernel(
     strides,  # Operands: (over K, over B) of each
     table,  # [5, K, B] float64
     table_strides,
-    guidance_scale: "fp64",
+    guidance_scale: tl.float64,
     numel,
     steps,
     batch,

@@ -23,8 +23,8 @@ from ..transitions import Transitions, compute_dtype
 
 if not launch.INTERPRETED and torch.cuda.device_count() + torch.xpu.device_count() == 0:
     raise ImportError(
-        "torch sees no GPU (CUDA, ROCm or XPU); TRITON_INTERPRET=1 runs its kernels on the CPU, for "
-        "tests"
+        "torch sees no GPU (CUDA, ROCm or XPU); with TRITON_INTERPRET=1 the kernels run on the CPU, "
+        "for tests"
     )
 
 NAME = "triton"
@@ -114,7 +114,7 @@ def _composed(
     cond: bool,
     uncond: bool,
 ) -> tuple[Tensor, ...]:
-    """:func:`guard_loss` of more samples than one program holds: objective.py between two passes."""
+    """:func:`guard_loss` of more samples than a program holds: objective.py between two passes."""
     coeffs = StepCoefficients._of(t.coefficients, gaussian, ())
     numel = t.model_output.shape[2]
     with torch.enable_grad():
