@@ -21,7 +21,7 @@ from .objective import (
     ratio_of,
     surrogate_of,
 )
-from .summation import sum_first, sum_last
+from .summation import sum_all, sum_first, sum_last
 from .transition import step_coefficient
 
 MAX_BATCH = 1024  # samples that one program holds beside each other
@@ -200,11 +200,11 @@ def evaluate(
         finite_steps += sum_first(tl.where(finite, 1.0, 0.0).to(tl.float64))
     tl.debug_barrier()
 
-    all_finite = tl.sum(sum_last(finite_steps))
+    all_finite = sum_all(finite_steps)
     samples = tl.cast(batch, tl.float64)
     transitions = tl.cast(rows, tl.float64)
     if mode.drop:
-        samples = tl.sum(sum_last(tl.where(finite_steps > 0, 1.0, 0.0).to(tl.float64)))
+        samples = sum_all(tl.where(finite_steps > 0, 1.0, 0.0).to(tl.float64))
         samples = tl.where(samples > 0, samples, 1.0)
         transitions = tl.where(all_finite > 0, all_finite, 1.0)
 
@@ -269,9 +269,9 @@ def evaluate(
         bad = sum_last(tl.where(inside & (finite == 0), 1.0, 0.0).to(tl.float64))
         tl.store(m + 9 * steps, bad.to(narrow), mask=here)
 
-    value = tl.sum(sum_last(loss)) / samples
+    value = sum_all(loss) / samples
     if mode.kl:
-        value += kl_beta * (tl.sum(sum_last(kl_sum)) / transitions)
+        value += kl_beta * (sum_all(kl_sum) / transitions)
     if not mode.drop:
         value = tl.where(all_finite < rows, float("nan"), value)
     tl.store(out.loss, value.to(out.loss.dtype.element_ty))

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from .launch import WARPS, compute_type, counters, on_device, pack, start, strides_of
 from .paths import cut
-from .summation import sum_last
+from .summation import sum_all
 from .sums import combine, is_last, partial_sums, store_partial, tile_sum
-from .transition import TILE, load, mean, noise_of, step_coefficient, store
+from .transition import TILE, load, mean, noise_of, rounded, step_coefficient, store
 
 
 @triton.jit
@@ -46,13 +46,13 @@ def sde_step_kernel(
         x = load(t.sample, strides.sample, k, i, start, inside, T)
         mu = mean(a, b, x, v)
         noise = noise_of(t, strides, k, i, start, inside, T)
-        y = tl.fma(noise, s, mu).to(prev_sample.dtype.element_ty)
+        y = rounded(tl.fma(noise, s, mu), prev_sample.dtype.element_ty)
         store(mean_out, out_strides, k, i, start, inside, mu)
         store(prev_sample, out_strides, k, i, start, inside, y)
         d = tl.where(inside, y.to(T) - mu, 0.0)  # log_prob is that of the sample as it is stored
         square += tile_sum(d * d)
     rows = steps * batch
-    total = tl.sum(sum_last(square))
+    total = sum_all(square)
     store_partial(partial, row, segment, rows, segments, 0.0, total, 0.0)
     if PADDED > 1:
         if is_last(counter, rows * segments):

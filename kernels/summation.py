@@ -12,20 +12,25 @@ LARGEST = tl.constexpr(12)  # log2 of the largest power of two that is summed
 
 @triton.jit
 def halve(x):
-    """[..., N] -> [..., N / 2]: neighbours of the last dimension added."""
-    if len(x.shape) == 1:
-        x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
-    else:
-        x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
-    return x
+    """[N] -> [N / 2]: neighbours added."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
+
+
+@triton.jit
+def sum_all(x):
+    """[N] -> a scalar; N is a power of two."""
+    for _ in tl.static_range(LARGEST):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
+    return tl.sum(x)
 
 
 @triton.jit
 def sum_last(x):
-    """[N] -> [1] or [M, N] -> [M, 1]; N is a power of two."""
+    """[M, N] -> [M, 1]; N is a power of two."""
     for _ in tl.static_range(LARGEST):
-        if x.shape[len(x.shape) - 1] > 1:
-            x = halve(x)
+        if x.shape[1] > 1:
+            x = tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)), axis=2)
     return x
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..transitions import Transitions
 from .launch import arguments, compute_type, counters, on_device, start, start_tuned
 from .paths import cut
-from .summation import halve, sum_last
+from .summation import halve, sum_all, sum_last
 from .transition import TILE, delta_and_residual, load, step_coefficient, velocity
 
 COMBINED = tl.constexpr(2048)  # partial sums that are added up at once
@@ -56,8 +56,8 @@ def totals(t, s1, s2, ref):
     """The three sums, float64 scalars, of their terms."""
     total = tl.full((), 0.0, tl.float64)
     if t.ref_model_output is not None:
-        total = tl.sum(sum_last(ref))
-    return tl.sum(sum_last(s1)), tl.sum(sum_last(s2)), total
+        total = sum_all(ref)
+    return sum_all(s1), sum_all(s2), total
 
 
 @triton.jit

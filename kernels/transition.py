@@ -36,10 +36,19 @@ def load(pointer, strides, k, i, start, inside, T: tl.constexpr):
 
 
 @triton.jit
+def rounded(value, to: tl.constexpr):
+    """``value`` in another dtype; float64 reaches a 16-bit one by way of float32."""
+    if value.dtype == tl.float64:
+        if (to == tl.bfloat16) or (to == tl.float16):
+            value = value.to(tl.float32)
+    return value.to(to)
+
+
+@triton.jit
 def store(pointer, strides, k, i, start, inside, value):
     """Writes what :func:`load` reads, rounded once to the pointer's dtype."""
     base = k * strides[0] + i * strides[1] + start
-    value = value.to(pointer.dtype.element_ty)
+    value = rounded(value, pointer.dtype.element_ty)
     tl.store(pointer + base + tl.arange(0, TILE), value, mask=inside)
 
 
