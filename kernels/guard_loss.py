@@ -192,7 +192,7 @@ def rows_kernel(
 
 
 class Objective(NamedTuple):
-    """The [K, B] side of a call: GuardConfig's numbers and choices, and the operands beside them."""
+    """The [K, B] side of a call: its operands, and GuardConfig's choices and numbers."""
 
     advantages: Tensor  # [K, B] float64
     old_log_prob: Tensor | None  # [K, B] float64
@@ -286,9 +286,8 @@ def guard_loss(
         if path == "rows":
             start(rows_kernel, parts.rows, *common, *last, parts.one_tile, warps=WARPS["rows"])
         else:
-            programs = machine(device).resident
+            programs = machine(device).processors
             resident = parts.tiles == 1 and parts.units <= programs
-            options = {"launch_cooperative_grid": True, "maxnreg": 128}
             start(
                 grid_kernel,
                 min(parts.units, programs),
@@ -297,7 +296,8 @@ def guard_loss(
                 resident,
                 independent,
                 warps=WARPS["grid"],
-                **({} if device.type == "cpu" else options),
+                programs=1,
+                **({} if device.type == "cpu" else {"launch_cooperative_grid": True}),
             )
         if independent and objective.others_count(steps):
             gradient(t, sum_grads, grad, grad_uncond, written=written)

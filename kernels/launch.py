@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..transitions import Transitions
@@ -59,16 +61,29 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-def start(kernel: Any, grid: int, *args: Any, warps: int, **options: Any) -> None:
-    """Launch ``grid`` programs; what is to be fused is written so, hence no fusion of others."""
+@functools.cache
+def nvidia() -> bool:
+    return not INTERPRETED and driver.active.get_current_target().backend == "cuda"
+
+
+def start(
+    kernel: Any, grid: int, *args: Any, warps: int, programs: int = 2, **options: Any
+) -> None:
+    """Launch ``grid`` programs; what is to be fused is written so, hence no fusion of others.
+
+    programs: how many share a processor's 65,536 registers. Left to itself, NVIDIA's assembler
+    aims at more of them and spills.
+    """
+    if nvidia():
+        options["maxnreg"] = min(255, 65536 // (32 * warps * programs))
     kernel[(grid,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
 
 
 def start_tuned(name: str, key: tuple[object, ...], launch: Callable[[int], None]) -> None:
     """``launch(warps)`` with the table's number of warps, or under GUARD_OPS_AUTOTUNE=1 the best.
 
-    ``launch`` must be repeatable; no number of warps changes a bit of the result. The search is made
-    once per key, never while a graph is captured. Without it nothing ever stalls a training step.
+    ``launch`` must be repeatable; no number of warps changes a bit of the result. The search is
+    made once per key, never while a graph is captured. Without it nothing stalls a training step.
     """
     if INTERPRETED or os.environ.get("GUARD_OPS_AUTOTUNE") != "1":
         launch(WARPS[name])

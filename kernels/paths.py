@@ -15,20 +15,14 @@ from .transition import TILE
 
 MAX_SEGMENTS = 128  # of one row
 PATHS = ("two_launches", "one_launch", "rows")
-PROGRAMS_PER_PROCESSOR = 2  # of grid_kernel: 256 threads of at most 128 registers
 
 
 class Machine(NamedTuple):
     """What the rule asks of a device."""
 
-    processors: int
+    processors: int  # each runs one program of grid_kernel
     cache_bytes: int  # second level
     cooperative: bool  # whether a launch can promise that all its programs are resident
-
-    @property
-    def resident(self) -> int:
-        """Programs of grid_kernel that run at the same time."""
-        return 1 if self.processors == 1 else self.processors * PROGRAMS_PER_PROCESSOR
 
 
 @functools.cache
@@ -83,10 +77,11 @@ def cut(steps: int, batch: int, numel: int) -> Cut:
 def choose(on: Machine, parts: Cut, row_bytes: int, independent: bool) -> str:
     """The path of a call.
 
-    - ``one_launch`` where every segment is one tile and has its own resident program: nothing is
-      read twice and one launch is saved. That is up to 1 M elements on an H100.
-    - ``rows`` where a transition needs only its own sums (``independent``), there are enough
-      of them to fill the device, and those in flight fit its second-level cache twice over.
+    - ``one_launch`` where every segment is one tile and has its own processor: nothing is read
+      twice and one launch is saved. That is up to 540,672 elements on an H100.
+    - ``rows`` where a transition needs only its own sums (``independent``), there are enough of
+      them to fill the device, and either one is one tile or two a processor fit the second-level
+      cache, from where they are read again.
     - ``two_launches`` otherwise.
     """
     forced = os.environ.get("GUARD_OPS_TRITON_PATH")
@@ -96,10 +91,7 @@ def choose(on: Machine, parts: Cut, row_bytes: int, independent: bool) -> str:
                 f"GUARD_OPS_TRITON_PATH is {forced!r}; it needs one of {', '.join(PATHS)}"
             )
         return "two_launches" if forced == "rows" and not independent else forced
-    if on.cooperative and parts.tiles == 1 and parts.units <= on.resident:
+    if on.cooperative and parts.tiles == 1 and parts.units <= on.processors:
         return "one_launch"
-    in_flight = min(parts.rows, on.resident) * row_bytes
-    if independent and parts.rows >= on.processors:
-        if parts.one_tile or 2 * in_flight <= on.cache_bytes:
-            return "rows"
-    return "two_launches"
+    fits = parts.one_tile or 2 * on.processors * row_bytes <= on.cache_bytes
+    return "rows" if independent and parts.rows >= on.processors and fits else "two_launches"
