@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -207,7 +209,7 @@ def _sums(
 
 
 @_sums.register_fake
-def _empty_sums(model_output, *_):  # type: ignore[no-untyped-def]
+def _empty_sums(model_output: Tensor, *_: Any) -> Tensor:
     return model_output.new_empty((3, *model_output.shape[:2]), dtype=torch.float64)
 
 
@@ -238,7 +240,9 @@ def _gradient(
 
 
 @_gradient.register_fake
-def _(_, model_output, model_output_uncond, *rest):  # type: ignore[no-untyped-def]
+def _fake_gradient(
+    _: Tensor, model_output: Tensor, model_output_uncond: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
     return _gradients(model_output, model_output_uncond, *rest[-2:])
 
 
@@ -251,7 +255,9 @@ def _sde_step(
     return y, mean, square
 
 
-def _empty_step(v, x, coefficients, noise, seed):  # type: ignore[no-untyped-def]
+def _empty_step(
+    v: Tensor, x: Tensor, coefficients: Tensor, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = _compute_dtype(v, x, noise)
     square = x.new_empty(x.shape[:2], dtype=torch.float64)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=wide), square
@@ -298,19 +304,18 @@ def _guard_loss(
         old_model_output, noise, seed, coefficients, guidance_scale,
     )  # fmt: skip
     out = _empty_loss(*t[:8], cond, uncond)
+    loss, grad, grad_uncond, per_row, metrics, sum_grads = out
     problem = losses.Objective(
         advantages, old_log_prob, step_weights, mean_std, ratio_norm, balance, detach_stats,
         mean_reduction, drop, gaussian, target_std, std_floor, clip_low, clip_high, adv_clip,
         weight_floor, kl_beta,
     )  # fmt: skip
-    loss, grad, grad_uncond, *rest = out
-    losses.guard_loss(
-        t, problem, grad if cond else None, grad_uncond if uncond else None, loss, *rest
-    )
-    return out
+    written = grad if cond else None, grad_uncond if uncond else None
+    losses.guard_loss(t, problem, *written, loss, per_row, metrics, sum_grads)
+    return loss, grad, grad_uncond, per_row, metrics, sum_grads
 
 
-def _empty_loss(*args):  # type: ignore[no-untyped-def]
+def _empty_loss(*args: Any) -> tuple[Tensor, ...]:
     cond, uncond = args[-2:]
     v = args[0]
     per_row = v.new_empty((4, *v.shape[:2]), dtype=_compute_dtype(*args[:8]))

@@ -23,7 +23,9 @@ def moved(given: Problem, device: torch.device) -> Problem:
     return out
 
 
-def problem_on(device: torch.device, form: str = "velocity", **more: Any) -> tuple[Problem, Problem]:
+def problem_on(
+    device: torch.device, form: str = "velocity", **more: Any
+) -> tuple[Problem, Problem]:
     """A problem on the CPU, and there; the reference makes its rollout."""
     with go.use_backend("reference"):
         given = problem(form, **more)
