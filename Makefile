@@ -6,13 +6,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-cpp lint format bench clean
+.PHONY: demo test test-cpp test-triton gpu-check lint format bench clean
 
 demo: $(VENV)/runtime
 	$(BIN)/guard-ops demo
 
 test: lint test-cpp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(MAKE) test-triton
+
+# The Triton kernels on the CPU, by Triton's interpreter: their own tests, and some of the others'.
+test-triton: $(VENV)/development
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q tests/device tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q tests/test_goldens.py tests/test_sde_step.py \
+	  tests/test_torch_operators.py \
+	  -k "triton and not cps and not K3 and not K2 and not 0.001"
+
+# On a machine with a GPU: device tests and benchmarks, written to benchmarks/results. Needs no
+# network and no virtual environment: PYTHON's torch, triton, numpy, pytest, pytest-benchmark.
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py
 
 # The C++ tests: kernels and formulas without Python or torch.
 test-cpp: $(VENV)/development

@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from . import GuardConfig, SdeSchedule, __version__, guard_loss_and_grad, log_ratio
-from .backends import available_backends, unavailable_backends, use_backend
+from .backends import available_backends, select, unavailable_backends, use_backend
 
 ADVICE = {
+    "triton": "for a GPU: a torch built for it (it brings Triton); on another platform, "
+    "pip install triton",
     "cpu": "install a C++20 compiler and reinstall next to this torch: "
     "pip install --no-build-isolation --force-reinstall --no-deps guard-ops",
 }
@@ -71,47 +73,62 @@ def self_test(backend: str) -> str:
     """
     try:
         with use_backend(backend):
-            ours = [_log_ratio()] if backend == "reference" else [_log_ratio(), *_losses()]
+            device = _device()
+            ours = [_log_ratio(device)]
+            ours += _losses(device) if backend != "reference" else []
         with use_backend("reference"):
-            truth = [_density_ratio()] if backend == "reference" else [_log_ratio(), *_losses()]
+            if backend == "reference":
+                truth = [_density_ratio()]
+            else:
+                truth = [_log_ratio(device), *_losses(device)]
     except (RuntimeError, ValueError, OSError) as error:
         return f"failed: {error}"
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True))
     return "ok" if worst <= TOLERANCE else f"off by {worst:.1e} (relative)"
 
 
-def _case() -> dict[str, Any]:
+def _device() -> torch.device:
+    """One that the backend in use runs on: the CPU if it does."""
+    try:
+        select(torch.device("cpu"))
+    except ValueError:
+        return torch.device(torch.accelerator.current_accelerator() or "cpu")
+    return torch.device("cpu")
+
+
+def _case(device: torch.device) -> dict[str, Any]:
     """Three steps of four small latents, in the noise form."""
     generator = torch.Generator().manual_seed(0)
 
     def latents() -> Tensor:
-        return torch.randn(3, 4, 4, 33, dtype=torch.float64, generator=generator)
+        values = torch.randn(3, 4, 4, 33, dtype=torch.float64, generator=generator)
+        return values.to(device)
 
     old = latents()
     return {
         "model_output": old + 1e-3 * latents(),
         "old_model_output": old,
         "noise": latents(),
-        "coeffs": SdeSchedule([1.0, 0.9, 0.6, 0.2, 0.0])[:3],
+        "coeffs": SdeSchedule([1.0, 0.9, 0.6, 0.2, 0.0], device=device)[:3],
     }
 
 
-def _log_ratio() -> Tensor:
-    return log_ratio(**_case()).log_ratio
+def _log_ratio(device: torch.device) -> Tensor:
+    return log_ratio(**_case(device)).log_ratio
 
 
-def _losses() -> list[Tensor]:
+def _losses(device: torch.device) -> list[Tensor]:
     """Loss and gradient of both kinds of GRPO-Guard."""
-    advantages = torch.tensor([1.0, -0.5, 2.0, -1.5], dtype=torch.float64)
+    advantages = torch.tensor([1.0, -0.5, 2.0, -1.5], dtype=torch.float64, device=device)
     out: list[Any] = []
     for config in (GuardConfig.article(), GuardConfig.paper()):
-        out += guard_loss_and_grad(**_case(), advantages=advantages, config=config)
+        out += guard_loss_and_grad(**_case(device), advantages=advantages, config=config)
     return out
 
 
 def _density_ratio() -> Any:
     """``log r`` as the difference of two log-densities, which float64 can afford."""
-    case = _case()
+    case = _case(torch.device("cpu"))
     x = torch.zeros_like(case["noise"])  # cancels
     a, b, s = (c.reshape(3, 1, 1, 1) for c in case["coeffs"].table[:3])
     old, new = a * x + b * case["old_model_output"], a * x + b * case["model_output"]
@@ -121,6 +138,10 @@ def _density_ratio() -> Any:
 
 
 def _build(name: str) -> dict[str, Any]:
+    if name == "triton":
+        import triton
+
+        return {"build": {"triton": triton.__version__}}
     if name != "cpu":
         return {}
     from .backends import cpu

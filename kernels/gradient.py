@@ -1,0 +1,166 @@
+"""``d loss / d v = b (c1 e + 2 c2 delta) + 2 c3 b^2 (v - v_ref)``, and what rescales it."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..transitions import Transitions
+from .launch import arguments, compute_type, on_device, start, start_tuned, strides_of
+from .paths import cut
+from .sums import tuning_key
+from .transition import TILE, delta_and_residual, load, step_coefficient, store, velocity
+
+
+@triton.jit
+def put_gradient(
+    t, grads, grad_strides, k, i, start, inside, delta, e, from_ref, b, c1, c2, c3, guidance_scale,
+    T: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of one tile for the branches whose pointer in ``grads`` is not None.
+
+    ``from_ref``: v - v_ref; ``b`` and the coefficients are float64. Three coefficients of 0 write
+    0, whatever the operands hold.
+    """
+    k1, k2, k3 = (b * c1).to(T), (2 * b * c2).to(T), (2 * b * b * c3).to(T)
+    g = tl.fma(e, k1, k2 * delta)
+    if t.ref_model_output is not None:
+        g = tl.where(c3 != 0, tl.fma(from_ref, k3, g), g)
+    g = tl.where((c1 != 0) | (c2 != 0) | (c3 != 0), g, 0.0)
+    if t.model_output_uncond is None:
+        store(grads[0], grad_strides[0], k, i, start, inside, g)
+    else:
+        if grads[0] is not None:
+            scale = tl.full((), guidance_scale, T)
+            store(grads[0], grad_strides[0], k, i, start, inside, scale * g)
+        if grads[1] is not None:
+            rest = (1 - tl.full((), guidance_scale, tl.float64)).to(T)
+            store(grads[1], grad_strides[1], k, i, start, inside, rest * g)
+
+
+@triton.jit
+def write_gradient(
+    t, strides, table, table_strides, grads, grad_strides, k, i, start, c1, c2, c3, numel,
+    guidance_scale, T: tl.constexpr,
+):  # fmt: skip
+    """One tile of the gradient: reads the operands that a coefficient needs once, and writes it."""
+    a = step_coefficient(table, table_strides, 0, k, i).to(T)
+    b = step_coefficient(table, table_strides, 1, k, i)
+    s = step_coefficient(table, table_strides, 2, k, i).to(T)
+    # Not masks ANDed with a scalar: the interpreter loses their type, and a bound is cheaper.
+    lane, left = tl.arange(0, TILE), numel - start
+    used = tl.where((c1 != 0) | (c2 != 0) | (c3 != 0), left, 0)
+    moved = tl.where(c2 != 0, left, 0)
+    if t.ref_model_output is not None:
+        moved = tl.where((c2 != 0) | (c3 != 0), left, 0)
+    whole, inside, moving = lane < left, lane < used, lane < moved
+    v = velocity(t, strides, k, i, start, moving, guidance_scale, T)
+    delta, e = delta_and_residual(t, strides, k, i, start, inside, moving, v, a, b.to(T), s, T)
+    from_ref = v
+    if t.ref_model_output is not None:
+        r = load(t.ref_model_output, strides.ref_model_output, k, i, start, moving, T)
+        from_ref = v - r
+    put_gradient(
+        t, grads, grad_strides, k, i, start, whole, delta, e, from_ref, b, c1, c2, c3,
+        guidance_scale, T,
+    )  # fmt: skip
+
+
+@triton.jit
+def gradient_kernel(
+    t,  # Operands: pointers
+    strides,  # Operands: (over K, over B) of each
+    table,  # [5, K, B] float64
+    table_strides,
+    guidance_scale: tl.float64,
+    numel,
+    steps,
+    batch,
+    tiles,  # of a row
+    c,  # [3, K, B] float64, contiguous
+    written,  # [3, K, B] float64: of the gradient that is there already; or None
+    factor,  # []: of the gradient that is asked for; or None
+    grads,  # (cond, uncond) pointers, None where not wanted
+    grad_strides,
+    T: tl.constexpr,
+):
+    """A program a tile, from the last tile to the first: what the sums read last is still cached.
+
+    Reads the operands once and writes the gradient. With ``written``, a row is written only where
+    its coefficients are others now; with ``factor``, only where that is not 1.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = tile // tiles
+    k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
+    start = (tile % tiles).to(tl.int64) * TILE
+    rows = steps * batch
+    c1, c2, c3 = tl.load(c + row), tl.load(c + rows + row), tl.load(c + 2 * rows + row)
+    changed = True
+    if written is not None:
+        w1, w2 = tl.load(written + row), tl.load(written + rows + row)
+        w3 = tl.load(written + 2 * rows + row)
+        changed = ((c1 != w1) | (c2 != w2) | (c3 != w3)) & (c1 == c1)  # NaN was written as NaN
+    if factor is not None:
+        scale = tl.load(factor).to(tl.float64)
+        changed = scale != 1
+        c1, c2, c3 = c1 * scale, c2 * scale, c3 * scale
+    if changed:
+        write_gradient(
+            t, strides, table, table_strides, grads, grad_strides, k, i, start, c1, c2, c3, numel,
+            guidance_scale, T,
+        )  # fmt: skip
+
+
+@triton.jit
+def scale_kernel(x, factor, size, T: tl.constexpr):
+    """``x *= factor`` over dense memory, a program a tile; returns at once where factor is 1."""
+    scale = tl.load(factor).to(T)
+    if scale != 1:
+        start = tl.program_id(0).to(tl.int64) * TILE
+        at = x + start + tl.arange(0, TILE)
+        inside = tl.arange(0, TILE) < size - start
+        tl.store(at, scale * tl.load(at, mask=inside), mask=inside)
+
+
+def gradient(
+    t: Transitions,
+    c: Tensor,  # [3, K, B] float64
+    grad: Tensor | None,  # [K, B, D], to be written, like its branch
+    grad_uncond: Tensor | None,
+    *,
+    written: Tensor | None = None,  # [3, K, B] float64
+    factor: Tensor | None = None,  # []
+) -> None:
+    """Launch :func:`gradient_kernel`."""
+    if grad is None and grad_uncond is None:
+        return
+    parts, device = cut(*t.model_output.shape), t.model_output.device
+    grads = (grad, grad_uncond)
+    last = (parts.row_tiles, c.contiguous(), written, factor, grads, tuple(map(strides_of, grads)))
+
+    def launch(warps: int) -> None:
+        programs = parts.rows * parts.row_tiles
+        start(gradient_kernel, programs, *arguments(t), *last, dtype, warps=warps)
+
+    dtype = compute_type(t.compute_dtype)
+    with on_device(device):
+        start_tuned("gradient", tuning_key(t), launch)
+
+
+def rescale(
+    t: Transitions,
+    c: Tensor,  # [3, K, B] float64: of the gradients as they are
+    grad: Tensor | None,
+    grad_uncond: Tensor | None,
+    factor: Tensor,  # []
+) -> None:
+    """Multiply gradients by ``factor`` in place, each rounded once to its dtype."""
+    narrow = any(x is not None and x.element_size() == 2 for x in (grad, grad_uncond))
+    if narrow:
+        gradient(t, c, grad, grad_uncond, factor=factor)
+        return
+    with on_device(t.model_output.device):
+        for x in (grad, grad_uncond):
+            if x is None:
+                continue
+            programs = -(-x.numel() // TILE.value)
+            start(scale_kernel, programs, x, factor, x.numel(), compute_type(x.dtype), warps=8)

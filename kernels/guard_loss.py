@@ -1,0 +1,303 @@
+"""The fused loss in its three paths; ``paths.py`` says when which is taken.
+
+- ``two_launches``: :func:`sums_then_evaluate_kernel`, then ``gradient_kernel``.
+- ``one_launch``: :func:`grid_kernel`, whose programs are all resident and wait for each other.
+- ``rows``: :func:`rows_kernel`, a program a transition, where a transition needs only its own sums.
+
+All leave the same bits. No program waits for one that may not have started, but in ``grid_kernel``,
+which is launched cooperatively for that.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..transitions import Transitions
+from .evaluate import (
+    Given,
+    Results,
+    evaluate,
+    own_coefficients,
+    steps_at_once,
+    store_coefficients,
+)
+from .gradient import gradient, put_gradient, write_gradient
+from .grid import GRID_COUNTERS, grid_kernel
+from .launch import (
+    WARPS,
+    arguments,
+    compute_type,
+    counters,
+    on_device,
+    start,
+    start_tuned,
+    strides_of,
+)
+from .objective import BALANCE, RATIO_NORM, Mode
+from .paths import choose, cut, machine
+from .sums import (
+    combine,
+    is_last,
+    partial_sums,
+    segment_sums,
+    store_partial,
+    tile_of,
+    tile_sums,
+    totals,
+    tuning_key,
+)
+from .transition import TILE, step_coefficient
+
+
+@triton.jit
+def sums_then_evaluate_kernel(
+    t,  # Operands: pointers
+    strides,  # Operands: (over K, over B) of each
+    table,  # [5, K, B] float64
+    table_strides,
+    guidance_scale: tl.float64,
+    numel,
+    steps,
+    batch,
+    segments,
+    tiles,
+    partial,  # [3, K B, segments] float64; may be sums
+    sums,  # [3, K B] float64
+    counters,  # int32, 0 before and after
+    given,  # Given: pointers
+    given_strides,  # Given: (over K, over B) of each
+    out,  # Results
+    target_std: tl.float64,
+    std_floor: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    adv_clip: tl.float64,
+    weight_floor: tl.float64,
+    kl_beta: tl.float64,
+    mode,  # Mode
+    T: tl.constexpr,
+    PADDED: tl.constexpr,
+    STEPS: tl.constexpr,
+    BATCH: tl.constexpr,
+):
+    """A program a segment, the last to arrive does the [K, B] arithmetic.
+
+    Reads every operand once.
+    """
+    segment, row = tl.program_id(0) % segments, tl.program_id(0) // segments
+    k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
+    s1, s2, ref = segment_sums(
+        t, strides, table, table_strides, k, i, segment, tiles, numel, guidance_scale, T
+    )
+    rows = steps * batch
+    store_partial(partial, row, segment, rows, segments, s1, s2, ref)
+    if is_last(counters, rows * segments):
+        if PADDED > 1:
+            combine(partial, sums, 0, rows, rows, segments, PADDED)
+        evaluate(
+            sums, table, table_strides, given, given_strides, out, numel, steps, batch, target_std,
+            std_floor, clip_low, clip_high, adv_clip, weight_floor, kl_beta, mode, STEPS, BATCH,
+        )  # fmt: skip
+
+
+@triton.jit
+def rows_kernel(
+    t,
+    strides,
+    table,
+    table_strides,
+    guidance_scale: tl.float64,
+    numel,
+    steps,
+    batch,
+    segments,
+    tiles,
+    partial,  # [3, K B, segments] float64; may be sums
+    sums,  # [3, K B] float64
+    counters,  # int32, 0 before and after
+    given,
+    given_strides,
+    out,
+    target_std: tl.float64,
+    std_floor: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    adv_clip: tl.float64,
+    weight_floor: tl.float64,
+    kl_beta: tl.float64,
+    mode,
+    written,  # [3, K B] float64: the coefficients of the gradient that is written
+    grads,  # (cond, uncond) pointers, None where not wanted
+    grad_strides,
+    T: tl.constexpr,
+    PADDED: tl.constexpr,
+    STEPS: tl.constexpr,
+    BATCH: tl.constexpr,
+    RESIDENT: tl.constexpr,  # a row is one tile
+):
+    """A program a transition: its sums, its coefficients, its gradient from the last tile back.
+
+    Reads every operand once if a row is one tile, else twice, the second time from cache, and writes
+    the gradient. The coefficients assume that every other transition is finite.
+    """
+    row = tl.program_id(0)
+    k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
+    rows = steps * batch
+    zero = tl.full((), 0, tl.int64)
+    if RESIDENT:
+        delta, e, from_ref, b = tile_of(
+            t, strides, table, table_strides, k, i, zero, numel, guidance_scale, T
+        )
+        s1, s2, ref = tile_sums(t, delta, e, from_ref, b)
+        s1, s2, ref = totals(t, s1, s2, ref)
+        store_partial(partial, row, 0, rows, segments, s1, s2, ref)
+    else:
+        for segment in range(segments):
+            s1, s2, ref = segment_sums(
+                t, strides, table, table_strides, k, i, segment, tiles, numel, guidance_scale, T
+            )
+            store_partial(partial, row, segment, rows, segments, s1, s2, ref)
+    tl.debug_barrier()
+    if PADDED > 1:
+        combine(partial, sums, row, 1, rows, segments, PADDED)
+    c1, c2, c3 = own_coefficients(
+        sums, table, table_strides, given, given_strides, k, i, numel, steps, batch, target_std,
+        std_floor, clip_low, clip_high, adv_clip, kl_beta, mode,
+    )  # fmt: skip
+    store_coefficients(written, row, rows, c1, c2, c3)
+    if RESIDENT:
+        inside = tl.arange(0, TILE) < numel
+        b = step_coefficient(table, table_strides, 1, k, i)
+        put_gradient(
+            t, grads, grad_strides, k, i, zero, inside, delta, e, from_ref, b, c1, c2, c3,
+            guidance_scale, T,
+        )  # fmt: skip
+    else:
+        count = tl.cdiv(tl.cast(numel, tl.int64), TILE)
+        for n in range(count):
+            write_gradient(
+                t, strides, table, table_strides, grads, grad_strides, k, i,
+                (count - 1 - n) * TILE, c1, c2, c3, numel, guidance_scale, T,
+            )  # fmt: skip
+    if is_last(counters, rows):
+        evaluate(
+            sums, table, table_strides, given, given_strides, out, numel, steps, batch, target_std,
+            std_floor, clip_low, clip_high, adv_clip, weight_floor, kl_beta, mode, STEPS, BATCH,
+        )  # fmt: skip
+
+
+class Objective(NamedTuple):
+    """The [K, B] side of a call: its operands, and GuardConfig's choices and numbers."""
+
+    advantages: Tensor  # [K, B] float64
+    old_log_prob: Tensor | None  # [K, B] float64
+    step_weights: Tensor | None  # [K, B] float64
+    mean_std: Tensor | None  # [2, K] float64
+    ratio_norm: str
+    balance: str
+    detach_stats: bool
+    mean_reduction: bool
+    drop: bool
+    gaussian: bool
+    target_std: float
+    std_floor: float
+    clip_low: float
+    clip_high: float
+    adv_clip: float
+    weight_floor: float
+    kl_beta: float
+
+    @property
+    def mode(self) -> Mode:
+        """What a kernel is compiled for."""
+        values = (
+            RATIO_NORM.index(self.ratio_norm),
+            BALANCE.index(self.balance),
+            *map(int, self[6:10]),
+            int(self.kl_beta != 0),
+        )
+        return Mode(*map(tl.constexpr, values))
+
+    def independent(self, steps: int) -> bool:
+        """Whether a row's gradient needs only its own sums, if all others are finite."""
+        own_ratio = self.ratio_norm != "standardize" or self.mean_std is not None
+        own_weight = self.balance != "inverse_ratio" or steps == 1 or self.step_weights is not None
+        return own_ratio and own_weight
+
+    def others_count(self, steps: int) -> bool:
+        """Whether it matters to a row that another is not finite, even then."""
+        return self.drop or (steps > 1 and self.step_weights is None)
+
+
+def guard_loss(
+    t: Transitions,
+    objective: Objective,
+    grad: Tensor | None,  # [K, B, D], to be written, like its branch
+    grad_uncond: Tensor | None,
+    loss: Tensor,  # [], to be written, like what follows
+    per_row: Tensor,  # [4, K, B]
+    metrics: Tensor,  # [10, K]
+    sum_grads: Tensor,  # [3, K, B] float64
+) -> None:
+    """Launch the path that :mod:`.paths` chooses."""
+    (steps, batch, numel), device = t.model_output.shape, t.model_output.device
+    parts = cut(steps, batch, numel)
+    independent = objective.independent(steps)
+    row_bytes = numel * sum(x.element_size() for x in t[:8] if x is not None)
+    path = choose(machine(device), parts, row_bytes, independent)
+    if grad is None and grad_uncond is None:
+        path = "two_launches"
+    with on_device(device):
+        sums = torch.empty_like(sum_grads)
+        scratch = sums.new_empty(steps * batch + 2 * steps)
+        excess, spread = scratch[: steps * batch], scratch[steps * batch :]
+        count = GRID_COUNTERS + 2 * parts.rows if path == "one_launch" else 1
+        given = Given(*objective[:4])
+        common = (
+            *arguments(t),
+            parts.segments,
+            parts.tiles,
+            partial_sums(sums, parts.segments),
+            sums,
+            counters(device, count),
+            given,
+            Given(*((0, 0) if x is None else (x.stride(0), x.stride(1)) for x in given)),
+            Results(loss, per_row, metrics, sum_grads, excess, spread),
+            *objective[10:],
+            objective.mode,
+        )
+        constants = (compute_type(t.compute_dtype), parts.padded, *steps_at_once(steps, batch))
+        if path == "two_launches":
+
+            def launch(warps: int) -> None:
+                start(sums_then_evaluate_kernel, parts.units, *common, *constants, warps=warps)
+
+            start_tuned("sums", tuning_key(t), launch)
+            gradient(t, sum_grads, grad, grad_uncond)
+            return
+        grads = (grad, grad_uncond)
+        written = torch.empty_like(sum_grads) if independent else sum_grads
+        last = (written, grads, tuple(map(strides_of, grads)), *constants)
+        if path == "rows":
+            start(rows_kernel, parts.rows, *common, *last, parts.one_tile, warps=WARPS["rows"])
+        else:
+            programs = machine(device).processors
+            resident = parts.tiles == 1 and parts.units <= programs
+            start(
+                grid_kernel,
+                min(parts.units, programs),
+                *common,
+                *last,
+                resident,
+                independent,
+                warps=WARPS["grid"],
+                programs=1,
+                **({} if device.type == "cpu" else {"launch_cooperative_grid": True}),
+            )
+        if independent and objective.others_count(steps):
+            gradient(t, sum_grads, grad, grad_uncond, written=written)

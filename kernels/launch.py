@@ -1,0 +1,131 @@
+"""Launching: operands as the kernels take them, counters, and launch configurations."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
+
+from ..transitions import Transitions
+from .summation import halve
+from .transition import Operands
+
+INTERPRETED = isinstance(halve, InterpretedFunction)  # TRITON_INTERPRET=1 at import
+
+# Warps of a program that holds one tile of 4096 elements: 16 elements a thread, so that a 16-bit
+# operand is two 16-byte loads, a float32 one four, all in flight at once.
+WARPS = {"sums": 8, "gradient": 8, "sde_step": 8, "rows": 8, "grid": 8}
+CANDIDATES = (4, 8, 16)  # what GUARD_OPS_AUTOTUNE=1 searches, for kernels without a barrier
+_tuned: dict[tuple[object, ...], int] = {}
+
+
+def strides_of(x: Tensor | None) -> tuple[int, int]:
+    """Over K and B."""
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+
+def pack(*tensors: Tensor | None) -> tuple[Operands, Operands]:
+    """Pointers and strides of operands in the order of ``Transitions``."""
+    *latents, seed = tensors
+    if seed is not None and seed.stride(2) != 1:  # a transition's two numbers beside each other
+        seed = seed.contiguous()
+    packed = Operands(*latents, seed)
+    return packed, Operands(*map(strides_of, packed))
+
+
+def arguments(t: Transitions) -> tuple[Any, ...]:
+    """What every kernel over a loss's transitions begins with."""
+    table = t.coefficients
+    steps, batch, numel = t.model_output.shape
+    return (*pack(*t[:9]), table, table.stride(), t.guidance_scale, numel, steps, batch)
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes ``device`` the one that kernels are launched on."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def nvidia() -> bool:
+    return not INTERPRETED and driver.active.get_current_target().backend == "cuda"
+
+
+def start(
+    kernel: Any, grid: int, *args: Any, warps: int, programs: int = 2, **options: Any
+) -> None:
+    """Launch ``grid`` programs; what is to be fused is written so, hence no fusion of others.
+
+    programs: how many share a processor's 65,536 registers. Left to itself, NVIDIA's assembler
+    aims at more of them and spills.
+    """
+    if nvidia():
+        options["maxnreg"] = min(255, 65536 // (32 * warps * programs))
+    kernel[(grid,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
+
+
+def start_tuned(name: str, key: tuple[object, ...], launch: Callable[[int], None]) -> None:
+    """``launch(warps)`` with the table's number of warps, or under GUARD_OPS_AUTOTUNE=1 the best.
+
+    ``launch`` must be repeatable; no number of warps changes a bit of the result. The search is
+    made once per key, never while a graph is captured. Without it nothing stalls a training step.
+    """
+    if INTERPRETED or os.environ.get("GUARD_OPS_AUTOTUNE") != "1":
+        launch(WARPS[name])
+        return
+    best = _tuned.get((name, *key))
+    if best is None and not torch.cuda.is_current_stream_capturing():
+        best = min(CANDIDATES, key=lambda warps: _milliseconds(launch, warps))
+        _tuned[(name, *key)] = best
+    launch(best or WARPS[name])
+
+
+def _milliseconds(launch: Callable[[int], None], warps: int) -> float:
+    """Median device time of a launch."""
+    from triton.testing import do_bench
+
+    return float(do_bench(lambda: launch(warps), warmup=5, rep=20, return_mode="median"))
+
+
+# ---- counters -----------------------------------------------------------------------------------
+# A kernel leaves its counters at 0, so they are zeroed once and not per call, which would be one
+# more launch. Calls on one stream follow each other and share; a captured graph may be replayed
+# beside anything, so its calls get counters that nobody else ever gets.
+
+RESERVED = 1 << 18  # int32 for captured calls, 1 MB, made with a device's first eager call
+_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+_reserved: dict[torch.device, Tensor] = {}
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """int32 [>= count] of zeros that nothing else uses at the same time."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        left = _reserved.get(device)
+        if left is None or left.numel() < count:  # the graph zeroes them itself: one more node
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        _reserved[device] = left[count:]
+        return left[:count]
+    stream = 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
+    found = _of_stream.get((device, stream))
+    if found is None or found.numel() < count:
+        size = max(1024, 1 << (count - 1).bit_length())
+        found = torch.zeros(size, dtype=torch.int32, device=device)
+        _of_stream[device, stream] = found
+        if device.type == "cuda" and device not in _reserved:
+            _reserved[device] = torch.zeros(RESERVED, dtype=torch.int32, device=device)
+    return found

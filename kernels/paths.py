@@ -1,0 +1,97 @@
+"""Which of the fused loss's paths runs: a rule of sizes and mode, documented in docs/gpu.md.
+
+``GUARD_OPS_TRITON_PATH=two_launches|one_launch|rows`` overrides it, for benchmarks and tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+
+from .transition import TILE
+
+MAX_SEGMENTS = 128  # of one row
+PATHS = ("two_launches", "one_launch", "rows")
+
+
+class Machine(NamedTuple):
+    """What the rule asks of a device."""
+
+    processors: int  # each runs one program of grid_kernel
+    cache_bytes: int  # second level
+    cooperative: bool  # whether a launch can promise that all its programs are resident
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """Of a device; the interpreter's is one processor that runs a program after the other."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        cache = getattr(properties, "L2_cache_size", 0)
+        return Machine(properties.multi_processor_count, cache, torch.version.hip is None)
+    if device.type == "xpu":
+        xpu = torch.xpu.get_device_properties(device)
+        return Machine(getattr(xpu, "gpu_eu_count", 8) // 8 or 1, 0, False)
+    return Machine(1, 0, False)
+
+
+class Cut(NamedTuple):
+    """How a call is cut into programs: by its shape alone, and so are its bits."""
+
+    rows: int  # K B
+    tiles: int  # of a segment
+    segments: int  # of a row
+    row_tiles: int
+
+    @property
+    def units(self) -> int:
+        return self.rows * self.segments
+
+    @property
+    def padded(self) -> int:
+        """The power of two from ``segments`` on."""
+        return 1 << (self.segments - 1).bit_length()
+
+    @property
+    def one_tile(self) -> bool:
+        """Whether a row is one tile."""
+        return self.row_tiles == 1
+
+
+def segment_tiles(numel: int) -> int:
+    """Tiles of a segment: a power of two, such that a row has at most MAX_SEGMENTS."""
+    tiles = -(-numel // TILE.value)
+    return 1 << (-(-tiles // MAX_SEGMENTS) - 1).bit_length()
+
+
+def cut(steps: int, batch: int, numel: int) -> Cut:
+    """Of K x B latents of ``numel`` elements."""
+    tiles = segment_tiles(numel)
+    row_tiles = -(-numel // TILE.value)
+    return Cut(steps * batch, tiles, -(-row_tiles // tiles), row_tiles)
+
+
+def choose(on: Machine, parts: Cut, row_bytes: int, independent: bool) -> str:
+    """The path of a call.
+
+    - ``one_launch`` where every segment is one tile and has its own processor: nothing is read
+      twice and one launch is saved. That is up to 540,672 elements on an H100.
+    - ``rows`` where a transition needs only its own sums (``independent``), there are enough of
+      them to fill the device, and either one is one tile or two a processor fit the second-level
+      cache, from where they are read again.
+    - ``two_launches`` otherwise.
+    """
+    forced = os.environ.get("GUARD_OPS_TRITON_PATH")
+    if forced:
+        if forced not in PATHS:
+            raise ValueError(
+                f"GUARD_OPS_TRITON_PATH is {forced!r}; it needs one of {', '.join(PATHS)}"
+            )
+        return "two_launches" if forced == "rows" and not independent else forced
+    if on.cooperative and parts.tiles == 1 and parts.units <= on.processors:
+        return "one_launch"
+    fits = parts.one_tile or 2 * on.processors * row_bytes <= on.cache_bytes
+    return "rows" if independent and parts.rows >= on.processors and fits else "two_launches"

@@ -1,0 +1,97 @@
+"""The rollout's step: mean, sample and ``sum((y - mean)^2)`` in one pass."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import WARPS, compute_type, counters, on_device, pack, start, strides_of
+from .paths import cut
+from .summation import sum_all
+from .sums import combine, is_last, partial_sums, store_partial, tile_sum
+from .transition import TILE, load, mean, noise_of, rounded, step_coefficient, store
+
+
+@triton.jit
+def sde_step_kernel(
+    t,  # Operands: model_output, sample, and noise or seed
+    strides,  # Operands: (over K, over B) of each
+    table,  # [5, K, B] float64
+    table_strides,
+    numel,
+    steps,
+    batch,
+    segments,
+    tiles,
+    prev_sample,  # [K, B, D], dtype of the sample
+    mean_out,  # [K, B, D] float32 (float64)
+    out_strides,  # (over K, over B) of both
+    partial,  # [3, K B, segments] float64; may be sums
+    sums,  # [3, K B] float64, of which the second is the square
+    counter,  # int32, 0 before and after
+    T: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """A program a segment. Reads v, x (and the noise) once, writes the sample and the mean once."""
+    segment, row = tl.program_id(0) % segments, tl.program_id(0) // segments
+    k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
+    a = step_coefficient(table, table_strides, 0, k, i).to(T)
+    b = step_coefficient(table, table_strides, 1, k, i).to(T)
+    s = step_coefficient(table, table_strides, 2, k, i).to(T)
+    first = segment.to(tl.int64) * tiles * TILE
+    square = tl.zeros((TILE // 4,), tl.float64)
+    for tile in range(tiles):
+        start = first + tile * TILE
+        inside = tl.arange(0, TILE) < numel - start
+        v = load(t.model_output, strides.model_output, k, i, start, inside, T)
+        x = load(t.sample, strides.sample, k, i, start, inside, T)
+        mu = mean(a, b, x, v)
+        noise = noise_of(t, strides, k, i, start, inside, T)
+        y = rounded(tl.fma(noise, s, mu), prev_sample.dtype.element_ty)
+        store(mean_out, out_strides, k, i, start, inside, mu)
+        store(prev_sample, out_strides, k, i, start, inside, y)
+        d = tl.where(inside, y.to(T) - mu, 0.0)  # log_prob is that of the sample as it is stored
+        square += tile_sum(d * d)
+    rows = steps * batch
+    total = sum_all(square)
+    store_partial(partial, row, segment, rows, segments, 0.0, total, 0.0)
+    if PADDED > 1:
+        if is_last(counter, rows * segments):
+            combine(partial, sums, 0, rows, rows, segments, PADDED)
+
+
+def sde_step(
+    v: Tensor,  # [K, B, D]
+    x: Tensor,  # [K, B, D]
+    coefficients: Tensor,  # [5, K, B] float64
+    noise: Tensor | None,  # [K, B, D]
+    seed: Tensor | None,  # [K, B, 2] int64
+    prev_sample: Tensor,  # [K, B, D], to be written
+    mean_out: Tensor,  # [K, B, D], to be written; its dtype is that of the arithmetic
+) -> Tensor:
+    """Launch :func:`sde_step_kernel`; ``sum((y - mean)^2)`` [K, B] float64."""
+    steps, batch, numel = x.shape
+    parts = cut(steps, batch, numel)
+    with on_device(x.device):
+        sums = coefficients.new_empty((3, steps, batch))
+        start(
+            sde_step_kernel,
+            parts.units,
+            *pack(v, None, None, x, None, None, None, noise, seed),
+            coefficients,
+            coefficients.stride(),
+            numel,
+            steps,
+            batch,
+            parts.segments,
+            parts.tiles,
+            prev_sample,
+            mean_out,
+            strides_of(mean_out),
+            partial_sums(sums, parts.segments),
+            sums,
+            counters(x.device, 1),
+            compute_type(mean_out.dtype),
+            parts.padded,
+            warps=WARPS["sde_step"],
+        )
+    return sums[1].clone()

@@ -1,0 +1,116 @@
+"""One transition's formulas on a tile of its elements, shared by every kernel.
+
+Symbols are those of docs/math.md; the roundings those of ``csrc/transition.h``. Launch without
+floating-point fusion: what is to be fused is written ``tl.fma``.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .philox import normals
+
+TILE = tl.constexpr(4096)  # elements that a program holds at once
+
+
+class Operands(NamedTuple):
+    """Pointers of ``guard_ops.transitions.Transitions``, None where absent; or their strides."""
+
+    model_output: Any
+    model_output_uncond: Any
+    ref_model_output: Any
+    sample: Any
+    prev_sample: Any
+    old_mean: Any
+    old_model_output: Any
+    noise: Any
+    seed: Any
+
+
+@triton.jit
+def load(pointer, strides, k, i, start, inside, T: tl.constexpr):
+    """``[start, start + TILE)`` of latent (k, i), 0 where not ``inside``; k, i, start are int64."""
+    base = k * strides[0] + i * strides[1] + start
+    return tl.load(pointer + base + tl.arange(0, TILE), mask=inside, other=0.0).to(T)
+
+
+@triton.jit
+def rounded(value, to: tl.constexpr):
+    """``value`` in another dtype; float64 reaches a 16-bit one by way of float32."""
+    if value.dtype == tl.float64:
+        if (to == tl.bfloat16) or (to == tl.float16):
+            value = value.to(tl.float32)
+    return value.to(to)
+
+
+@triton.jit
+def store(pointer, strides, k, i, start, inside, value):
+    """Writes what :func:`load` reads, rounded once to the pointer's dtype."""
+    base = k * strides[0] + i * strides[1] + start
+    value = rounded(value, pointer.dtype.element_ty)
+    tl.store(pointer + base + tl.arange(0, TILE), value, mask=inside)
+
+
+@triton.jit
+def step_coefficient(table, strides, c: tl.constexpr, k, i):
+    """float64 number c of (a, b, s, kappa, dt) of transition (k, i)."""
+    return tl.load(table + c * strides[0] + k * strides[1] + i * strides[2])
+
+
+@triton.jit
+def mean(a, b, x, v):
+    """``a x + b v``: one multiplication, one fused multiply-add, here and in the rollout alike."""
+    return tl.fma(v, b, a * x)
+
+
+@triton.jit
+def velocity(t, strides, k, i, start, inside, guidance_scale, T: tl.constexpr):
+    """v, or guidance's ``uncond + scale (v - uncond)``, rounded like the three operators."""
+    v = load(t.model_output, strides.model_output, k, i, start, inside, T)
+    if t.model_output_uncond is not None:
+        uncond = load(t.model_output_uncond, strides.model_output_uncond, k, i, start, inside, T)
+        v = uncond + tl.full((), guidance_scale, T) * (v - uncond)
+    return v
+
+
+@triton.jit
+def noise_of(t, strides, k, i, start, inside, T: tl.constexpr):
+    """eps, read or regenerated."""
+    if t.seed is not None:
+        seed = t.seed + k * strides.seed[0] + i * strides.seed[1]
+        noise = normals(tl.load(seed), tl.load(seed + 1), start, TILE, T)
+    else:
+        noise = load(t.noise, strides.noise, k, i, start, inside, T)
+    return noise
+
+
+@triton.jit
+def delta_and_residual(t, strides, k, i, start, inside, moving, v, a, b, s, T: tl.constexpr):
+    """``delta = mean - m`` and ``e = y - m`` of the form that the operands make.
+
+    What only delta needs is read where ``moving``: a gradient without c2 leaves it in memory.
+    """
+    if (t.noise is not None) or (t.seed is not None):
+        old = load(t.old_model_output, strides.old_model_output, k, i, start, moving, T)
+        delta = b * (v - old)
+        e = s * noise_of(t, strides, k, i, start, inside, T)
+    elif t.old_model_output is not None:
+        x = load(t.sample, strides.sample, k, i, start, inside, T)
+        y = load(t.prev_sample, strides.prev_sample, k, i, start, inside, T)
+        old = load(t.old_model_output, strides.old_model_output, k, i, start, inside, T)
+        delta = b * (v - old)
+        # not y - mean: that would round twice at the size of the latent, and e is of the size of s
+        e = tl.fma(old, -b, tl.fma(x, -a, y))
+    elif t.old_mean is not None:
+        x = load(t.sample, strides.sample, k, i, start, moving, T)
+        y = load(t.prev_sample, strides.prev_sample, k, i, start, inside, T)
+        m = load(t.old_mean, strides.old_mean, k, i, start, inside, T)
+        delta = mean(a, b, x, v) - m
+        e = y - m
+    else:
+        x = load(t.sample, strides.sample, k, i, start, moving, T)
+        y = load(t.prev_sample, strides.prev_sample, k, i, start, moving, T)
+        delta = mean(a, b, x, v) - y
+        e = tl.zeros_like(delta)
+    return delta, e

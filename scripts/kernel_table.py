@@ -1,0 +1,273 @@
+"""Compile every Triton kernel for NVIDIA's architectures without a GPU, and read the machine code.
+
+    python scripts/kernel_table.py           # write docs/kernels.md
+    python scripts/kernel_table.py --check   # fail where a bound is broken or the table is not this
+
+The launchers of ``kernels/`` are called as they are, on CPU tensors, under a driver that has no
+device: what is compiled is what a GPU would run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "kernels.md"
+ARCHITECTURES = (80, 90, 100, 120)
+DTYPES = (torch.float32, torch.bfloat16)
+# Registers a thread, of 256 threads a program: two programs a processor below 129, else one.
+# grid_kernel holds its tile across the [K, B] arithmetic, and has a processor to itself.
+REGISTERS = {
+    "sums_kernel": 128,
+    "gradient_kernel": 128,
+    "sde_step_kernel": 128,
+    "sums_then_evaluate_kernel": 128,
+    "rows_kernel": 128,
+    "grid_kernel": 255,
+}
+
+
+class Facts(NamedTuple):
+    """One compiled kernel."""
+
+    arch: int
+    kernel: str
+    form: str
+    dtype: str
+    registers: int
+    spills: int  # instructions that read or write local memory
+    shared: int  # bytes
+    instructions: int
+    loads: int  # of 128 bits, from global memory
+    stores: int
+
+    def broken(self) -> list[str]:
+        """What is wrong with it."""
+        name = f"{self.kernel} ({self.form}, {self.dtype}, sm_{self.arch})"
+        bound = REGISTERS[self.kernel]
+        out = []
+        if self.spills:
+            out.append(f"{name} has {self.spills} spill instructions")
+        if self.registers > bound:
+            out.append(f"{name} needs {self.registers} registers, more than {bound}")
+        if self.loads == 0:
+            out.append(f"{name} has no 128-bit global load")
+        if self.stores == 0 and self.kernel not in ("sums_kernel", "sums_then_evaluate_kernel"):
+            out.append(f"{name} has no 128-bit global store")
+        return out
+
+
+class NoDevice:
+    """A Triton driver for a GPU that is not there: enough to compile, nothing to launch."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def compiled(arch: int, calls: list[Callable[[], None]]) -> list[Any]:
+    """The kernels that ``calls`` would launch."""
+    from triton.runtime import JITFunction, driver
+
+    driver.set_active(NoDevice(arch))
+    out: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> None:
+        options["warmup"] = True
+        out.append(run(self, *args, **options))
+
+    JITFunction.run = compile_only
+    try:
+        for call in calls:
+            call()
+    finally:
+        JITFunction.run = run
+    return out
+
+
+def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
+    """Every launcher once, on a problem of ``form``: two steps of four latents of two tiles."""
+    from guard_ops.kernels import gradient, guard_loss, paths, sde_step, sums
+    from guard_ops.transitions import Transitions
+
+    guard_loss.machine = lambda device: paths.Machine(132, 50 << 20, True)  # an H100's
+    shape = (2, 4, 8192)
+
+    def latents(of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=of)
+
+    def rows(n: int, of: torch.dtype = torch.float64) -> torch.Tensor:
+        return torch.zeros(n, 2, 4, dtype=of)
+
+    seeds = torch.zeros(2, 4, 2, dtype=torch.int64)
+    mean = form == "mean"
+    t = Transitions(
+        model_output=latents(),
+        model_output_uncond=None,
+        ref_model_output=None,
+        sample=latents() if mean else None,
+        prev_sample=latents() if mean else None,
+        old_mean=latents(torch.float32) if mean else None,
+        old_model_output=None if mean else latents(),
+        noise=None,
+        seed=None if mean else seeds,
+        coefficients=torch.ones(5, 2, 1, dtype=torch.float64).expand(5, 2, 4),
+        guidance_scale=1.0,
+    )
+
+    def fused(path: str, norm: str, balance: str) -> None:
+        problem = guard_loss.Objective(
+            rows(1)[0], None, None, None, norm, balance, True, True, False, True,
+            1.0, 1e-8, 0.2, 0.2, 5.0, 0.1, 0.0,
+        )  # fmt: skip
+        os.environ["GUARD_OPS_TRITON_PATH"] = path
+        loss, metrics = torch.zeros(()), torch.zeros(10, 2)
+        per_row = rows(4, torch.float32)
+        guard_loss.guard_loss(t, problem, latents(), None, loss, per_row, metrics, rows(3))
+
+    def step() -> None:
+        sde_step.sde_step(t[0], latents(), t[9], None, seeds, latents(), latents(torch.float32))
+
+    return [
+        lambda: sums.sums(t, rows(3)),
+        lambda: gradient.gradient(t, rows(3), latents(), None),
+        lambda: fused("two_launches", "standardize", "inverse_ratio"),
+        lambda: fused("one_launch", "standardize", "inverse_ratio"),
+        lambda: fused("rows", "closed_form", "inverse_dt"),
+        *([] if mean else [step]),
+    ]
+
+
+def facts_of(arch: int, form: str, dtype: torch.dtype) -> list[Facts]:
+    """Of every kernel, from cuobjdump."""
+    found: dict[str, Facts] = {}
+    for kernel in compiled(arch, calls_of(form, dtype)):
+        name = kernel.metadata.name
+        if name in found:
+            continue
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            usage = _cuobjdump("--dump-resource-usage", file.name)
+            code = _cuobjdump("--dump-sass", file.name)
+        (registers,) = re.findall(r"REG:(\d+)", usage)
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*)$", code, re.MULTILINE)
+
+        def count(pattern: str, lines: list[str] = lines) -> int:
+            return sum(re.search(pattern, line) is not None for line in lines)
+
+        found[name] = Facts(
+            arch,
+            name,
+            form,
+            str(dtype).removeprefix("torch."),
+            int(registers),
+            count(r"\b(LDL|STL)\b"),
+            kernel.metadata.shared,
+            len(lines),
+            count(r"\bLDG\.\S*128"),
+            count(r"\bSTG\.\S*128"),
+        )
+    return list(found.values())
+
+
+def _cuobjdump(*arguments: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def all_facts(processes: int = 2) -> list[Facts]:
+    """Of every kernel, form, dtype and architecture."""
+    cases = [(a, f, d) for a in ARCHITECTURES for f in ("mean", "seeded") for d in DTYPES]
+    with ProcessPoolExecutor(processes) as pool:
+        results = pool.map(facts_of, *zip(*cases, strict=True))
+        return [fact for result in results for fact in result]
+
+
+def page(facts: list[Facts]) -> str:
+    """docs/kernels.md."""
+    import triton
+
+    head = ("kernel", "form", "dtype", "sm", "registers", "spills", "shared", "instructions",
+            "128-bit loads", "128-bit stores")  # fmt: skip
+    lines = [
+        "# The Triton kernels' machine code",
+        "",
+        "Written by `python scripts/kernel_table.py`, which compiles every kernel for every "
+        "architecture without a GPU and reads the",
+        "code with `cuobjdump`; `make test` checks the bounds. Triton "
+        f"{triton.__version__}, 8 warps a program, latents a multiple of 16 elements, 16-byte",
+        "aligned; `old_mean` float32. Registers are a thread's; shared memory a program's, in bytes. "
+        "The tables say nothing of speed: [GPU](gpu.md).",
+        "",
+        "No kernel spills. " + " ".join(f"`{k}`: at most {v} registers." for k, v in
+                                        REGISTERS.items()),
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * 4 + "---:|" * 6,
+    ]  # fmt: skip
+    order = sorted(facts, key=lambda f: (list(REGISTERS).index(f.kernel), f.form, f.dtype, f.arch))
+    for f in order:
+        cells = (f"`{f.kernel}`", f.form, f.dtype, f.arch, *f[4:])
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@functools.cache
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def main() -> int:
+    """Write the page, or check it; 0 when every bound holds."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    if _interpreting():
+        print("TRITON_INTERPRET is set: nothing would be compiled", file=sys.stderr)
+        return 2
+    facts = all_facts()
+    problems = [problem for fact in facts for problem in fact.broken()]
+    text = page(facts)
+    if not check:
+        PAGE.write_text(text)
+    elif not PAGE.exists():
+        problems.append("docs/kernels.md is missing")
+    else:
+        import triton
+
+        saved = PAGE.read_text()
+        if f"Triton {triton.__version__}," in saved and saved != text:
+            problems.append("docs/kernels.md is out of date: python scripts/kernel_table.py")
+    print("\n".join(problems) or f"{len(facts)} kernels: no spills, bounds hold")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Every backend that drives a GPU, on one; and Triton's kernels on the CPU, interpreted."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import guard_ops as go
+from guard_ops.backends import select, use_backend
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Place(NamedTuple):
+    """Where a test runs."""
+
+    backend: str
+    device: torch.device
+
+
+def places() -> list[object]:
+    """The interpreter's, and a GPU's with every backend but the plain one."""
+    found: list[object] = []
+    if INTERPRETED and "triton" in go.available_backends():
+        found.append(pytest.param(Place("triton", torch.device("cpu")), id="triton-interpreted"))
+    for name in go.available_backends() if torch.cuda.is_available() and not INTERPRETED else ():
+        with use_backend(name):
+            try:
+                select(torch.device("cuda"))
+            except ValueError:
+                continue
+        if name != "reference":
+            place = Place(name, torch.device("cuda", 0))
+            found.append(pytest.param(place, id=f"{name}-gpu", marks=pytest.mark.gpu))
+    reason = "needs a GPU, or TRITON_INTERPRET=1"
+    return found or [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="nowhere")]
+
+
+@pytest.fixture(params=places())
+def place(request):
+    """A backend, in use while the test runs, and its device."""
+    with go.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture
+def gpu(place):
+    """A :class:`Place` that is a GPU."""
+    if place.device.type == "cpu":
+        pytest.skip("needs a GPU")
+    return place
