@@ -48,7 +48,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def workload_cases(
     workloads: Iterable[Workload], elements: int, every_chain: bool = False
 ) -> Iterator[Case]:
-    """Loss and gradient of each recipe, in the mean form (the noise and seeded forms run beside it).
+    """Loss and gradient of each recipe in the mean form; the noise and seeded forms run beside it.
 
     ``torch.compile`` runs in float32, where a compilation costs ten seconds of the run for each
     shape, and in its max-autotune mode on ``ci`` only: its templates are of matrix products, and

@@ -10,6 +10,12 @@ import torch
 from benchmarks import report, results
 
 THREADS = 2
+SHOWN = {
+    section: table
+    for place in report.PLACES.values()
+    for section, table in place
+    if place is not report.PLACES["accuracy"]
+}
 MEASURED = pytest.StashKey[dict[str, list[results.Row]]]()
 
 
@@ -46,6 +52,6 @@ def pytest_terminal_summary(
 ) -> None:
     for section, rows in config.stash[MEASURED].items():
         terminalreporter.section(section)
-        terminalreporter.write_line(report.SECTIONS[section](rows))
+        terminalreporter.write_line(SHOWN[section](rows))
         if config.getoption("--save-results"):
             results.save(section, rows)

@@ -74,10 +74,11 @@ def make_inputs(
     def randn() -> Tensor:
         return torch.randn(workload.shape, generator=generator, device=device)
 
+    kind: Any = workload.kind
     line = torch.linspace(1, 0, TOTAL_STEPS + 1, dtype=torch.float64)
     sigmas = SIGMA_SHIFT * line / (1 + (SIGMA_SHIFT - 1) * line)
     steps = torch.arange(workload.steps) + (TOTAL_STEPS - workload.steps + 1) // 2  # the middle
-    coeffs = go.SdeSchedule(sigmas, NOISE_LEVEL, workload.kind)[steps].to(device)
+    coeffs = go.SdeSchedule(sigmas, NOISE_LEVEL, kind)[steps].to(device)
     old_model_output, sample, noise = (randn().to(dtype) for _ in range(3))
     model_output = (old_model_output.float() + drift * randn()).to(dtype)
     rollout = go.sde_step(old_model_output, sample, coeffs, noise=noise)

@@ -47,7 +47,7 @@ def save(name: str, rows: list[Row], folder: Path = FOLDER, device: str = "cpu")
 
 def write(path: Path, machine: Machine) -> None:
     """A file that :func:`load`, ``--compare`` and the plots read."""
-    path.write_text(json.dumps(machine, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(machine, indent=1) + "\n")
 
 
 def load(folder: Path = FOLDER) -> dict[str, Machine]:

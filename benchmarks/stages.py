@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,8 @@ def backward_alone(case: Case, inputs: Inputs, backend: str | None, wait: Call) 
 def _forward(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
     """The op as a function that returns what backward starts from, []."""
     if case.op == "sde_step":
-        noise = {"noise": inputs.noise} if case.form == "noise" else {"seed": inputs.seed}
+        name = "noise" if case.form == "noise" else "seed"
+        noise: Any = {name: getattr(inputs, name)}
         v = inputs.model_output.detach()
         return lambda: go.sde_step(v, inputs.sample, inputs.coeffs, **noise).log_prob
     operands = inputs.form(case.form)

@@ -1,4 +1,4 @@
-"""The saved rows as tables; how they are printed is :mod:`benchmarks.report`'s and the console's."""
+"""The saved rows as tables: what :mod:`benchmarks.report` and the console print."""
 
 from __future__ import annotations
 
@@ -23,125 +23,122 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
 
-def workloads(rows: Rows) -> Table:
-    """Time of every contender on every workload, and how many times guard_ops' it is."""
-    cases = _by_case(rows)
-    labels = _labels(rows)
-    base = labels[0]
-    columns = ["workload", "latents [K, B, ...]", "dtype", "objective", base]
-    columns += ["of copy", *labels[1:], f"peak memory, {base}", "peak memory, eager", "noise"]
+def workloads(rows: Rows) -> list[Table]:
+    """A table for each workload: every contender's time, times guard_ops', bandwidth, memory."""
+    by_workload: dict[str, Rows] = {}
+    for row in rows:
+        by_workload.setdefault(row["workload"], []).append(row)
+    return [_workload(found) for found in by_workload.values()]
+
+
+def _workload(rows: Rows) -> Table:
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    columns = ["contender"]
+    for dtype in dtypes:
+        columns += [dtype, "times", "of copy", "peak memory"]
+    lines = []
+    for label in _labels(rows):
+        line = [label]
+        for dtype in dtypes:
+            found = next((r for r in rows if _label(r) == label and r["dtype"] == dtype), None)
+            if found is None:
+                line += ["", "", "", ""]
+                continue
+            noise = found["noise"]
+            times = "1" if found["base"] else _ratio(found["ratio"], noise)
+            line += [_milliseconds(found), times, f"{found['percent_of_copy']:.0f}%"]
+            line += [mebibytes(found["peak_bytes"])]
+        lines.append(line)
+    first = rows[0]
+    noises = dict.fromkeys(f"{r['dtype']} {r['noise']:.0%}" for r in rows)
+    notes = [f"{_rounds(rows)} rounds; noise: {', '.join(noises)}."]
+    if first["shape"] != first["recipe_shape"]:
+        notes.append(
+            f"Shrunk to this machine's budget: the recipe trains {_times(first['recipe_shape'])}."
+        )
+    return Table(
+        f"{first['workload']}, latents {_times(first['shape'])}, {first['objective']}",
+        columns,
+        lines,
+        notes=notes,
+    )
+
+
+def ops(rows: Rows) -> list[Table]:
+    """A table for each op and dtype: every stage, form and mode."""
+    groups: dict[tuple[str, str], list[dict[str, Row]]] = {}
+    for found in _by_case(rows):
+        first = next(iter(found.values()))
+        groups.setdefault((first["op"], first["dtype"]), []).append(found)
+    return [_op(op, dtype, found) for (op, dtype), found in groups.items()]
+
+
+def _op(op: str, dtype: str, cases: list[dict[str, Row]]) -> Table:
+    names = list(dict.fromkeys(r["contender"] for found in cases for r in found.values()))
+    backends = [name for name in names if name != COPY]
+    columns = ["stage, form, mode", backends[0], "bytes", "of copy", *backends[1:], "peak memory"]
     lines = []
     for found in cases:
-        first = found[base]
-        line = [first["workload"], _shape(first), first["dtype"], first["objective"]]
-        line += [_milliseconds(first), f"{first['percent_of_copy']:.0f}%"]
-        line += [_versus(found.get(label), first["noise"]) for label in labels[1:]]
-        eager = next((row for row in found.values() if row["contender"] == "eager"), None)
-        line += [mebibytes(first["peak_bytes"]), mebibytes(eager and eager["peak_bytes"])]
-        lines.append([*line, f"{first['noise']:.0%}"])
-    return Table(
-        "loss and gradient of the named workloads",
-        columns,
-        lines,
-        4,
-        [
-            *_shrunk(rows),
-            f"Median of {_rounds(rows)} interleaved rounds; in brackets how many times the time of "
-            f"`{base}` that is, the median of the rounds' ratios. A difference below the noise "
-            f"(`{base}` timed twice in each round) is a tie. `of copy`: bytes that one pass must "
-            "move, per second, against a memory copy in the same race.",
-        ],
-    )
-
-
-def ops(rows: Rows) -> Table:
-    """Every op, stage, form and mode: time, bytes against the floor, memory."""
-    backends = list(dict.fromkeys(r["contender"] for r in rows if r["contender"] != COPY))
-    base = backends[0]
-    columns = ["op", "stage", "form", "objective", "dtype", base, "bytes per element", "of copy"]
-    columns += [*backends[1:], COPY, f"peak memory, {base}", "noise"]
-    lines = []
-    for found in _by_case(rows):
         by_name = {row["contender"]: row for row in found.values()}
-        first = by_name[base]
+        first = by_name[backends[0]]
         moved = first["floor_bytes"] // math.prod(first["shape"])
-        line = [first[key] for key in ("op", "stage", "form", "objective", "dtype")]
-        line += [_milliseconds(first), str(moved) if moved else "none left"]
-        line += [f"{first['percent_of_copy']:.0f}%" if moved else ""]
-        others = [*backends[1:], COPY] if moved else backends[1:]
-        line += [_versus(by_name.get(name), first["noise"]) for name in others]
-        line += [] if moved else [""]
-        lines.append([*line, mebibytes(first["peak_bytes"]), f"{first['noise']:.0%}"])
-    shape = rows[0]["shape"]
-    return Table(
-        f"every op on {rows[0]['workload']}, latents {shape}",
-        columns,
-        lines,
-        5,
-        [
-            f"Latents {shape}. `forward` runs without a gradient; `backward` alone follows a "
-            "forward that is not timed; guard_loss has written its gradient by then and only hands "
-            "it out. Bytes per element: each operand read once, each result written once.",
-        ],
-    )
+        parts = (first["stage"], first["form"], first["objective"])
+        line = [", ".join(part for part in parts if part != "-"), _milliseconds(first)]
+        line += [str(moved), f"{first['percent_of_copy']:.0f}%"] if moved else ["none left", ""]
+        line += [_versus(by_name.get(name), first["noise"]) for name in backends[1:]]
+        lines.append([*line, mebibytes(first["peak_bytes"])])
+    shape = next(iter(cases[0].values()))["shape"]
+    return Table(f"{op}, {dtype}, latents {_times(shape)}", columns, lines)
 
 
-def accuracy_clips(rows: Rows) -> Table:
-    """Error of ``log r`` and wrong clip decisions at three clips, per contender, dtype, drift."""
+def accuracy(rows: Rows) -> list[Table]:
+    """Errors of ``log r`` and ``r_hat``, and wrong clip decisions at the recipes' three clips."""
     clips = list(rows[0]["wrong_share"])
-    columns = ["dtype", "drift", "contender", "error of log r", "error of r_hat"]
-    lines = [
-        [
-            row["dtype"],
-            f"{row['drift']:.0e}",
-            row["contender"],
-            f"{row['log_ratio_error']:.1e}",
-            f"{row['max_error']:.1e}",
-            *(f"{row['wrong_share'][clip]:.0%}" for clip in clips),
-        ]
-        for row in rows
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    cells: list[tuple[str, Callable[[Row], str]]] = [
+        ("error of log r, relative to the largest", lambda row: f"{row['log_ratio_error']:.1e}"),
+        ("error of the standardized ratio", lambda row: f"{row['max_error']:.1e}"),
+        (
+            f"share of {rows[0]['batch']} clip decisions that are wrong, at {', '.join(clips)}",
+            lambda row: ", ".join(f"{row['wrong_share'][clip]:.0%}" for clip in clips),
+        ),
     ]
-    return Table(
-        "accuracy against float64",
-        [*columns, *(f"wrong clips, {clip}" for clip in clips)],
-        lines,
-        3,
-        [
-            "Largest error of the log-ratio, relative to the largest log-ratio, and of the "
-            "standardized ratio; share of the "
-            f"{rows[0]['batch']} clip decisions that differ from float64's.",
-        ],
-    )
+    tables = []
+    for title, cell in cells:
+        lines: dict[tuple[str, float], list[str]] = {}
+        for row in rows:
+            key = (row["dtype"], row["drift"])
+            lines.setdefault(key, [row["dtype"], f"{row['drift']:.0e}"]).append(cell(row))
+        tables.append(Table(title, ["dtype", "drift", *names], list(lines.values()), 2))
+    return tables
 
 
-def share(rows: Rows) -> Table:
+def share(rows: Rows) -> list[Table]:
     """How much of a training step the loss is, before and after."""
-    columns = ["model", "latents", "step, before", "loss, before", "step, after", "loss, after"]
-    columns += ["peak memory, before", "peak memory, after", "share at full width, before"]
+    columns = ["model", "plain PyTorch", "guard_ops", "peak memory of the loss"]
+    columns += ["peak memory of the step", "share at full width"]
     lines = [
         [
-            row["model"],
-            _times(row["shape"]),
-            f"{row['step_before_ms']:.1f} ms",
-            f"{row['loss_before_ms']:.2f} ms ({row['loss_before_ms'] / row['step_before_ms']:.2%})",
-            f"{row['step_after_ms']:.1f} ms",
-            f"{row['loss_after_ms']:.2f} ms ({row['loss_after_ms'] / row['step_after_ms']:.2%})",
-            mebibytes(row["peak_before_bytes"]),
-            mebibytes(row["peak_after_bytes"]),
-            _estimate(row),
+            f"{row['model']} {_times(row['shape'])}",
+            *(_part_of_step(row, name) for name in ("before", "after")),
+            *(
+                f"{mebibytes(row[f'{what}_before_bytes'])}, {mebibytes(row[f'{what}_after_bytes'])}"
+                for what in ("loss_peak", "peak")
+            ),
+            ", ".join(_full_share(row, name) for name in ("before", "after")),
         ]
         for row in rows
         if "skipped" not in row
     ]
-    notes = [f"{row['model']}: skipped, {row['skipped']}" for row in rows if "skipped" in row]
+    notes = [f"{row['model']}: skipped, {row['skipped']}." for row in rows if "skipped" in row]
     notes += [f"{row['model']}: {row['note']}" for row in rows if row.get("note")]
-    return Table("share of a training step", columns, lines, 2, notes)
+    return [Table("share of a training step", columns, lines, notes=notes)]
 
 
-TABLES: dict[str, Callable[[Rows], Table]] = {
+TABLES: dict[str, Callable[[Rows], list[Table]]] = {
     "workloads": workloads,
     "ops": ops,
-    "accuracy": accuracy_clips,
+    "accuracy": accuracy,
     "share": share,
 }
 
@@ -179,34 +176,18 @@ def _milliseconds(row: Row) -> str:
 
 
 def _versus(row: Row | None, noise: float) -> str:
-    if row is None:
-        return ""
-    ratio = row["ratio"]
+    return "" if row is None else f"{_milliseconds(row)} ({_ratio(row['ratio'], noise)})"
+
+
+def _ratio(ratio: float, noise: float) -> str:
+    """``2.0x``; a difference below the noise is a tie."""
     if abs(ratio - 1) <= noise:
-        return f"{_milliseconds(row)} (tie)"
-    return f"{_milliseconds(row)} ({ratio:.{1 if ratio >= 1.95 else 2}f}x)"
+        return "tie"
+    return f"{ratio:.{1 if ratio >= 1.95 else 2}f}x"
 
 
 def _times(shape: Iterable[int]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _shape(row: Row) -> str:
-    """The shape timed, with the recipe's K and B where they are more than this machine's share."""
-    text = _times(row["shape"])
-    if row["shape"] != row["recipe_shape"]:
-        text += f" of [{row['recipe_shape'][0]}, {row['recipe_shape'][1]}]"
-    return text
-
-
-def _shrunk(rows: Rows) -> list[str]:
-    names = dict.fromkeys(r["workload"] for r in rows if r["shape"] != r["recipe_shape"])
-    if not names:
-        return []
-    return [
-        f"Shrunk to what this machine's run has memory and time for: {', '.join(names)}. `of "
-        "[K, B]` is what the recipe trains at a time; the latents are whole."
-    ]
 
 
 def _rounds(rows: Rows) -> str:
@@ -214,10 +195,15 @@ def _rounds(rows: Rows) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
-def _estimate(row: Row) -> str:
-    share_now = row["loss_before_ms"] / row["step_before_ms"]
-    factor = row["full_parameters"] / row["parameters"]
-    if factor == 1:
-        return f"{share_now:.2%} (measured)"
-    rest = (1 - share_now) * factor
-    return f"about {share_now / (share_now + rest):.3%} (estimated)"
+def _part_of_step(row: Row, name: str) -> str:
+    loss, step = row[f"loss_{name}_ms"], row[f"step_{name}_ms"]
+    return f"{loss:.3g} of {step:.3g} ms ({loss / step:.2%})"
+
+
+def _full_share(row: Row, name: str) -> str:
+    """The measured share, or an estimate: the model's time grows with its parameters."""
+    loss, step = row[f"loss_{name}_ms"], row[f"step_{name}_ms"]
+    if row["parameters"] == row["full_parameters"]:
+        return f"{loss / step:.2%}"
+    model = max(step - loss, 0) * row["full_parameters"] / row["parameters"]
+    return f"about {loss / (loss + model):.4%}"

@@ -55,6 +55,10 @@ class Workload:
         steps = min(self.steps, max(1, transitions // batch))
         return dataclasses.replace(self, batch=batch, steps=steps)
 
+    def with_batch(self, batch: int) -> Workload:
+        """One step of ``batch`` samples."""
+        return dataclasses.replace(self, batch=batch, steps=1)
+
     def floor_bytes(self, form: str, dtype: torch.dtype) -> int:
         """Bytes that loss plus gradient must move: :func:`bytes_per_element` of every element."""
         return self.numel * bytes_per_element(form, dtype)
