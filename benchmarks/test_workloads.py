@@ -8,7 +8,6 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import cases, command, contenders, suite
-from benchmarks.results import Row
 from benchmarks.workloads import named
 
 BACKENDS = suite.choose_backends(None)
@@ -18,11 +17,11 @@ PLANNED = command.plan(named(None), command.SUITES, suite.ELEMENTS[DEVICE.type],
 
 @pytest.mark.parametrize("case", PLANNED["workloads"], ids=lambda case: case.name)
 def test_loss_and_gradient(
-    case: cases.Case, benchmark: BenchmarkFixture, record: Callable[[str, Row], None]
+    case: cases.Case, benchmark: BenchmarkFixture, record: Callable[..., None]
 ) -> None:
     rows = suite.run_case(case, BACKENDS, DEVICE, command.SECONDS["workloads"])
     for row in rows:
-        record("workloads", row)
+        record("workloads", row, DEVICE.type)
     inputs = contenders.make_inputs(case.workload, case.dtype, device=DEVICE)
     first = contenders.ours(inputs, case.form, case.objective, BACKENDS[0])
     benchmark.pedantic(first, rounds=10, warmup_rounds=2)
@@ -35,12 +34,10 @@ def test_loss_and_gradient(
 
 
 @pytest.mark.parametrize("case", PLANNED["ops"], ids=lambda case: case.name)
-def test_op(
-    case: cases.Case, benchmark: BenchmarkFixture, record: Callable[[str, Row], None]
-) -> None:
+def test_op(case: cases.Case, benchmark: BenchmarkFixture, record: Callable[..., None]) -> None:
     rows = suite.run_case(case, BACKENDS, DEVICE, command.SECONDS["ops"])
     for row in rows:
-        record("ops", row)
+        record("ops", row, DEVICE.type)
     inputs = contenders.make_inputs(case.workload, case.dtype, device=DEVICE)
     first = suite.case_calls(case, inputs, BACKENDS[:1], DEVICE)
     call = next(iter(first.values()))
