@@ -45,7 +45,8 @@ format: $(VENV)/development
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
-# Speed and accuracy against their bounds, the numbers kept and the documents' tables rewritten.
+# Speed and accuracy against their bounds, every workload and op; the numbers are kept and the
+# documents' tables and plots rewritten.
 bench: $(VENV)/development
 	$(BIN)/python -m pytest benchmarks -q --save-results
 	$(BIN)/python -m benchmarks.report

@@ -13,8 +13,17 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+
+
+class BuildPython(build_py):
+    """Leaves pytest's files in the checkout: they are not part of ``guard_ops.benchmarks``."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [m for m in modules if not m[1].startswith(("test_", "conftest"))]
 
 
 class CMakeBuild(build_ext):
@@ -80,5 +89,5 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension("guard_ops._C", sources=[], optional=False)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
 )

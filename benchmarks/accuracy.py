@@ -1,7 +1,8 @@
-"""How far the standardized ratio is from float64, and how many clips that decides wrongly."""
+"""How far ratios are from float64, and how many clip decisions that turns."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,28 +11,54 @@ from torch import Tensor
 import guard_ops as go
 
 from . import baselines
-from .contenders import Inputs, make_inputs
-from .workloads import READS, Workload
+from .contenders import Inputs, make_inputs, on
+from .workloads import Workload
 
+DRIFTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 CLIP = 0.2
 FORMS = ("velocity", "noise", "mean")
 PLAIN = "plain PyTorch"
 
 
 @dataclass(frozen=True)
+class Ratios:
+    """What a contender makes of one rollout, [K, B] float64 each; ratios as differences from 1."""
+
+    log_ratio: Tensor
+    standardized: Tensor  # r_hat of the article, clipped at 0.2
+    raw: Tensor  # r of Flow-GRPO and DanceGRPO, clipped at 1e-4
+    closed_form: Tensor  # r_hat of the paper, clipped at 2e-6
+
+
+# The clip of a published recipe -> the ratio that it clips.
+CLIPS: dict[str, tuple[float, Callable[[Ratios], Tensor]]] = {
+    "2e-6": (2e-6, lambda ratios: ratios.closed_form),
+    "1e-4": (1e-4, lambda ratios: ratios.raw),
+    "0.2": (CLIP, lambda ratios: ratios.standardized),
+}
+
+
+@dataclass(frozen=True)
 class Accuracy:
-    """One contender's ``r_hat`` under standardize against float64, at one drift and dtype."""
+    """One contender's ratios against float64, at one drift and dtype."""
 
     contender: str
     dtype: str
     drift: float
-    max_error: float  # of r_hat, over the batch
-    wrong_clips: int  # samples on another side of 1 -+ CLIP than in float64
+    log_ratio_error: float  # the largest, over the largest log-ratio
+    max_error: float  # of the standardized r_hat, over the batch
+    wrong_clips: int  # samples on another side of 1 -+ CLIP than in float64, standardized
+    wrong_share: dict[str, float]  # clip -> share of samples on another side of it
     batch: int
 
 
 def measure_accuracy(
-    workload: Workload, dtype: torch.dtype, drift: float, seed: int = 0
+    workload: Workload,
+    dtype: torch.dtype,
+    drift: float,
+    seed: int = 0,
+    backend: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[Accuracy]:
     """Every contender on one rollout of one step, in ``dtype``.
 
@@ -39,70 +66,103 @@ def measure_accuracy(
     for the noise form, the noise that form is given in its place). It needs no stored mean or
     log-prob, so what rounding those cost a contender is part of its error.
     """
-    inputs = make_inputs(workload, dtype, drift, seed)
-    truth = {form: exact_excess(inputs, form) for form in ("velocity", "noise")}
-    found = {PLAIN: (plain_excess(inputs), truth["velocity"])}
+    inputs = make_inputs(workload, dtype, drift, seed, device)
+    truth = {form: exact(inputs, form) for form in ("velocity", "noise")}
+    found = {PLAIN: (plain(inputs), truth["velocity"])}
     for form in FORMS:
         expected = truth["noise" if form == "noise" else "velocity"]
-        found[f"guard_ops, {form} form"] = (our_excess(inputs, form), expected)
+        found[f"guard_ops, {form} form"] = (ours(inputs, form, backend), expected)
     return [
         Accuracy(
             name,
             str(dtype).removeprefix("torch."),
             drift,
-            float((excess - expected).abs().max()),
-            int((_side(excess) != _side(expected)).sum()),
+            _largest(ratios.log_ratio - expected.log_ratio) / _largest(expected.log_ratio),
+            _largest(ratios.standardized - expected.standardized),
+            int((_side(ratios.standardized) != _side(expected.standardized)).sum()),
+            {
+                label: float((_side(of(ratios), clip) != _side(of(expected), clip)).double().mean())
+                for label, (clip, of) in CLIPS.items()
+            },
             workload.batch,
         )
-        for name, (excess, expected) in found.items()
+        for name, (ratios, expected) in found.items()
     ]
 
 
-def exact_excess(inputs: Inputs, form: str) -> Tensor:
-    """``r_hat - 1`` [K, B] in float64 by the specification's difference form."""
-    shape = (*inputs.model_output.shape[:2], *[1] * (inputs.model_output.ndim - 2))
+def exact(inputs: Inputs, form: str) -> Ratios:
+    """Float64 by the specification's difference form."""
+    v_old = inputs.old_model_output.double()
+    rows = v_old.shape[:2]
     a, b, s, kappa = (
-        c.unsqueeze(1).expand(shape[:2]).reshape(shape)
+        c.unsqueeze(1).expand(rows)
         for c in (inputs.coeffs.a, inputs.coeffs.b, inputs.coeffs.s, inputs.coeffs.kappa)
     )
-    v_old = inputs.old_model_output.double()
-    delta = b * (inputs.model_output.detach().double() - v_old)
+    wide = (*rows, *[1] * (v_old.ndim - 2))
+    delta = b.reshape(wide) * (inputs.model_output.detach().double() - v_old)
     if form == "noise":
-        e = s * inputs.noise.double()
+        e = s.reshape(wide) * inputs.noise.double()
     else:
-        e = inputs.prev_sample.double() - (a * inputs.sample.double() + b * v_old)
-    u = torch.expm1((kappa * (2 * delta * e - delta**2)).flatten(2).mean(-1))
-    centred = u - u.mean(-1, keepdim=True)
+        mean = a.reshape(wide) * inputs.sample.double() + b.reshape(wide) * v_old
+        e = inputs.prev_sample.double() - mean
+    cross, square = ((delta * x).flatten(2).mean(-1) for x in (e, delta))
+    log_ratio = kappa * (2 * cross - square)
+    raw = torch.expm1(log_ratio)
+    centred = raw - raw.mean(-1, keepdim=True)
     std = centred.square().mean(-1, keepdim=True).sqrt()
     floor = go.GuardConfig.article().std_floor
-    return centred / torch.where(std > floor, std, 1.0)
+    return Ratios(
+        log_ratio,
+        centred / torch.where(std > floor, std, 1.0),
+        raw,
+        torch.expm1(s * kappa * 2 * cross),
+    )
 
 
-def plain_excess(inputs: Inputs) -> Tensor:
-    """``r_hat - 1`` [K, B] as a trainer has it: two float32 log-probs, subtracted."""
+def plain(inputs: Inputs) -> Ratios:
+    """As a trainer has them: two float32 log-probs, subtracted; the closed form is verl-omni's."""
     with torch.no_grad():
         x, y = inputs.sample.flatten(0, 1), inputs.prev_sample.flatten(0, 1)
         new, old = (
-            baselines.flow_sde_step(v.flatten(0, 1), x, y, inputs.step).log_prob
+            baselines.flow_sde_step(v.flatten(0, 1), x, y, inputs.step)
             for v in (inputs.model_output, inputs.old_model_output)
         )
-        ratio = torch.exp(new - old).view(inputs.model_output.shape[:2])
-        return (baselines.standardize(ratio) - 1).double()
+        rows = inputs.model_output.shape[:2]
+        log_ratio = (new.log_prob - old.log_prob).view(rows)
+        ratio = torch.exp(log_ratio)
+        gap = (new.prev_sample_mean - old.prev_sample_mean).pow(2).flatten(1).mean(-1).view(rows)
+        s = new.s.view(rows)
+        closed = torch.exp((log_ratio + gap / (2 * s**2)) * s)
+        return Ratios(
+            log_ratio.double(),
+            (baselines.standardize(ratio) - 1).double(),
+            (ratio - 1).double(),
+            (closed - 1).double(),
+        )
 
 
-def our_excess(inputs: Inputs, form: str) -> Tensor:
-    """``r_hat - 1`` [K, B] of ``guard_loss``."""
-    operands = {name: getattr(inputs, name) for name in READS[form] if name != "model_output"}
-    out = go.guard_loss(
-        inputs.model_output.detach(),
-        advantages=inputs.advantages,
-        coeffs=inputs.coeffs,
-        config=go.GuardConfig.article(),
-        **operands,
+def ours(inputs: Inputs, form: str, backend: str | None = None) -> Ratios:
+    """``guard_loss``'s, under the three recipes."""
+
+    def loss(objective: str) -> go.GuardLossOutput:
+        with on(backend), torch.no_grad():
+            return go.guard_loss(
+                inputs.model_output.detach(),
+                advantages=inputs.advantages,
+                config=getattr(go.GuardConfig, objective)(),
+                **inputs.form(form),
+            )
+
+    article, raw, paper = map(loss, ("article", "flow_grpo", "paper"))
+    return Ratios(
+        *(x.double() for x in (article.log_ratio, article.excess, raw.excess, paper.excess))
     )
-    return out.excess.double()
 
 
-def _side(excess: Tensor) -> Tensor:
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _side(excess: Tensor, clip: float = CLIP) -> Tensor:
     """-1, 0 or 1: below, inside or above the clip range."""
-    return (excess > CLIP).int() - (excess < -CLIP).int()
+    return (excess > clip).int() - (excess < -clip).int()

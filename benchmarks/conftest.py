@@ -10,7 +10,9 @@ import torch
 from benchmarks import report, results
 
 THREADS = 2
-MEASURED = pytest.StashKey[dict[str, list[results.Row]]]()
+SHOWN = {section: table for place in report.PLACES.values() for section, table in place}
+Measured = dict[tuple[str, str], list[results.Row]]  # (section, device)
+MEASURED = pytest.StashKey[Measured]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,17 +37,21 @@ def _two_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def record(request: pytest.FixtureRequest) -> Callable[[str, results.Row], None]:
-    """``record(section, row)`` keeps a row of one of the report's sections."""
+def record(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """``record(section, row, device="cpu")`` keeps a row of one of the report's sections."""
     measured = request.config.stash[MEASURED]
-    return lambda section, row: measured.setdefault(section, []).append(row)
+
+    def keep(section: str, row: results.Row, device: str = "cpu") -> None:
+        measured.setdefault((section, device), []).append(row)
+
+    return keep
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    for section, rows in config.stash[MEASURED].items():
+    for (section, device), rows in config.stash[MEASURED].items():
         terminalreporter.section(section)
-        terminalreporter.write_line(report.SECTIONS[section](rows))
+        terminalreporter.write_line(SHOWN[section](rows))
         if config.getoption("--save-results"):
-            results.save(section, rows)
+            results.save(section, rows, device=device)

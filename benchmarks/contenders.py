@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import guard_ops as go
+from guard_ops.transitions import FORMS
 
 from . import baselines
 from .measure import Call
-from .workloads import READS, Workload
+from .workloads import Workload
 
 SIGMA_SHIFT = 3.0
 TOTAL_STEPS = 20
@@ -21,6 +24,7 @@ CHAINS: dict[str, Callable[..., Tensor]] = {
     "article": baselines.article_chain,
     "paper": baselines.paper_chain,
     "flow_grpo": baselines.flow_grpo_chain,
+    "dance_grpo": baselines.flow_grpo_chain,  # the same loss; its SDE step is of kind dance_sde
 }
 
 
@@ -33,12 +37,14 @@ class Inputs:
     sample: Tensor
     prev_sample: Tensor
     noise: Tensor
+    seed: Tensor  # [K, B, 2]: noise of the seeded form
     old_mean: Tensor  # float32, as sde_step returns it
     old_log_prob: Tensor  # [K, B] float32, as a trainer stores it
     advantages: Tensor  # [B]
     coeffs: go.StepCoefficients  # [K]
     sigmas: Tensor  # [TOTAL_STEPS + 1]
     index: Tensor  # [K * B]: the transitions' steps
+    kind: str
 
     @property
     def step(self) -> baselines.Step:
@@ -46,33 +52,42 @@ class Inputs:
         latent_dims = self.sample.ndim - 2
         return baselines.scheduler_step(self.sigmas, self.index, NOISE_LEVEL, latent_dims)
 
+    def form(self, form: str) -> dict[str, Any]:
+        """The operands that say what the behaviour policy was, and the coefficients."""
+        return {name: getattr(self, name) for name in FORMS[form]} | {"coeffs": self.coeffs}
+
 
 def make_inputs(
-    workload: Workload, dtype: torch.dtype = torch.float32, drift: float = 1e-2, seed: int = 0
+    workload: Workload,
+    dtype: torch.dtype = torch.float32,
+    drift: float = 1e-2,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Inputs:
-    """A Flow-SDE rollout in ``dtype`` whose policy has since moved by ``drift`` (velocity units).
+    """A rollout in ``dtype`` whose policy has since moved by ``drift`` (velocity units).
 
     ``old_mean`` and ``old_log_prob`` are float32 and those of the rounded tensors, as a trainer
     computes them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def randn() -> Tensor:
-        return torch.randn(workload.shape, generator=generator)
+        return torch.randn(workload.shape, generator=generator, device=device)
 
+    kind: Any = workload.kind
     line = torch.linspace(1, 0, TOTAL_STEPS + 1, dtype=torch.float64)
     sigmas = SIGMA_SHIFT * line / (1 + (SIGMA_SHIFT - 1) * line)
     steps = torch.arange(workload.steps) + (TOTAL_STEPS - workload.steps + 1) // 2  # the middle
-    coeffs = go.SdeSchedule(sigmas, NOISE_LEVEL)[steps]
+    coeffs = go.SdeSchedule(sigmas, NOISE_LEVEL, kind)[steps].to(device)
     old_model_output, sample, noise = (randn().to(dtype) for _ in range(3))
     model_output = (old_model_output.float() + drift * randn()).to(dtype)
     rollout = go.sde_step(old_model_output, sample, coeffs, noise=noise)
     prev_sample, old_mean = rollout.prev_sample.to(dtype), rollout.mean
-    index = steps.repeat_interleave(workload.batch)
-    sigmas = sigmas.float()
+    index = steps.repeat_interleave(workload.batch).to(device)
+    sigmas = sigmas.float().to(device)
     step = baselines.scheduler_step(sigmas, index, NOISE_LEVEL, len(workload.latent))
     old_log_prob = baselines.stored_log_prob(
-        prev_sample.flatten(0, 1), old_mean.flatten(0, 1), step, "flow_sde"
+        prev_sample.flatten(0, 1), old_mean.flatten(0, 1), step, workload.kind
     )
     return Inputs(
         model_output.requires_grad_(),
@@ -80,43 +95,52 @@ def make_inputs(
         sample,
         prev_sample,
         noise,
+        go.philox_seed(seed, (workload.steps, workload.batch), device),
         old_mean,
         old_log_prob.view(workload.shape[:2]),
-        torch.randn(workload.batch, generator=generator),
+        torch.randn(workload.batch, generator=generator, device=device),
         coeffs,
         sigmas,
         index,
+        workload.kind,
     )
 
 
-def ours(inputs: Inputs, form: str, objective: str) -> Call:
+def on(backend: str | None) -> AbstractContextManager[None]:
+    """``guard_ops.use_backend``, or whatever is in use for None."""
+    return nullcontext() if backend is None else go.use_backend(backend)
+
+
+def ours(inputs: Inputs, form: str, objective: str, backend: str | None = None) -> Call:
     """``guard_loss`` in one of the forms under ``GuardConfig.<objective>()``, and its backward."""
     config = getattr(go.GuardConfig, objective)()
-    operands = {name: getattr(inputs, name) for name in READS[form] if name != "model_output"}
-    v = inputs.model_output
+    operands, v = inputs.form(form), inputs.model_output
 
     def call() -> None:
         v.grad = None
-        out = go.guard_loss(
-            v, advantages=inputs.advantages, coeffs=inputs.coeffs, config=config, **operands
-        )
-        out.loss.backward()
+        with on(backend):
+            out = go.guard_loss(v, advantages=inputs.advantages, config=config, **operands)
+            out.loss.backward()
 
     return call
 
 
 def chain(
-    inputs: Inputs, objective: str, *, compiled: bool = False, recompute: bool = False
+    inputs: Inputs,
+    objective: str,
+    *,
+    compiled: str | None = None,
+    recompute: bool = False,
 ) -> Call:
     """A plain-PyTorch chain of :mod:`benchmarks.baselines`, and its backward.
 
     Args:
         objective: a key of ``CHAINS``.
-        compiled: through ``torch.compile`` (default mode); the first calls compile.
+        compiled: the mode of ``torch.compile``, None for eager; the first calls compile.
         recompute: the stored log-prob is not given but computed from ``old_mean``, which is what
             the mean form is given (public trainers store the log-prob, so the default is given it).
     """
-    v, step = inputs.model_output, inputs.step
+    v, step, kind = inputs.model_output, inputs.step, inputs.kind
     loss_of = CHAINS[objective]
     extra = {"old_mean": inputs.old_mean} if objective == "paper" else {}
 
@@ -125,7 +149,7 @@ def chain(
     ) -> Tensor:
         if recompute:
             log_prob = baselines.stored_log_prob(
-                prev_sample.flatten(0, 1), old.flatten(0, 1), step, "flow_sde"
+                prev_sample.flatten(0, 1), old.flatten(0, 1), step, kind
             )
             old = log_prob.view(v.shape[:2])
         return loss_of(
@@ -135,10 +159,13 @@ def chain(
             old_log_prob=old,
             advantages=advantages,
             step=step,
+            kind=kind,
             **extra,
         )
 
-    run = torch.compile(forward) if compiled else forward
+    run: Callable[..., Tensor] = forward
+    if compiled is not None:
+        run = torch.compile(forward, mode=compiled, dynamic=False)
     old = inputs.old_mean if recompute else inputs.old_log_prob
 
     def call() -> None:
@@ -148,9 +175,9 @@ def chain(
     return call
 
 
-def memory_copy(nbytes: int) -> Call:
+def memory_copy(nbytes: int, device: torch.device | str = "cpu") -> Call:
     """The yardstick: ``nbytes`` moved, half of them read and half written, between two buffers."""
-    source = torch.zeros(nbytes // 2, dtype=torch.uint8)
+    source = torch.zeros(nbytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     source.fill_(1)  # a real page behind every address
     return lambda: target.copy_(source)

@@ -60,7 +60,7 @@ class Race:
         """
         ratios = self._ratios(self.repeated + AGAIN, self.repeated)
         low, middle, high = statistics.quantiles(ratios, n=4)
-        return abs(middle - 1) + 2 * 1.2533 * (high - low) / 1.349 / len(ratios) ** 0.5
+        return float(abs(middle - 1) + 2 * 1.2533 * (high - low) / 1.349 / len(ratios) ** 0.5)
 
     def _ratios(self, slow: str, fast: str) -> list[float]:
         pairs = zip(self.seconds[slow], self.seconds[fast], strict=True)
@@ -167,7 +167,7 @@ class Traffic:
 
 class _Counter(TorchDispatchMode):
     def __init__(self, numel: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.numel, self.operators, self.whole, self.bytes_moved = numel, 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -234,13 +234,14 @@ def _commit() -> str:
     """The short commit, with "+" when tracked files differ from it; "unknown" outside git."""
     root = Path(__file__).parent
     try:
-        head, changes = (
+        head, changes, _ = (
             subprocess.run(
                 ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
             ).stdout.strip()
             for arguments in (
                 ("rev-parse", "--short", "HEAD"),
                 ("status", "--porcelain", "--untracked-files=no"),
+                ("ls-files", "--error-unmatch", Path(__file__).name),  # not another repository's
             )
         )
     except (OSError, subprocess.CalledProcessError):

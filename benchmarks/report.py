@@ -1,8 +1,9 @@
-"""``python -m benchmarks.report``: the saved numbers as tables in README.md and docs/benchmarks.md.
+"""``python -m benchmarks.report``: the saved numbers as tables and plots in the documents.
 
-Tables go between ``<!-- begin:NAME -->`` and ``<!-- end:NAME -->``, NAME being ``speed`` (which
-includes memory) or ``accuracy``; nothing else of a document is touched. ``--check`` writes nothing
-and exits with 1 if a document is not what the saved numbers say.
+Tables go between ``<!-- begin:NAME -->`` and ``<!-- end:NAME -->`` of README.md and
+docs/benchmarks.md, NAME being a key of ``PLACES``; nothing else of a document is touched. Plots go
+to docs/benchmarks/. ``--check`` writes nothing and exits with 1 if a document is not what the saved
+numbers say.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import results
+from . import plots, results, tables
+from .tables import Table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
-COMMAND = "python -m pytest benchmarks --save-results"
+PLOTS = "docs/benchmarks"
+COMMAND = "make bench"
 
 Rows = list[dict[str, Any]]
 
@@ -29,7 +32,8 @@ def main(
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether all is up to date")
     check = parser.parse_args(arguments).check
-    tables = render(results.load(saved))
+    machines = results.load(saved)
+    rendered = render(machines)
     stale = False
     for name in DOCUMENTS:
         path = root / name
@@ -37,7 +41,7 @@ def main(
             print(f"{name}: absent, skipped")
             continue
         text = path.read_text()
-        new = fill(text, tables)
+        new = fill(text, rendered)
         if new == text:
             print(f"{name}: up to date")
         elif check:
@@ -46,30 +50,39 @@ def main(
         else:
             path.write_text(new)
             print(f"{name}: written")
+    if not check and (root / PLOTS).parent.is_dir():
+        for label, machine in machines.items():
+            for path in plots.draw(machine, root / PLOTS, f"{label}-"):
+                print(f"{path.relative_to(root)}: written")
     return int(stale)
 
 
-def render(machines: dict[str, dict[str, Any]]) -> dict[str, str]:
+def render(machines: dict[str, results.Machine]) -> dict[str, str]:
     """Place -> Markdown, from what :func:`benchmarks.results.load` returns."""
-    tables = {}
+    rendered = {}
     for place, sections in PLACES.items():
         parts = []
         for label, machine in machines.items():
-            found = [section for section in sections if section in machine]
+            found = [(name, table) for name, table in sections if name in machine]
             if found:
-                parts.append(_heading(label, machine[found[0]]["environment"]))
-            parts += [SECTIONS[section](machine[section]["rows"]) for section in found]
-        tables[place] = "\n\n".join(parts) or "No saved results."
-    return tables
+                parts.append(_heading(label, machine[found[0][0]]["environment"]))
+            parts += [table(machine[name]["rows"]) for name, table in found]
+            pictures = PICTURES.get(place, ()) if found else ()
+            parts += [
+                f"![{name.replace('_', ' ')}, {label}](benchmarks/{label}-{name}.svg)"
+                for name in pictures
+            ]
+        rendered[place] = "\n\n".join(parts) or "No saved results."
+    return rendered
 
 
-def fill(text: str, tables: dict[str, str]) -> str:
+def fill(text: str, rendered: dict[str, str]) -> str:
     """``text`` with every marked place filled; a place it does not have is no error.
 
     Raises:
         ValueError: a begin without its end.
     """
-    for name, table in tables.items():
+    for name, table in rendered.items():
         begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
         if (begin in text) != (end in text):
             raise ValueError(f"{begin} and {end} must both be in the document or neither")
@@ -141,12 +154,30 @@ def accuracy_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[Rows], str]] = {
-    "speed": speed_table,
-    "memory": memory_table,
-    "accuracy": accuracy_table,
+def markdown(section: str) -> Callable[[Rows], str]:
+    """A section's tables of :mod:`benchmarks.tables`, with titles and notes."""
+    return lambda rows: "\n\n".join(_markdown(table) for table in tables.TABLES[section](rows))
+
+
+def _markdown(table: Table) -> str:
+    right = len(table.columns) - table.labels
+    lines = [f"**{table.title}**", "", _line(*table.columns)]
+    lines.append(_line(*["---"] * table.labels, *["---:"] * right))
+    lines += [_line(*row) for row in table.rows]
+    lines += [f"\n{note}" for note in table.notes]
+    return "\n".join(lines)
+
+
+# Place in a document -> the sections of a machine that it shows, and how.
+PLACES: dict[str, tuple[tuple[str, Callable[[Rows], str]], ...]] = {
+    "speed": (("speed", speed_table), ("memory", memory_table)),
+    "accuracy": (("accuracy", accuracy_table),),
+    "workloads": (("workloads", markdown("workloads")),),
+    "ops": (("ops", markdown("ops")),),
+    "accuracy_details": (("accuracy", markdown("accuracy")),),
+    "share": (("share", markdown("share")),),
 }
-PLACES = {"speed": ("speed", "memory"), "accuracy": ("accuracy",)}
+PICTURES = {"workloads": ("speed_up", "roofline"), "accuracy_details": ("accuracy",)}
 
 
 def _heading(label: str, environment: dict[str, Any]) -> str:

@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .measure import environment
+
+if TYPE_CHECKING:
+    from .accuracy import Accuracy
 
 FOLDER = Path(__file__).parent / "results"
 
 Row = dict[str, Any]
 
 
-def machine_label() -> str:
+Machine = dict[str, dict[str, Any]]  # section -> environment and rows
+
+
+def machine_label(device: str = "cpu") -> str:
     """A name for this kind of machine, such as ``cpu-2core``; never the host's."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(0).lower().replace(" ", "-").replace("/", "-")
     return f"cpu-{os.cpu_count()}core"
 
 
-def save(section: str, rows: list[Row], folder: Path = FOLDER) -> Path:
+def section(rows: list[Row], device: str = "cpu") -> dict[str, Any]:
+    """Rows and the environment they were measured in, as every file keeps them."""
+    name = "cpu" if device == "cpu" else torch.cuda.get_device_name(0)
+    return {"environment": {"device": name, **environment()}, "rows": rows}
+
+
+def save(name: str, rows: list[Row], folder: Path = FOLDER, device: str = "cpu") -> Path:
     """Write a section's rows and the environment they were measured in; other sections stay."""
     folder.mkdir(exist_ok=True)
-    path = folder / f"{machine_label()}.json"
+    path = folder / f"{machine_label(device)}.json"
     machine = json.loads(path.read_text()) if path.exists() else {}
-    machine[section] = {"environment": environment(), "rows": rows}
-    path.write_text(json.dumps(machine, indent=2, sort_keys=True) + "\n")
+    write(path, machine | {name: section(rows, device)})
     return path
 
 
-def load(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+def write(path: Path, machine: Machine) -> None:
+    """A file that :func:`load`, ``--compare`` and the plots read."""
+    path.write_text(json.dumps(machine, indent=1) + "\n")
+
+
+def load(folder: Path = FOLDER) -> dict[str, Machine]:
     """Machine label -> section -> environment and rows, of every saved file."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def accuracy_row(found: Accuracy) -> Row:
+    """A measured accuracy with three significant digits."""
+    rounded = {n: float(f"{getattr(found, n):.3g}") for n in ("log_ratio_error", "max_error")}
+    return {**dataclasses.asdict(found), **rounded}

@@ -8,12 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.accuracy import measure_accuracy
-from benchmarks.results import Row
+from benchmarks.accuracy import DRIFTS, measure_accuracy
+from benchmarks.results import Row, accuracy_row
 from benchmarks.workloads import CI
 
 WORKLOAD = dataclasses.replace(CI, name="accuracy", batch=32)
-DRIFTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # At drift 1e-4 in float32; the mean form's stored mean is itself rounded to float32.
 BOUNDS = {
     "guard_ops, velocity form": 1e-5,
@@ -29,7 +28,7 @@ def test_standardized_ratio(
 ) -> None:
     rows = measure_accuracy(WORKLOAD, dtype, drift)
     for row in rows:
-        record("accuracy", {**dataclasses.asdict(row), "max_error": float(f"{row.max_error:.3g}")})
+        record("accuracy", accuracy_row(row))
     if dtype == torch.float32 and drift == 1e-4:
         errors = {row.contender: row.max_error for row in rows}
         missed = {name: errors[name] for name, bound in BOUNDS.items() if errors[name] > bound}

@@ -1,10 +1,12 @@
 """The workloads: latents of real backbones, with batch and steps as published GRPO recipes train.
 
-A recipe's ``batch`` is the micro-batch of one process, ``steps`` the trained steps of a trajectory.
+A recipe's ``batch`` is the micro-batch of one process, ``steps`` the trained steps of a trajectory;
+``objective`` and ``kind`` are the ones its trainer uses, so its own chain is what it races.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -30,6 +32,8 @@ class Workload:
     batch: int
     steps: int
     recipe: str
+    objective: str = "article"  # a constructor of GuardConfig
+    kind: str = "flow_sde"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -40,6 +44,20 @@ class Workload:
     def numel(self) -> int:
         """Elements of all K x B latents."""
         return math.prod(self.shape)
+
+    def within(self, elements: int) -> Workload:
+        """The same latents in fewer steps, then fewer samples, until at most ``elements`` remain.
+
+        At least one transition stays, whatever its size.
+        """
+        transitions = max(1, elements // math.prod(self.latent))
+        batch = min(self.batch, transitions)
+        steps = min(self.steps, max(1, transitions // batch))
+        return dataclasses.replace(self, batch=batch, steps=steps)
+
+    def with_batch(self, batch: int) -> Workload:
+        """One step of ``batch`` samples."""
+        return dataclasses.replace(self, batch=batch, steps=1)
 
     def floor_bytes(self, form: str, dtype: torch.dtype) -> int:
         """Bytes that loss plus gradient must move: :func:`bytes_per_element` of every element."""
@@ -64,15 +82,35 @@ WORKLOADS = {
     for workload in (
         CI,
         Workload(
-            "sd35_512", "SD3.5-M 512", (16, 64, 64), 9, 9, "flow_grpo general_ocr_sd3: 9 of 10"
+            "sd35_512",
+            "SD3.5-M 512",
+            (16, 64, 64),
+            9,
+            9,
+            "flow_grpo general_ocr_sd3: 9 of 10",
+            "flow_grpo",
         ),
         Workload(
-            "sd35_1024", "SD3.5-M 1024", (16, 128, 128), 9, 9, "flow_grpo's 512 recipe at 1024"
+            "sd35_1024",
+            "SD3.5-M 1024",
+            (16, 128, 128),
+            9,
+            9,
+            "flow_grpo's 512 recipe at 1024",
+            "flow_grpo",
         ),
         Workload(
-            "flux_512", "FLUX.1-dev 512", (1024, 64), 3, 5, "flow_grpo pickscore_flux: 5 of 6"
+            "flux_512",
+            "FLUX.1-dev 512",
+            (1024, 64),
+            3,
+            5,
+            "flow_grpo pickscore_flux: 5 of 6",
+            "flow_grpo",
         ),
-        Workload("flux_1024", "FLUX.1-dev 1024", (4096, 64), 3, 5, "flow_grpo's 512 recipe"),
+        Workload(
+            "flux_1024", "FLUX.1-dev 1024", (4096, 64), 3, 5, "flow_grpo's 512 recipe", "flow_grpo"
+        ),
         Workload(
             "qwen_image_1328",
             "Qwen-Image 1328",
@@ -80,6 +118,7 @@ WORKLOADS = {
             16,
             2,
             "verl-omni grpoguard_trainer: a window of 2 steps",
+            "paper",
         ),
         Workload(
             "wan21_480p",
@@ -88,6 +127,7 @@ WORKLOADS = {
             8,
             19,
             "flow_grpo general_ocr_wan2_1 (240p there): 19 of 20",
+            "flow_grpo",
         ),
         Workload(
             "wan21_720p",
@@ -96,6 +136,8 @@ WORKLOADS = {
             4,
             2,
             "verl-omni dancegrpo_trainer (Wan2.2): a window of 2 steps",
+            "dance_grpo",
+            "dance_sde",
         ),
         Workload(
             "hunyuan_720p",
@@ -104,6 +146,20 @@ WORKLOADS = {
             1,
             9,
             "DanceGRPO finetune_hunyuan_grpo (480p there): 0.6 of 15 steps",
+            "dance_grpo",
+            "dance_sde",
         ),
     )
 }
+
+
+def named(names: list[str] | None) -> list[Workload]:
+    """The workloads of these names, all of them for None.
+
+    Raises:
+        ValueError: there is no such workload; says which there are.
+    """
+    for name in names or ():
+        if name not in WORKLOADS:
+            raise ValueError(f"there is no workload {name!r}; there are {', '.join(WORKLOADS)}")
+    return [WORKLOADS[name] for name in dict.fromkeys(names or WORKLOADS)]

@@ -1,4 +1,4 @@
-"""``guard-ops demo | train | doctor``."""
+"""``guard-ops demo | train | bench | doctor``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _fail(error: Exception) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="guard-ops", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="demo | train | doctor")
+    commands = parser.add_subparsers(required=True, metavar="demo | train | bench | doctor")
 
     demo = commands.add_parser("demo", help="fine-tune a digits flow with three objectives")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--evaluate-every", type=int, default=10)
     train.add_argument("--resume", action="store_true", help="from the newest intact checkpoint")
     train.set_defaults(run=_train)
+
+    bench = commands.add_parser("bench", help="time the kernels against plain PyTorch")
+    _add_bench_arguments(bench)
+    bench.set_defaults(run=_bench)
 
     doctor = commands.add_parser("doctor", help="what this installation can do, and why not more")
     doctor.add_argument("--json", action="store_true", help="the same for programs")
@@ -105,6 +109,18 @@ def _train(options: argparse.Namespace) -> None:
     trainer.fit(title=options.objective)
     trainer.close()
     print(f"metrics, TensorBoard files and checkpoints: {options.out}")
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from .benchmarks.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .benchmarks.command import run
+
+    return run(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

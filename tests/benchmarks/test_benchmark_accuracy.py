@@ -14,20 +14,31 @@ SMALL = Workload("small", "none", (64, 16), 8, 2, "none")
 def test_truth_is_the_reference_backend_in_float64(form):
     inputs = contenders.make_inputs(SMALL, drift=1e-2)
     operands = {
-        name: getattr(inputs, name).double()
-        for name in contenders.READS[form]
-        if name != "model_output"
+        name: value.double() if torch.is_tensor(value) else value
+        for name, value in inputs.form(form).items()
     }
     with go.use_backend("reference"):
-        out = go.guard_loss(
-            inputs.model_output.detach().double(),
-            advantages=inputs.advantages,
-            coeffs=inputs.coeffs,
-            **operands,
+        article, paper, raw = (
+            go.guard_loss(
+                inputs.model_output.detach().double(),
+                advantages=inputs.advantages,
+                config=config,
+                **operands,
+            )
+            for config in (
+                go.GuardConfig.article(),
+                go.GuardConfig.paper(),
+                go.GuardConfig.flow_grpo(),
+            )
         )
-    torch.testing.assert_close(
-        accuracy.exact_excess(inputs, form), out.excess, rtol=1e-9, atol=1e-9
-    )
+    exact = accuracy.exact(inputs, form)
+    for ours, expected in (
+        (exact.log_ratio, article.log_ratio),
+        (exact.standardized, article.excess),
+        (exact.closed_form, paper.excess),
+        (exact.raw, raw.excess),
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_errors_are_those_of_each_contender():
@@ -37,7 +48,10 @@ def test_errors_are_those_of_each_contender():
     ours = found["guard_ops, velocity form"]
     assert ours.max_error < 1e-5  # no subtraction of log-probs
     assert ours.wrong_clips == 0
+    assert ours.log_ratio_error < 1e-5
+    assert ours.wrong_share == {"2e-6": 0, "1e-4": 0, "0.2": 0}
     assert found[accuracy.PLAIN].max_error > 100 * ours.max_error
+    assert found[accuracy.PLAIN].log_ratio_error > 100 * ours.log_ratio_error
 
 
 def test_a_clip_decision_is_a_side_of_the_range():

@@ -1,0 +1,253 @@
+"""Runs a case: every contender on the same tensors in interleaved rounds, a row for each."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guard_ops.backends import available_backends, unavailable_backends
+
+from . import contenders, measure, stages
+from .cases import COPY, Case, dtype_name, floor_bytes
+from .measure import Call
+from .results import Row
+
+BLOCKS = 3  # each with tensors of its own: where they lie in memory is part of a rerun's scatter
+ROUNDS = (2, 12)  # of a block, least and most
+IN_CACHE = 64 * 2**20  # a case that moves less has settled only after several passes
+CHAIN_FORM = "log-prob"  # what the public trainers' chains are given
+BESIDE = ("noise", "seeded")  # forms that run beside a workload's mean form
+ELEMENTS = {"cpu": 2**22, "cuda": 2**29}  # of a workload's latents, at most
+CHAIN_NAMES = {
+    None: "eager",
+    "default": "torch.compile",
+    "max-autotune": "torch.compile max-autotune",
+}
+
+
+def choose_backends(names: Sequence[str] | None) -> list[str]:
+    """The backends to race, the preferred one first; None for all that this machine has.
+
+    Raises:
+        ValueError: one is not available, saying why and which are; none shares a device with
+            another.
+    """
+    available = available_backends()
+    for name in names or ():
+        if name not in available:
+            reason = unavailable_backends().get(name, "there is no such backend")
+            raise ValueError(
+                f"backend {name!r} is not available here: {reason}; "
+                f"available: {', '.join(available)}"
+            )
+    chosen = [name for name in available if names is None or name in names]
+    device = choose_device(chosen, strict=names is not None)
+    return [name for name in chosen if _supports(name, device)]
+
+
+def choose_device(backends: Sequence[str], strict: bool = False) -> torch.device:
+    """The GPU if there is one that a fused backend (or, alone, ``reference``) runs on."""
+    devices = ["cuda"] if torch.cuda.is_available() else []
+    for kind in [*devices, "cpu"]:
+        device = torch.device(kind)
+        runs = [name for name in backends if _supports(name, device)]
+        fused = [name for name in runs if name != "reference"]
+        if runs == list(backends) or (fused and not strict):
+            return device
+    if not strict:
+        return torch.device("cpu")
+    raise ValueError(f"no device here runs all of {', '.join(backends)}; bench them one by one")
+
+
+def _supports(name: str, device: torch.device) -> bool:
+    return bool(import_module(f"guard_ops.backends.{name}").supports(device))
+
+
+def run_case(
+    case: Case, backends: Sequence[str], device: torch.device, seconds: float, memory: bool = True
+) -> list[Row]:
+    """Race the case's contenders for about ``seconds`` (not counting compilation).
+
+    Returns:
+        A row for each contender: median ``milliseconds``, ``spread`` (interquartile range over
+        median), ``ratio`` (how many times the first backend's time, median of the rounds' ratios),
+        ``noise`` (the first backend against itself), ``scatter`` (range of the blocks' medians over
+        the median: what another run may differ by), bytes, ``percent_of_copy`` and peak memory.
+    """
+    if case.chains:
+        torch._dynamo.reset()  # a limit of recompilations would turn compiled chains eager
+    races: list[measure.Race] = []
+    peaks: dict[str, int] = {}
+    rounds = 0
+    with warnings.catch_warnings():
+        # a batch of one is degenerate under standardize, which changes no time
+        warnings.filterwarnings("ignore", message="guard_ops:", category=RuntimeWarning)
+        for block in range(BLOCKS):
+            inputs = contenders.make_inputs(case.workload, case.dtype, seed=block, device=device)
+            calls = case_calls(case, inputs, backends, device)
+            base = next(iter(calls))
+            settle, timed = (8, 3) if floor_bytes(case) < IN_CACHE else (2, 1)
+            if block == 0:
+                rounds = _rounds(calls, seconds / BLOCKS, settle + timed)
+            races.append(_race(calls, base, rounds, settle, timed, block))
+            if memory and block == 0 and case.stage != "backward":
+                peaks = {
+                    name: _peak(call, inputs, device)
+                    for name, call in calls.items()
+                    if name != COPY and not isinstance(call, stages.Prepared)
+                }
+    return _rows(case, races, base, peaks)
+
+
+def case_calls(
+    case: Case, inputs: contenders.Inputs, backends: Sequence[str], device: torch.device
+) -> dict[str, Call | stages.Prepared]:
+    """Label -> call of every contender, the first backend first."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
+    calls: dict[str, Any] = {}
+    for backend in backends:
+        if case.stage == "backward":
+            calls[_label(backend, case.form)] = stages.backward_alone(case, inputs, backend, wait)
+        else:
+            calls[_label(backend, case.form)] = stages.stage_call(case, inputs, backend)
+    if case.stage == "backward":
+        return calls | {
+            COPY: stages.Prepared(
+                _no_state, _ignoring_state(contenders.memory_copy(_copy_bytes(case), device)), wait
+            )
+        }
+    if case.chains:
+        for form in BESIDE:
+            for backend in backends:
+                if backend != "reference":
+                    calls[_label(backend, form)] = contenders.ours(
+                        inputs, form, case.objective, backend
+                    )
+    for mode in case.chains:
+        calls[_label(CHAIN_NAMES[mode], CHAIN_FORM)] = contenders.chain(
+            inputs, case.objective, compiled=mode
+        )
+    calls[COPY] = contenders.memory_copy(_copy_bytes(case), device)
+    if device.type == "cuda":
+        calls = {name: _waited(call, wait) for name, call in calls.items()}
+    return calls
+
+
+def _label(contender: str, form: str) -> str:
+    return f"{contender} | {form}"
+
+
+def _nothing() -> None:
+    pass
+
+
+def _no_state() -> Tensor:
+    return torch.empty(0)
+
+
+def _ignoring_state(call: Call) -> Any:
+    return lambda state: call()
+
+
+def _waited(call: Call, wait: Call) -> Call:
+    def waited() -> None:
+        call()
+        wait()
+
+    return waited
+
+
+def _copy_bytes(case: Case) -> int:
+    """What the copy beside a case moves: its floor, or a forward's where it has none."""
+    return max(floor_bytes(case), case.workload.numel * 2 * case.dtype.itemsize)
+
+
+def _rounds(calls: Mapping[str, Any], seconds: float, turn: int) -> int:
+    """Rounds that fit in ``seconds``; every contender is called twice first, compiling."""
+    cost = 0.0
+    for call in calls.values():
+        prepared = isinstance(call, stages.Prepared)
+        for _ in range(2):
+            start = time.perf_counter()
+            if prepared:
+                call.run(call.prepare())
+                call.wait()
+            else:
+                call()
+        cost += time.perf_counter() - start
+    fitting = int(seconds / (cost * turn))
+    return min(max(fitting, ROUNDS[0]), ROUNDS[1])
+
+
+def _race(
+    calls: Mapping[str, Any], base: str, rounds: int, settle: int, timed: int, seed: int
+) -> measure.Race:
+    if isinstance(calls[base], stages.Prepared):
+        return stages.race_prepared(
+            calls, rounds=rounds, settle=settle, timed=timed, repeat=base, seed=seed
+        )
+    return measure.race(
+        calls, rounds=rounds, warmup=1, settle=settle, timed=timed, repeat=base, seed=seed
+    )
+
+
+def _peak(call: Call, inputs: contenders.Inputs, device: torch.device) -> int:
+    def release() -> None:
+        inputs.model_output.grad = None
+
+    if device.type == "cpu":
+        return measure.peak_extra_bytes(call, release, repeats=1)
+    release()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _rows(
+    case: Case, races: Sequence[measure.Race], base: str, peaks: Mapping[str, int]
+) -> list[Row]:
+    merged = measure.Race(
+        {name: [s for race in races for s in race.seconds[name]] for name in races[0].seconds},
+        base,
+    )
+    copy_rate = _copy_bytes(case) / merged.median(COPY)
+    rows: list[Row] = []
+    for label in merged.contenders:
+        contender, _, form = label.partition(" | ")
+        seconds, medians = merged.median(label), [race.median(label) for race in races]
+        moved = _copy_bytes(case) if label == COPY else floor_bytes(case, form)
+        rows.append(
+            {
+                "case": case.name,
+                "workload": case.workload.name,
+                "shape": list(case.workload.shape),
+                "recipe_shape": list(case.recipe.shape),
+                "op": case.op,
+                "stage": case.stage,
+                "form": form or "-",
+                "objective": case.objective,
+                "dtype": dtype_name(case.dtype),
+                "contender": contender,
+                "base": base == label,
+                "milliseconds": round(seconds * 1e3, 5),
+                "spread": round(merged.spread(label), 4),
+                "ratio": round(merged.ratio(label, base), 4),
+                "noise": round(merged.noise, 4),
+                "scatter": round((max(medians) - min(medians)) / statistics.median(medians), 4),
+                "rounds": len(merged.seconds[label]),
+                "floor_bytes": moved,
+                "gigabytes_per_second": round(moved / seconds / 1e9, 3),
+                "percent_of_copy": round(100 * moved / seconds / copy_rate, 1),
+                "peak_bytes": peaks.get(label),
+            }
+        )
+    return rows

@@ -1,0 +1,50 @@
+"""The named workloads: every contender's loss and gradient, shrunk to this machine's budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import cases, command, contenders, suite
+from benchmarks.workloads import named
+
+BACKENDS = suite.choose_backends(None)
+DEVICE = suite.choose_device(BACKENDS)
+PLANNED = command.plan(named(None), command.SUITES, suite.ELEMENTS[DEVICE.type], DEVICE)
+
+
+@pytest.mark.parametrize("case", PLANNED["workloads"], ids=lambda case: case.name)
+def test_loss_and_gradient(
+    case: cases.Case, benchmark: BenchmarkFixture, record: Callable[..., None]
+) -> None:
+    rows = suite.run_case(case, BACKENDS, DEVICE, command.SECONDS["workloads"])
+    for row in rows:
+        record("workloads", row, DEVICE.type)
+    inputs = contenders.make_inputs(case.workload, case.dtype, device=DEVICE)
+    first = contenders.ours(inputs, case.form, case.objective, BACKENDS[0])
+    benchmark.pedantic(first, rounds=10, warmup_rounds=2)
+    slower = {
+        row["contender"]: row["ratio"]
+        for row in rows
+        if row["contender"] in ("eager", "reference") and row["ratio"] < 1 - row["noise"]
+    }
+    assert BACKENDS[0] == "reference" or not slower, f"plain PyTorch is faster: {slower}"
+
+
+@pytest.mark.parametrize("case", PLANNED["ops"], ids=lambda case: case.name)
+def test_op(case: cases.Case, benchmark: BenchmarkFixture, record: Callable[..., None]) -> None:
+    rows = suite.run_case(case, BACKENDS, DEVICE, command.SECONDS["ops"])
+    for row in rows:
+        record("ops", row, DEVICE.type)
+    inputs = contenders.make_inputs(case.workload, case.dtype, device=DEVICE)
+    first = suite.case_calls(case, inputs, BACKENDS[:1], DEVICE)
+    call = next(iter(first.values()))
+    if callable(call):
+        benchmark.pedantic(call, rounds=10, warmup_rounds=2)
+    else:  # a backward, each after a forward of its own
+        benchmark.pedantic(call.run, setup=lambda: ((call.prepare(),), {}), rounds=10)
+    if case.stage == "both" and BACKENDS[0] != "reference":
+        reference = next(row for row in rows if row["contender"] == "reference")
+        assert reference["ratio"] > 1 - reference["noise"]

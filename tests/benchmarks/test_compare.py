@@ -1,0 +1,174 @@
+"""Regressions: called out beyond the noise, and only then."""
+
+import copy
+import json
+import random
+import time
+from argparse import ArgumentParser
+
+import pytest
+import torch
+
+from benchmarks import cases, command, compare, stages, suite
+from benchmarks.workloads import CI
+
+ONE = cases.Case(CI.within(2**18), CI, "guard_loss", "both", "noise", "article", torch.float32)
+NAME = "ci guard_loss both noise article float32 on cpu"
+
+
+def row(contender, milliseconds, noise=0.01, scatter=0.02):
+    return {
+        "case": "one", "workload": "ci", "op": "guard_loss", "stage": "both", "form": "noise",
+        "objective": "article", "dtype": "float32", "shape": [1, 8, 64], "contender": contender,
+        "milliseconds": milliseconds, "noise": noise, "scatter": scatter,
+    }  # fmt: skip
+
+
+def run(kernel, copied=1.0, **more):
+    return [row("cpu", kernel, **more), row("memory copy", copied), row("eager", 20.0)]
+
+
+# 5 % plus noise and scatter of both runs: 11 %
+@pytest.mark.parametrize(
+    "old, new, verdict",
+    [
+        (run(1.0), run(1.0), "no change"),
+        (run(1.0), run(1.1), "no change"),
+        (run(1.0), run(1.3), "slower by 30%"),
+        (run(1.3), run(1.0), "faster by 23%"),
+        (run(1.0), run(2.0, copied=2.0), "no change"),  # the whole machine is slower today
+        (run(1.0), run(1.0, copied=0.5), "no change"),  # the copy happened to run fast
+        (run(1.0), run(2.0, copied=1.6), "slower by 25%"),
+        (run(1.0, scatter=0.5), run(1.3), "no change"),
+        (run(1.0), run(1.3, noise=0.4), "no change"),
+    ],
+)
+def test_verdict(old, new, verdict):
+    (found,) = compare.verdicts(old, new)
+    assert found.name == NAME
+    assert str(found) == verdict
+
+
+def test_only_what_both_runs_timed_on_the_same_shape_is_compared():
+    other = [{**r, "shape": [2, 8, 64]} for r in run(9.0)]
+    assert compare.verdicts(run(1.0), other) == []
+    assert compare.verdicts([], run(9.0)) == []
+
+
+def test_a_slowdown_counts_only_when_it_is_seen_twice():
+    first = compare.verdicts(run(1.0), run(2.0))
+    assert [v.slower for v in compare.worst_of(first, compare.verdicts(run(1.0), run(1.02)))] == [
+        False
+    ]
+    (both,) = compare.worst_of(first, compare.verdicts(run(1.0), run(1.8)))
+    assert str(both) == "slower by 80%"
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_case(monkeypatch):
+    monkeypatch.setattr(command, "plan", lambda *_: {"ops": [ONE]})
+
+
+@pytest.fixture
+def fake_clock(monkeypatch):
+    """``(seconds, factor)`` of each contender; calls take that long, jittering by 2 %."""
+    now, jitter = [0.0], random.Random(0)
+    speed = {"cpu | noise": 1e-3, "memory copy": 2e-3}
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def takes(name):
+        def call():
+            now[0] += speed[name] * jitter.gauss(1, 0.02)
+
+        return call
+
+    monkeypatch.setattr(suite, "case_calls", lambda *_: {name: takes(name) for name in speed})
+    monkeypatch.setattr(suite.measure, "peak_extra_bytes", lambda *_, **__: 0)
+    return speed
+
+
+def bench(*arguments):
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([*map(str, arguments), "--suite", "ops"]))
+
+
+def test_two_runs_of_the_same_commit_are_no_change(one_case, fake_clock, tmp_path, capsys):
+    assert bench("--json", tmp_path / "a.json") == 0
+    assert bench("--compare", tmp_path / "a.json") == 0
+    assert "no change: 1 kernels within the noise of the two runs" in capsys.readouterr().out
+
+
+def test_a_slower_kernel_is_called_out_and_fails_the_command(
+    one_case, fake_clock, tmp_path, capsys
+):
+    bench("--json", tmp_path / "a.json")
+    fake_clock["cpu | noise"] *= 1.5
+    assert bench("--compare", tmp_path / "a.json") == 1
+    out = capsys.readouterr().out
+    assert f"{NAME}: slower by " in out
+    assert "1 slower, 0 faster, 0 no change" in out
+    fake_clock["cpu | noise"] /= 3
+    assert bench("--compare", tmp_path / "a.json") == 0
+    assert f"{NAME}: faster by " in capsys.readouterr().out
+
+
+@pytest.mark.skipif("cpu" not in suite.choose_backends(None), reason="needs the cpu backend")
+def test_a_deliberately_slowed_kernel_is_called_out(one_case, monkeypatch, tmp_path, capsys):
+    bench("--backend", "cpu", "--json", tmp_path / "a.json")
+    honest = stages.stage_call
+
+    def slowed(case, inputs, backend):
+        call = honest(case, inputs, backend)
+        return lambda: [call() for _ in range(30)]
+
+    monkeypatch.setattr(stages, "stage_call", slowed)
+    assert bench("--backend", "cpu", "--compare", tmp_path / "a.json") == 1
+    assert f"{NAME}: slower by " in capsys.readouterr().out
+
+
+# ---- files that cannot be compared --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[]", "cannot compare"),
+        ("{}", "none of the sections workloads, ops"),
+        ('{"ops": {"rows": [{}]}}', "no 'workload' in it"),
+    ],
+)
+def test_an_unreadable_file_is_named_with_those_beside_it(text, why, tmp_path):
+    (tmp_path / "good.json").write_text("{}")
+    path = tmp_path / "old.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=r"JSON files in .*good\.json") as error:
+        compare.load(path)
+    assert why in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_another_machines_times_are_refused(one_case, fake_clock, tmp_path):
+    bench("--json", tmp_path / "a.json")
+    saved = json.loads((tmp_path / "a.json").read_text())
+    other = copy.deepcopy(saved)
+    other["ops"]["environment"]["cores"] = 96
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="ops of the earlier run has cores 96, this one"):
+        bench("--compare", tmp_path / "b.json")
+
+
+def test_nothing_in_common_is_an_error(one_case, fake_clock, tmp_path):
+    bench("--json", tmp_path / "a.json")
+    saved = json.loads((tmp_path / "a.json").read_text())
+    for found in saved["ops"]["rows"]:
+        found["shape"] = [1, 1, 1]
+    (tmp_path / "b.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="timed none of these kernels on these shapes"):
+        bench("--compare", tmp_path / "b.json")
