@@ -169,7 +169,7 @@ def compiler_packages(cell: Cell) -> list[str]:
         found = ", ".join(map(str, here)) or "none"
         raise NotToBeHad(
             f"no nvcc {cell.cuda}: not on this machine (found: {found}), and the index's "
-            "nvidia-cuda-nvcc-cu12 has ptxas and libnvvm but not nvcc, cudafe++, cicc or fatbinary; "
+            "nvidia-cuda-nvcc-cu12 has ptxas and libnvvm but no nvcc, cudafe++, cicc, fatbinary; "
             "set CUDA_HOME to that toolkit"
         )
     return packages + [f"{name}=={cell.cuda}.*" for name in COMPILER]
