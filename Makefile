@@ -4,9 +4,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') CMakeLists.txt setup.py pyproject.toml \
+  scripts/toolchain.py
 
-.PHONY: demo test test-cpp test-triton gpu-check lint format bench clean
+.PHONY: demo test test-cpp test-triton gpu-check lint format bench wheels wheel-check clean
 
 demo: $(VENV)/runtime
 	$(BIN)/guard-ops demo
@@ -51,8 +52,18 @@ bench: $(VENV)/development
 	$(BIN)/python -m pytest benchmarks -q --save-results
 	$(BIN)/python -m benchmarks.report
 
+# Wheels for every device and torch that compilers can be had for; some: CELLS="cpu:2.13.0".
+CELLS ?= --matrix
+wheels: $(VENV)/development
+	$(BIN)/python scripts/build_wheels.py $(CELLS)
+
+# A wheel in a clean environment with its torch, and under another one; downloads gigabytes.
+OTHER_TORCH ?= torch==2.14.1
+wheel-check: $(VENV)/development
+	GUARD_OPS_OTHER_TORCH="$(OTHER_TORCH)" $(BIN)/python -m pytest -m slow tests/test_wheels.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info guard_ops/_C*.so
+	rm -rf $(VENV) build dist *.egg-info guard_ops/_C.*.so guard_ops/_C.*.json
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)

@@ -1,11 +1,12 @@
 """Builds the compiled kernels by driving CMake; everything else is in pyproject.toml.
 
-What is compiled is defined in CMakeLists.txt alone. Without torch or a C++ compiler the package is
-installed without kernels and runs on the plain PyTorch backend, with one warning.
+What is compiled is defined in CMakeLists.txt alone, what with is decided in scripts/toolchain.py;
+docs/building.md says which environment variables it reads.
 """
 
-import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import toolchain  # noqa: E402
 
 
 class BuildPython(build_py):
@@ -27,29 +30,35 @@ class BuildPython(build_py):
 
 
 class CMakeBuild(build_ext):
-    """Configures, builds and copies guard_ops/_C where setuptools wants it."""
+    """Configures, builds and copies guard_ops/_C, with its record, where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
-        missing = self._missing()
-        if missing:
-            print(
-                f"guard-ops: WARNING: no compiled kernels, {missing}; the package will run on the "
-                "plain PyTorch `reference` backend",
-                file=sys.stderr,
-            )
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # an earlier build's
-            return
-        import pybind11
-        import torch
-        import torch.utils.cpp_extension
-
-        print("guard-ops: building the CPU kernels (this version has no CUDA kernels)")
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        record = target.with_suffix(".json")
+        for earlier in (target, record):
+            earlier.unlink(missing_ok=True)
+        print(f"guard-ops: {CHOSEN.line}", file=sys.stderr)
+        if CHOSEN.torch is None:
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(self._compile(CHOSEN.torch, CHOSEN.nvcc), target)
+        # What the extension fits, to be read before it is loaded (guard_ops/extension.py).
+        cuda = CHOSEN.nvcc.version if CHOSEN.nvcc else None
+        record.write_text(json.dumps({"torch": CHOSEN.torch.version, "cuda": cuda}) + "\n")
+
+    def get_outputs(self) -> list[str]:
+        return [
+            f for out in super().get_outputs() for f in (out, str(Path(out).with_suffix(".json")))
+        ]
+
+    def _compile(self, torch: toolchain.Torch, nvcc: toolchain.Nvcc | None) -> Path:
+        import pybind11
+
         # Kept between installs, so that the next one compiles what changed; one for each torch.
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        kind = f"cu{nvcc.version}" if nvcc else "cpu"
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.version}-{kind}"
         build.mkdir(parents=True, exist_ok=True)
-        torch_libraries = Path(torch.__file__).parent / "lib"
+        include = torch.folder / "include"
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_INSTALL_PREFIX": str(build / "install"),
@@ -58,36 +67,43 @@ class CMakeBuild(build_ext):
             "PYBIND11_FINDPYTHON": "ON",
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "GUARD_OPS_VERSION": self.distribution.get_version(),
-            "GUARD_OPS_TORCH_VERSION": torch.__version__,
-            "GUARD_OPS_TORCH_INCLUDES": ";".join(torch.utils.cpp_extension.include_paths()),
-            "GUARD_OPS_TORCH_LIBRARIES": str(torch_libraries),
+            "GUARD_OPS_TORCH_VERSION": torch.version,
+            "GUARD_OPS_TORCH_INCLUDES": f"{include};{include / 'torch/csrc/api/include'}",
+            "GUARD_OPS_TORCH_LIBRARIES": str(torch.folder / "lib"),
+            "GUARD_OPS_CUDA": "ON" if nvcc else "OFF",
         }
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        if nvcc:
+            definitions["GUARD_OPS_CUDA_VERSION"] = nvcc.version
+            definitions["CMAKE_CUDA_COMPILER"] = str(nvcc.path)
+            if architectures := toolchain.architectures(os.environ):
+                definitions["CMAKE_CUDA_ARCHITECTURES"] = architectures
         options = [f"-D{name}={value}" for name, value in definitions.items()]
-        run = self._run
-        run("cmake", "-G", "Ninja", *options, "-S", str(ROOT), "-B", str(build))
-        run("cmake", "--build", str(build), "--parallel", jobs)
-        run("cmake", "--install", str(build))
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        run = subprocess.check_call
+        run(["cmake", "-G", "Ninja", *options, "-S", str(ROOT), "-B", str(build)])
+        run(["cmake", "--build", str(build), "--parallel", jobs])
+        run(["cmake", "--install", str(build)])
         (built,) = (build / "install").glob("_C*.so")
-        shutil.copy2(built, target)
+        return built
 
-    @staticmethod
-    def _missing() -> str:
-        """What a build needs and this environment lacks, or nothing."""
-        if importlib.util.find_spec("torch") is None:
-            return "torch is not importable here (install torch first, then --no-build-isolation)"
-        compiler = os.environ.get("CXX", "").split(" ")[0]
-        candidates = [compiler] if compiler else ["c++", "g++", "clang++"]
-        if not any(shutil.which(name) for name in candidates):
-            return f"no C++ compiler found ({', '.join(candidates)})"
-        return ""
 
-    @staticmethod
-    def _run(*command: str) -> None:
-        subprocess.run(command, check=True)
+def version(chosen: toolchain.Toolchain) -> str:
+    """The package's version with what it is compiled for, ``0.1.0+cu130torch2.14``."""
+    source = (ROOT / "guard_ops" / "__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"', source, re.MULTILINE)[1] + chosen.local_version
 
+
+if "sdist" in sys.argv:  # compiles nothing, fits every torch
+    CHOSEN = toolchain.Toolchain(None, None, "")
+else:
+    try:
+        CHOSEN = toolchain.choose(os.environ)
+        toolchain.architectures(os.environ)
+    except toolchain.ToolchainError as refusal:
+        sys.exit(f"guard-ops: {refusal}")
 
 setup(
+    version=version(CHOSEN),
     ext_modules=[Extension("guard_ops._C", sources=[], optional=False)],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
 )

@@ -1,12 +1,16 @@
-"""The package as a machine without a C++ compiler installs it."""
+"""The source distribution, and the package as a machine without a C++ compiler installs it."""
 
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+
+import guard_ops
 
 ROOT = Path(__file__).parents[1]
 PROBE = """
@@ -31,14 +35,29 @@ print(json.dumps({
 """
 
 
+# What a build, its tests and its readers need; what is generated there is not.
+PUBLISHED = ("csrc", "docs", "guard_ops", "kernels", "scripts", "tests", "benchmarks")
+GENERATED = {".so", ".json", ".pyc"}
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """(what pip printed, the folder it installed into) of an install without a compiler."""
+def sdist(tmp_path_factory):
+    """The source distribution."""
+    folder = tmp_path_factory.mktemp("sdist")
+    program = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True)
+    (archive,) = folder.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def installed(sdist, tmp_path_factory):
+    """(what pip printed, the folder it installed into): from the sdist, offline, no compiler."""
     folder = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v"]
     done = subprocess.run(
-        [*pip, "--target", str(folder), str(ROOT)],
-        env={**os.environ, "CXX": "no-such-compiler"},
+        [*pip, "--no-index", "--no-cache-dir", "--target", str(folder), str(sdist)],
+        env={**os.environ, "CXX": "no-such-compiler", "GUARD_OPS_CUDA": ""},
         capture_output=True,
         text=True,
         check=True,
@@ -46,11 +65,28 @@ def installed(tmp_path_factory):
     return done.stdout + done.stderr, folder
 
 
+def test_the_source_distribution_is_complete(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert sdist.name == f"guard_ops-{guard_ops.__version__}.tar.gz"  # fits every torch: no tag
+    here = {
+        str(path.relative_to(ROOT))
+        for folder in PUBLISHED
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix not in GENERATED and "results" not in path.parts
+    }
+    roots = {"CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
+    assert (here | roots) - names == set()
+    assert [name for name in names if name.endswith((".so", ".pyc")) or "/_C.cpy" in name] == []
+
+
 def test_the_build_says_once_what_is_missing(installed):
     text, folder = installed
     warning = "guard-ops: WARNING: no compiled kernels, no C++ compiler found (no-such-compiler)"
     assert text.count(warning) == 1
-    assert not list(folder.glob("guard_ops/_C*.so"))
+    assert [path.name for path in folder.glob("guard_ops/_C*")] == ["_C.pyi"]
+    (metadata,) = folder.glob("guard_ops-*.dist-info")
+    assert metadata.name == f"guard_ops-{guard_ops.__version__}.dist-info"
 
 
 def test_the_package_works_on_the_reference_and_says_so_once(installed):
@@ -71,3 +107,27 @@ def test_the_package_works_on_the_reference_and_says_so_once(installed):
     (warning,) = seen["warnings"]
     assert "no fused backend for cpu tensors" in warning
     assert "not built" in warning
+
+
+@pytest.mark.parametrize("request_", ["12.8", "x"])
+def test_a_request_that_does_not_fit_is_refused_before_anything_is_compiled(
+    request_, sdist, tmp_path
+):
+    if request_ == torch.version.cuda:
+        pytest.skip(f"torch is built with CUDA {request_}")
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
+    done = subprocess.run(
+        [*pip, "--no-index", "--target", str(tmp_path), str(sdist)],
+        env={**os.environ, "GUARD_OPS_CUDA": request_, "CUDA_HOME": "/nowhere"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    text = done.stdout + done.stderr
+    assert f"guard-ops: GUARD_OPS_CUDA={request_}: torch, nvcc" in text or (
+        f"guard-ops: GUARD_OPS_CUDA is {request_!r}; it needs a version (13.0) or cpu" in text
+    )
+    assert "needed: torch built with CUDA 12.8, and nvcc 12.8" in text or request_ == "x"
+    assert "cmake" not in text.lower()
+    assert list(tmp_path.iterdir()) == []

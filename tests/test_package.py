@@ -1,7 +1,6 @@
-"""The package as it is imported: its names, its backends, its neighbours, its doctor."""
+"""The package as it is imported: its names, its backends, its neighbours."""
 
 import inspect
-import json
 import os
 import subprocess
 import sys
@@ -9,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import problem, run
 
 import guard_ops as go
-from guard_ops import backends, doctor
+from guard_ops import backends
 
 ROOT = Path(go.__file__).resolve().parents[1]
 
@@ -258,72 +256,3 @@ except ValueError as error:
     )
     assert "cpu: the C++ kernels were not built" in warning
     assert refusal.startswith("`name` is 'cpu': the C++ kernels were not built")
-
-
-# ---- doctor -------------------------------------------------------------------------------------
-
-
-def test_every_available_backend_passes_its_self_test():
-    for name in go.available_backends():
-        assert doctor.self_test(name) == "ok"
-
-
-def test_doctor_reports_for_people(capsys):
-    assert doctor.main([]) == 0
-    text = capsys.readouterr().out
-    assert text.startswith(f"guard-ops {go.__version__}, Python ")
-    assert f"torch {torch.__version__}" in text
-    for name in go.available_backends():
-        assert f"{name}: available, self-test ok" in text
-
-
-def test_doctor_reports_for_programs(capsys):
-    assert doctor.main(["--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["guard_ops"] == go.__version__
-    assert report["torch"] == torch.__version__
-    found = {b["name"]: b for b in report["backends"]}
-    assert set(found) == set(backends.ORDER)
-    for name in go.available_backends():
-        assert found[name]["available"]
-        assert found[name]["self_test"] == "ok"
-    if "cpu" in found and found["cpu"]["available"]:
-        assert found["cpu"]["build"]["cpu_isa"] in ("baseline", "avx2", "avx512")
-
-
-@pytest.mark.skipif("cpu" not in go.available_backends(), reason="needs the compiled extension")
-@pytest.mark.parametrize("error", [1e-6, float("nan")])
-def test_doctor_finds_a_backend_that_computes_wrongly(error, monkeypatch, capsys):
-    right = backends.cpu.sums
-    monkeypatch.setattr(backends.cpu, "sums", lambda t: right(t) * (1 + error))
-    assert doctor.self_test("cpu").startswith("off by ")
-    assert doctor.main([]) == 1
-    assert "cpu: available, self-test off by " in capsys.readouterr().out
-
-
-@pytest.mark.skipif("cpu" not in go.available_backends(), reason="needs the compiled extension")
-def test_doctor_finds_a_backend_that_fails(monkeypatch, capsys):
-    def fail(*_):
-        raise RuntimeError("illegal instruction")
-
-    monkeypatch.setattr(backends.cpu, "guard_loss", fail)
-    assert doctor.self_test("cpu") == "failed: illegal instruction"
-    assert doctor.main(["--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert report["backends"][0]["self_test"] == "failed: illegal instruction"
-
-
-def test_doctor_explains_what_is_missing(monkeypatch, capsys):
-    if "cpu" in backends._loaded:
-        monkeypatch.delitem(backends._loaded, "cpu")
-    monkeypatch.setitem(backends._unavailable, "cpu", "no module named _C")
-    assert doctor.main([]) == 0  # a missing backend is not a broken one
-    text = capsys.readouterr().out
-    assert "cpu: not available: no module named _C" in text
-    assert "install a C++20 compiler" in text
-
-
-def test_doctor_leaves_the_backend_in_use_alone(backend):
-    doctor.examine()
-    assert in_use() == backend
-    run(problem("noise"))

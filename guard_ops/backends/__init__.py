@@ -13,6 +13,8 @@ from types import ModuleType, TracebackType
 
 import torch
 
+from .. import extension
+
 ORDER = ("triton", "cpu", "reference")  # fastest first; each serves the devices it supports
 
 _loaded: dict[str, ModuleType] = {}
@@ -89,7 +91,7 @@ def select(device: torch.device) -> ModuleType:
 
 
 def _warn_slow(device: torch.device) -> None:
-    if device.type in _warned:
+    if device.type in _warned or extension.warned():
         return
     _warned.add(device.type)
     why = "; ".join(f"{name}: {reason}" for name, reason in _unavailable.items())

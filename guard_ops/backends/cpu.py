@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from typing import get_args
@@ -10,12 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("guard_ops._C") is None:
-    raise ImportError(
-        "the C++ kernels were not built when guard-ops was installed, for want of a C++ compiler "
-        "or because build isolation hid torch (pip install --no-build-isolation)"
-    )
-from .. import _C  # registers torch.ops.guard_ops
+from .. import extension
 from ..config import Balance, GuardConfig, RatioNorm
 from ..objective import Metrics
 from ..transitions import Transitions, compute_dtype
@@ -23,7 +17,7 @@ from ..transitions import Transitions, compute_dtype
 NAME = "cpu"
 FUSED = True
 
-build_info = _C.build_info
+build_info = extension.load().build_info
 _isa = os.environ.get("GUARD_OPS_CPU_ISA")
 if _isa and _isa != build_info()["cpu_isa"]:
     warnings.warn(

@@ -1,0 +1,213 @@
+"""What a build here would compile with, and whether torch, nvcc and ``GUARD_OPS_CUDA`` agree.
+
+Nothing is imported from torch: its version, its CUDA and its folders are read from its files, so a
+build needs neither the libraries that torch loads nor a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ToolchainError(RuntimeError):
+    """The build that was asked for cannot be had here: what was found, what is needed, how."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    version: str  # 2.14.1+cu130
+    cuda: str | None  # 13.0
+    folder: Path
+
+    @property
+    def release(self) -> str:
+        """2.14: what the C++ interface is the same within."""
+        return ".".join(self.version.split("+")[0].split(".")[:2])
+
+    def __str__(self) -> str:
+        return f"torch {self.version} ({f'CUDA {self.cuda}' if self.cuda else 'no CUDA'})"
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    version: str  # 13.0
+    path: Path
+
+    def __str__(self) -> str:
+        return f"nvcc {self.version} ({self.path})"
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What will be compiled: nothing without ``torch``, CPU kernels, and CUDA's with ``nvcc``."""
+
+    torch: Torch | None
+    nvcc: Nvcc | None
+    line: str  # the one line that a build prints about it
+
+    @property
+    def local_version(self) -> str:
+        """``+cu130torch2.14``, ``+cputorch2.13``; nothing without kernels."""
+        if self.torch is None:
+            return ""
+        device = f"cu{self.nvcc.version.replace('.', '')}" if self.nvcc else "cpu"
+        return f"+{device}torch{self.torch.release}"
+
+
+def choose(environ: Mapping[str, str]) -> Toolchain:
+    """The toolchain for ``GUARD_OPS_CUDA``: a CUDA version, ``cpu``, or unset for what fits.
+
+    Unset never fails: CUDA kernels if torch has CUDA and an nvcc of the same version is here, else
+    CPU kernels, else none. A version or ``cpu`` is built exactly or not at all.
+
+    Raises:
+        ToolchainError: torch, nvcc and the request do not agree, or a compiler is missing.
+    """
+    request = environ.get("GUARD_OPS_CUDA", "").strip()
+    if request and request != "cpu" and not re.fullmatch(r"\d+\.\d+", request):
+        raise ToolchainError(f"GUARD_OPS_CUDA is {request!r}; it needs a version (13.0) or cpu")
+    torch = find_torch()
+    missing = _missing(torch, environ)
+    if missing and request:
+        raise ToolchainError(f"GUARD_OPS_CUDA={request}: {missing}")
+    if missing:
+        return Toolchain(
+            None,
+            None,
+            f"WARNING: no compiled kernels, {missing}; the package will run on the plain PyTorch "
+            "`reference` backend",
+        )
+    assert torch is not None
+    found = list(find_nvcc(environ))
+    wanted = request or torch.cuda
+    nvcc = next((n for n in found if n.version == wanted), None)
+    if request == "cpu":
+        return Toolchain(torch, None, f"building the CPU kernels for {torch}, as asked")
+    if request and (nvcc is None or torch.cuda != request):
+        raise ToolchainError(_disagreement(request, torch, found))
+    if nvcc:
+        return Toolchain(torch, nvcc, f"building the CPU and CUDA kernels for {torch} with {nvcc}")
+    why = "this torch has no CUDA"
+    if torch.cuda:
+        why = f"no nvcc {torch.cuda} here (found: {_listed(found)}); GUARD_OPS_CUDA={torch.cuda} "
+        why += "says how to get it"
+    return Toolchain(torch, None, f"building the CPU kernels for {torch}: {why}")
+
+
+def find_torch() -> Torch | None:
+    """The torch of this interpreter, from its ``version.py``."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    version = runpy.run_path(str(folder / "version.py"))
+    return Torch(str(version["__version__"]), version.get("cuda"), folder)
+
+
+def find_nvcc(environ: Mapping[str, str]) -> Iterator[Nvcc]:
+    """Every nvcc here, the preferred one first; one that the environment names is the only one."""
+    named = [environ[name] for name in ("CMAKE_CUDA_COMPILER", "CUDACXX") if environ.get(name)]
+    homes = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
+    named += [str(Path(home, "bin", "nvcc")) for home in homes]
+    on_path = shutil.which("nvcc", path=environ.get("PATH"))
+    candidates = named[:1] or [
+        *([on_path] if on_path else []),
+        *sorted(map(str, Path("/usr/local").glob("cuda-*/bin/nvcc"))),
+        *map(str, Path(sysconfig.get_path("purelib"), "nvidia").glob("cu*/bin/nvcc")),
+    ]
+    seen = set()
+    for candidate in candidates:
+        version = _nvcc_version(candidate)
+        if version and version not in seen:
+            seen.add(version)
+            yield Nvcc(version, Path(candidate))
+
+
+def architectures(environ: Mapping[str, str]) -> str:
+    """CMake's list of ``CMAKE_CUDA_ARCHITECTURES`` or ``TORCH_CUDA_ARCH_LIST``; empty: default.
+
+    Raises:
+        ToolchainError: an entry of ``TORCH_CUDA_ARCH_LIST`` is no compute capability.
+    """
+    if explicit := environ.get("CMAKE_CUDA_ARCHITECTURES", "").strip():
+        return explicit
+    out = []
+    for entry in re.split(r"[\s;]+", environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match:
+            major, minor, suffix, ptx = match.groups()
+            out.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
+        elif entry:
+            raise ToolchainError(
+                f"TORCH_CUDA_ARCH_LIST has {entry!r}; it needs entries such as 9.0, 9.0a, 12.0+PTX"
+            )
+    return ";".join(out)
+
+
+def _missing(torch: Torch | None, environ: Mapping[str, str]) -> str:
+    """What any build needs and this environment lacks, or nothing."""
+    if torch is None:
+        return "torch is not importable here (install torch first, then --no-build-isolation)"
+    compiler = environ.get("CXX", "").split(" ")[0]
+    candidates = [compiler] if compiler else ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in candidates):
+        return f"no C++ compiler found ({', '.join(candidates)})"
+    return ""
+
+
+def _nvcc_version(path: str) -> str | None:
+    """``13.0``, or None where there is no such program."""
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    match = re.search(r"release (\d+\.\d+)", done.stdout)
+    return match[1] if match else None
+
+
+def _listed(found: list[Nvcc]) -> str:
+    return ", ".join(map(str, found)) or "none"
+
+
+def _disagreement(request: str, torch: Torch, found: list[Nvcc]) -> str:
+    """What a request for CUDA kernels found, needs, and how to get that."""
+    tag, major = f"cu{request.replace('.', '')}", int(request.split(".")[0])
+    how = []
+    if torch.cuda != request:
+        how.append(
+            f"torch: pip install torch --index-url https://download.pytorch.org/whl/{tag}, or ask "
+            + (f"for GUARD_OPS_CUDA={torch.cuda}" if torch.cuda else "for GUARD_OPS_CUDA=cpu")
+        )
+    if not any(n.version == request for n in found):
+        packages = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
+        # Of CUDA 12 the index has ptxas and libnvvm, but neither nvcc nor its front end.
+        from_index = f"pip install {' '.join(f'{p}=={request}.*' for p in packages.split())}, or "
+        how.append(
+            f"nvcc: {from_index if major >= 13 else ''}CUDA toolkit {request} from "
+            "https://developer.nvidia.com/cuda-toolkit-archive and CUDA_HOME set to its folder"
+        )
+    return "\n".join(
+        [
+            f"GUARD_OPS_CUDA={request}: torch, nvcc and the request must be of one CUDA version",
+            f"  found:  {torch} in {torch.folder}; nvcc: {_listed(found)}",
+            f"  needed: torch built with CUDA {request}, and nvcc {request}",
+            *(f"  get it: {line}" for line in how),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    try:
+        print(choose(os.environ).line)
+    except ToolchainError as refusal:
+        sys.exit(str(refusal))

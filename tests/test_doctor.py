@@ -1,0 +1,134 @@
+"""What ``guard-ops doctor`` finds, says and advises."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from problems import problem, run
+
+import guard_ops as go
+from guard_ops import backends, doctor, extension, selftest
+
+
+def test_every_available_backend_passes_its_self_test():
+    for name in go.available_backends():
+        assert doctor.self_test(name) == "ok"
+
+
+def test_doctor_reports_for_people(capsys):
+    assert doctor.main([]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"guard-ops {go.__version__}, Python ")
+    assert f"torch {torch.__version__}" in text
+    for name in go.available_backends():
+        assert f"{name}: available, self-test ok" in text
+
+
+def test_doctor_reports_for_programs(capsys):
+    assert doctor.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["guard_ops"] == go.__version__
+    assert report["torch"] == torch.__version__
+    found = {b["name"]: b for b in report["backends"]}
+    assert set(found) == set(backends.ORDER)
+    for name in go.available_backends():
+        assert found[name]["available"]
+        assert found[name]["self_test"] == "ok"
+    if "cpu" in found and found["cpu"]["available"]:
+        assert found["cpu"]["build"]["cpu_isa"] in ("baseline", "avx2", "avx512")
+
+
+@pytest.mark.skipif("cpu" not in go.available_backends(), reason="needs the compiled extension")
+@pytest.mark.parametrize("error", [1e-6, float("nan")])
+def test_doctor_finds_a_backend_that_computes_wrongly(error, monkeypatch, capsys):
+    right = backends.cpu.sums
+    monkeypatch.setattr(backends.cpu, "sums", lambda t: right(t) * (1 + error))
+    assert doctor.self_test("cpu").startswith("off by ")
+    assert doctor.main([]) == 1
+    assert "cpu: available, self-test off by " in capsys.readouterr().out
+
+
+@pytest.mark.skipif("cpu" not in go.available_backends(), reason="needs the compiled extension")
+def test_doctor_finds_a_backend_that_fails(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr(backends.cpu, "guard_loss", fail)
+    assert doctor.self_test("cpu") == "failed: illegal instruction"
+    assert doctor.main(["--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"][0]["self_test"] == "failed: illegal instruction"
+
+
+def test_doctor_explains_what_is_missing(monkeypatch, capsys):
+    if "cpu" in backends._loaded:
+        monkeypatch.delitem(backends._loaded, "cpu")
+    monkeypatch.setitem(backends._unavailable, "cpu", "no module named _C")
+    assert doctor.main([]) == 0  # a missing backend is not a broken one
+    text = capsys.readouterr().out
+    assert "cpu: not available: no module named _C" in text
+    assert "install a C++20 compiler" in text
+
+
+def test_doctor_leaves_the_backend_in_use_alone(backend):
+    doctor.examine()
+    assert backend == backends.select(torch.device("cpu")).NAME
+    run(problem("noise"))
+
+
+def test_it_runs_as_a_module_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-m", "guard_ops.doctor", "--json"], capture_output=True, check=True
+    )
+    report = json.loads(done.stdout)
+    assert report["guard_ops"] == go.__version__
+    assert set(report["driver"]) == {"release", "cuda"}
+    assert set(report["compilers"]) >= {"nvcc", "cmake", "ninja"}
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("name", [n for n in go.available_backends() if n != "triton"])
+def test_the_self_test_in_single_precision(name, monkeypatch):
+    """What a GPU backend is held to, within its tolerance with room to spare."""
+    monkeypatch.setattr(selftest, "_where", lambda _: (torch.device("cpu"), torch.float32))
+    assert selftest.self_test(name) == "ok"
+    monkeypatch.setitem(selftest.TOLERANCE, torch.float32, 1e-6)
+    assert selftest.self_test(name) == "ok"
+    monkeypatch.setitem(selftest.TOLERANCE, torch.float32, 1e-9)
+    assert selftest.self_test(name).startswith("off by ")
+
+
+@pytest.mark.parametrize(
+    "backend, cuda, gpus, said",
+    [
+        ("cpu", None, 0, "--no-build-isolation"),
+        ("triton", None, 0, "this torch has no CUDA"),
+        ("cuda", "13.0", 0, "torch sees no GPU"),
+        ("triton", "13.0", 1, "pip install triton"),
+        ("cuda", "13.0", 1, "GUARD_OPS_CUDA=13.0 pip install"),
+    ],
+)
+def test_advice_is_for_what_is_missing(backend, cuda, gpus, said, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert said in doctor.advice(backend)
+
+
+def test_what_the_kernels_were_compiled_for_is_said(monkeypatch, capsys):
+    record = {"torch": "2.14.1", "cuda": "13.0"}
+    monkeypatch.setattr(extension, "build_record", lambda: record)
+    assert doctor.main([]) == 0
+    assert "compiled kernels: CPU and CUDA 13.0, for torch 2.14.1" in capsys.readouterr().out
+
+
+def test_a_driver_and_its_devices_are_said(monkeypatch, capsys):
+    report = doctor.examine()
+    report["driver"] = {"release": "580.65", "cuda": "13.0"}
+    report["devices"] = [{"name": "H100", "architecture": "sm_90", "memory_gib": 79.1}]
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    doctor.main([])
+    text = capsys.readouterr().out
+    assert "driver: 580.65, up to CUDA 13.0" in text
+    assert "device: H100, sm_90, 79.1 GiB" in text
