@@ -1,5 +1,5 @@
-// What the kernels ask of a thread's surroundings. The tests replace it by ../tests/emulate.h, which
-// runs the same kernels on the host.
+// What the kernels ask of a thread's surroundings. The tests replace it by ../tests/emulate.h,
+// which runs the same kernels on the host.
 #pragma once
 
 #if defined(GUARD_OPS_EMULATE)

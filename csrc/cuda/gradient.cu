@@ -43,7 +43,8 @@ void gradient(const Batch& t, const Rows table[5], const Rows coefficients[3], c
                     factor,
                     unless_one,
                     0};
-  start(gradient_of_chunks, streaming(call.plan, gradient_of_chunks, &call.slots), stream, call);
+  const Launch launch = streaming(call.plan, gradient_of_chunks, &call.slots);
+  start(gradient_of_chunks, launch, stream, call);
 }
 
 }  // namespace guard_ops::cuda

@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(cluster_threads, 1)
   const Plan& p = call.plan;
   const uint32_t size = cluster_size(), rank = cluster_rank(), row = block() / size;
   const uint32_t begin = rank * call.block_chunks;
-  const uint32_t end = begin + call.block_chunks < p.row_chunks ? begin + call.block_chunks
-                                                                : p.row_chunks;
+  const uint32_t end =
+      begin + call.block_chunks < p.row_chunks ? begin + call.block_chunks : p.row_chunks;
   // this block's partial sums lie behind the header
   Sums* const partials = reinterpret_cast<Sums*>(slot_memory());
   const uint32_t partial_bytes = uint32_t(call.block_chunks * sizeof(Sums) + 15) / 16 * 16;
@@ -158,7 +158,8 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
                      shared_bytes(p, cluster_threads, tiles) + partial_bytes};
     candidate.cluster = size;
     if (int64_t(tiles) * p.slot_bytes * (cluster_threads / warp_size) > device().shared_bytes ||
-        candidate.shared_bytes > device().shared_bytes || at_once(address(kernel), candidate) == 0) {
+        candidate.shared_bytes > device().shared_bytes ||
+        at_once(address(kernel), candidate) == 0) {
       continue;
     }
     *launch = candidate;
@@ -226,7 +227,8 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
     return Path::cooperative;
   }
   if (wanted == Path::cooperative) refuse(wanted);
-  start(loss_of_chunks, streaming(call.plan, loss_of_chunks, &call.slots), stream, call);
+  launch = streaming(call.plan, loss_of_chunks, &call.slots);
+  start(loss_of_chunks, launch, stream, call);
   if (!any) return Path::two_launches;
   Rows coefficients[3];
   for (int n = 0; n < 3; ++n) {

@@ -1,6 +1,6 @@
-// What the CUDA kernels offer to whoever has pointers and a stream: see ../cpu/driver.h for the same
-// on the CPU. Every call enqueues on the stream of the current device and returns; nothing waits for
-// the device, nothing is allocated. Errors are std::runtime_error.
+// What the CUDA kernels offer to whoever has pointers and a stream: see ../cpu/driver.h for the
+// same on the CPU. Every call enqueues on the stream of the current device and returns; nothing
+// waits for the device, nothing is allocated. Errors are std::runtime_error.
 #pragma once
 
 #include <string>
@@ -38,8 +38,8 @@ int64_t workspace_bytes(const Batch&);
 // out: [3, K, B] float64.
 void sums(const Batch&, const Rows table[5], double* out, void* workspace, Stream);
 
-// The gradients of `factor` times the loss whose coefficients these are. `unless_one`: the gradients
-// are there already, for a factor of 1; where the device finds that, it writes nothing.
+// The gradients of `factor` times the loss whose coefficients these are. `unless_one`: the
+// gradients are there already, for a factor of 1; where the device finds that, it writes nothing.
 void gradient(const Batch&, const Rows table[5], const Rows coefficients[3], const Operand& cond,
               const Operand& uncond, const Factor&, bool unless_one, Stream);
 

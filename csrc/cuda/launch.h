@@ -57,7 +57,8 @@ Launch streaming(const Plan& p, Kernel* kernel, uint32_t* slots) {
   Launch launch{0, stream_threads, shared_bytes(p, stream_threads, *slots)};
   const int most = at_once(address(kernel), launch);
   if (*slots == 0 || most == 0) throw std::runtime_error("guard_ops: the device runs no block");
-  const int useful = int((p.chunks + stream_threads / warp_size - 1) / (stream_threads / warp_size));
+  const int useful =
+      int((p.chunks + stream_threads / warp_size - 1) / (stream_threads / warp_size));
   launch.blocks = std::min(most, useful);
   return launch;
 }

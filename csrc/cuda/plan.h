@@ -1,7 +1,8 @@
-// How a batch is cut up: the same for every kernel and path, so that all of them give the same bits.
+// How a batch is cut up: the same for every kernel and path, so that all of them give the same
+// bits.
 //
-// A tile is what a warp holds at once, 8 elements a lane. A chunk is a run of tiles of one row whose
-// sums a warp forms; how many tiles it has depends on the row's length alone.
+// A tile is what a warp holds at once, 8 elements a lane. A chunk is a run of tiles of one row
+// whose sums a warp forms; how many tiles it has depends on the row's length alone.
 #pragma once
 
 #include <type_traits>
@@ -33,17 +34,17 @@ struct Divisor {
 
 struct Plan {
   Form form;
-  Operand operand[roles];   // absent ones are null
-  uint32_t offset[roles];   // of an operand's part of a slot
-  uint32_t slot_bytes;      // of shared memory that a tile takes
-  uint32_t mean_offset;     // where sde_step puts the mean
+  Operand operand[roles];  // absent ones are null
+  uint32_t offset[roles];  // of an operand's part of a slot
+  uint32_t slot_bytes;     // of shared memory that a tile takes
+  uint32_t mean_offset;    // where sde_step puts the mean
   uint32_t rows, chunk_tiles, row_chunks, chunks;
   int64_t numel;
   Divisor by_batch, by_row_chunks, by_chunk_tiles;
   uint32_t batch;
   Seeds seeds;
   float guidance_scale, uncond_scale;  // uncond_scale: 1 - guidance_scale
-  Rows table[3];  // a, b, s
+  Rows table[3];                       // a, b, s
 };
 
 // `with_mean`: a slot has room for sde_step's float32 mean.
@@ -77,8 +78,8 @@ inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   return p;
 }
 
-// Calls call(std::integral_constant<Form, form>). Once a tile: kernels of one form each would be five
-// times as long to compile, as most of a kernel does not know the form.
+// Calls call(std::integral_constant<Form, form>). Once a tile: kernels of one form each would be
+// five times as long to compile, as most of a kernel does not know the form.
 template <class Call>
 GUARD_OPS_HD void by_form(Form form, Call call) {
   if (form == Form::mean) {

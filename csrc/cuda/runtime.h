@@ -1,5 +1,5 @@
-// What the launches ask of a device, remembered, and the launch itself. The tests replace it, as they
-// do device.h.
+// What the launches ask of a device, remembered, and the launch itself. The tests replace it, as
+// they do device.h.
 #pragma once
 
 #if defined(GUARD_OPS_EMULATE)
@@ -47,6 +47,15 @@ inline const Device& device() {
   return known.emplace(number, d).first->second;
 }
 
+// Why the device cannot run this kernel, whatever it was compiled for; empty where it can.
+inline std::string why_not(const void* kernel) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(status);
+}
+
 struct Launch {
   int blocks, threads, shared_bytes;
   bool cooperative = false;
@@ -59,14 +68,14 @@ inline int at_once(const void* kernel, const Launch& launch) {
   static std::map<std::tuple<int, const void*, int, int, int>, int> known;
   const Device& d = device();
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(d.number, kernel, launch.threads, launch.shared_bytes,
-                                   launch.cluster);
+  const auto key =
+      std::make_tuple(d.number, kernel, launch.threads, launch.shared_bytes, launch.cluster);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int count = 0;
   // The most that any launch may ask for; a smaller later one must not take it back.
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            d.shared_bytes);
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
   if (status == cudaSuccess && launch.cluster > 1) {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(launch.cluster);

@@ -34,6 +34,8 @@ __global__ void __launch_bounds__(stream_threads)
 
 }  // namespace
 
+std::string unsupported() { return why_not(address(sums_of_rows)); }
+
 int64_t workspace_bytes(const Batch& t) {
   const Rows none[3] = {};
   return workspace_layout(plan_of(t, none), t.steps, nullptr, nullptr);
@@ -44,7 +46,8 @@ void sums(const Batch& t, const Rows table[5], double* out, void* workspace, Str
   Workspace w{};
   workspace_layout(call.plan, t.steps, static_cast<char*>(workspace), &w);
   call.partials = {w.partials, call.plan.chunks, bool(t.ref)};
-  start(sums_of_chunks, streaming(call.plan, sums_of_chunks, &call.slots), stream, call);
+  const Launch launch = streaming(call.plan, sums_of_chunks, &call.slots);
+  start(sums_of_chunks, launch, stream, call);
   const int rows_a_block = stream_threads / int(row_lanes);
   const int blocks = (int(call.plan.rows) + rows_a_block - 1) / rows_a_block;
   start(sums_of_rows, Launch{std::min(blocks, 1024), stream_threads, 0}, stream, call);

@@ -1,8 +1,9 @@
 // One tile, by one warp: its operands into shared memory, its sums, its gradient in place of v, and
 // that out again.
 //
-// Global memory is touched by copies alone, 16 bytes a lane where a row is so aligned and element by
-// element where not; dtypes are told apart once for 8 elements. So neither multiplies the kernels.
+// Global memory is touched by copies alone, 16 bytes a lane where a row is so aligned and element
+// by element where not; dtypes are told apart once for 8 elements. So neither multiplies the
+// kernels.
 #pragma once
 
 #include "device.h"
@@ -16,7 +17,7 @@ __device__ __forceinline__ uint32_t warps() { return threads() / warp_size; }
 
 // Where a tile lies.
 struct At {
-  int64_t k, i, begin;  // of the row, from this element on
+  int64_t k, i, begin;         // of the row, from this element on
   uint32_t row, chunk, count;  // count: its elements, 0 behind the row's end
 };
 
@@ -173,8 +174,7 @@ __device__ __forceinline__ void normals(const RowNumbers& row, int64_t first,
                                         float out[lane_elements]) {
 #pragma unroll
   for (uint32_t q = 0; q < lane_elements / 4; ++q) {
-    const philox::Words words =
-        philox::generate(row.key, uint64_t(first) / 4 + q, row.transition);
+    const philox::Words words = philox::generate(row.key, uint64_t(first) / 4 + q, row.transition);
     philox::box_muller(words.w[0], words.w[2], out + 4 * q, out + 4 * q + 1);
     philox::box_muller(words.w[1], words.w[3], out + 4 * q + 2, out + 4 * q + 3);
   }
@@ -218,7 +218,7 @@ __device__ __forceinline__ uint32_t own_elements(const At& at) {
 // Adds this lane's part of the tile's sums: in float32 within it, in float64 to `total`.
 template <Form F>
 __device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row, const At& at,
-                                         const char* slot, Sums& total) {
+                                            const char* slot, Sums& total) {
   const Elements<F> in = read_tile<F>(p, row, at, slot);
   const uint32_t own = own_elements(at);
   float s1 = 0, s2 = 0;
@@ -246,8 +246,7 @@ __device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row
 
 __device__ __forceinline__ void add_sums(const Plan& p, const RowNumbers& row, const At& at,
                                          const char* slot, Sums& total) {
-  by_form(p.form,
-          [&](auto form) { add_sums_of<decltype(form)::value>(p, row, at, slot, total); });
+  by_form(p.form, [&](auto form) { add_sums_of<decltype(form)::value>(p, row, at, slot, total); });
 }
 
 // A warp's total of a number that each lane has, by a tree; every lane gets it.
@@ -257,8 +256,8 @@ __device__ __forceinline__ double warp_total(double x) {
   return x;
 }
 
-// The gradient of a tile in place of v, and of uncond, in the slot. Coefficients that are all 0 give
-// zeros, whatever the operands hold.
+// The gradient of a tile in place of v, and of uncond, in the slot. Coefficients that are all 0
+// give zeros, whatever the operands hold.
 template <Form F>
 __device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row,
                                             const Coefficients& c, const At& at, char* slot) {
@@ -288,8 +287,7 @@ __device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row
 }
 
 __device__ __forceinline__ void gradient_in_place(const Plan& p, const RowNumbers& row,
-                                                  const Coefficients& c, const At& at,
-                                                  char* slot) {
+                                                  const Coefficients& c, const At& at, char* slot) {
   by_form(p.form, [&](auto form) { gradient_of<decltype(form)::value>(p, row, c, at, slot); });
 }
 

@@ -1,8 +1,9 @@
 // A warp's way through its tiles, once for the sums and once, backwards, for the gradient.
 //
 // Block b has the chunks [first, last), its warps take them in turn. The first tiles of a warp stay
-// in their slots of shared memory for the second pass; what does not fit goes through a ring of slots
-// and is read again, the last first, as that is still in the L2 cache. Copies run `ahead` tiles ahead.
+// in their slots of shared memory for the second pass; what does not fit goes through a ring of
+// slots and is read again, the last first, as that is still in the L2 cache. Copies run `ahead`
+// tiles ahead.
 #pragma once
 
 #include "tiles.h"
@@ -41,9 +42,8 @@ struct Walk {
   }
 
   __device__ __forceinline__ char* slot(uint32_t t) const {
-    const uint32_t n = t < slots.resident
-                           ? t
-                           : slots.resident + ((t - slots.resident) & (slots.ring - 1));
+    const uint32_t n =
+        t < slots.resident ? t : slots.resident + ((t - slots.resident) & (slots.ring - 1));
     return slots.memory + n * p.slot_bytes;
   }
 
