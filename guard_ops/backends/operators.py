@@ -7,9 +7,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from .. import extension
 from ..config import Balance, GuardConfig, RatioNorm
 from ..objective import Metrics
 from ..transitions import compute_dtype
+
+extension.load()  # registers torch.ops.guard_ops
 
 _RATIO_NORM = {name: i for i, name in enumerate(get_args(RatioNorm))}
 _BALANCE = {name: i for i, name in enumerate(get_args(Balance))}
