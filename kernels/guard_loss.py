@@ -142,8 +142,8 @@ def rows_kernel(
 ):
     """A program a transition: its sums, its coefficients, its gradient from the last tile back.
 
-    Reads every operand once if a row is one tile, else twice, the second time from cache, and writes
-    the gradient. The coefficients assume that every other transition is finite.
+    Reads every operand once if a row is one tile, else twice, the second time from cache, and
+    writes the gradient. The coefficients assume that every other transition is finite.
     """
     row = tl.program_id(0)
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)

@@ -37,8 +37,8 @@ def pack(*tensors: Tensor | None) -> tuple[Operands, Operands]:
     *latents, seed = tensors
     if seed is not None and seed.stride(2) != 1:  # a transition's two numbers beside each other
         seed = seed.contiguous()
-    packed = Operands(*latents, seed)
-    return packed, Operands(*map(strides_of, packed))
+    packed = Operands._make([*latents, seed])
+    return packed, Operands._make(map(strides_of, packed))
 
 
 def arguments(t: Transitions) -> tuple[Any, ...]:

@@ -63,14 +63,14 @@ class Cut(NamedTuple):
 
 def segment_tiles(numel: int) -> int:
     """Tiles of a segment: a power of two, such that a row has at most MAX_SEGMENTS."""
-    tiles = -(-numel // TILE.value)
+    tiles = -(-numel // int(TILE.value))
     return 1 << (-(-tiles // MAX_SEGMENTS) - 1).bit_length()
 
 
 def cut(steps: int, batch: int, numel: int) -> Cut:
     """Of K x B latents of ``numel`` elements."""
     tiles = segment_tiles(numel)
-    row_tiles = -(-numel // TILE.value)
+    row_tiles = -(-numel // int(TILE.value))
     return Cut(steps * batch, tiles, -(-row_tiles // tiles), row_tiles)
 
 

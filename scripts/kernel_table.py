@@ -216,22 +216,24 @@ def page(facts: list[Facts]) -> str:
 
     head = ("kernel", "form", "dtype", "sm", "registers", "spills", "shared", "instructions",
             "128-bit loads", "128-bit stores")  # fmt: skip
+    bounds = ", ".join(f"`{name}` {registers}" for name, registers in REGISTERS.items())
     lines = [
         "# The Triton kernels' machine code",
         "",
         "Written by `python scripts/kernel_table.py`, which compiles every kernel for every "
-        "architecture without a GPU and reads the",
-        "code with `cuobjdump`; `make test` checks the bounds. Triton "
-        f"{triton.__version__}, 8 warps a program, latents a multiple of 16 elements, 16-byte",
-        "aligned; `old_mean` float32. Registers are a thread's; shared memory a program's, in bytes. "
-        "The tables say nothing of speed: [GPU](gpu.md).",
+        "architecture without a GPU and reads",
+        "the code with `cuobjdump`; `make test` checks it. Nothing here says how fast they are: "
+        "[GPU](gpu.md).",
         "",
-        "No kernel spills. " + " ".join(f"`{k}`: at most {v} registers." for k, v in
-                                        REGISTERS.items()),
+        f"Triton {triton.__version__}, 8 warps a program, latents of a multiple of 16 elements at "
+        "16-byte addresses, `old_mean` float32.",
+        "Registers are a thread's, shared memory a program's, in bytes. No kernel spills; registers "
+        "are at most",
+        f"{bounds}.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * 4 + "---:|" * 6,
-    ]  # fmt: skip
+    ]
     order = sorted(facts, key=lambda f: (list(REGISTERS).index(f.kernel), f.form, f.dtype, f.arch))
     for f in order:
         cells = (f"`{f.kernel}`", f.form, f.dtype, f.arch, *f[4:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-
 from typing import Any
 
 import torch
@@ -25,8 +24,8 @@ from ..transitions import Transitions, compute_dtype
 
 if not launch.INTERPRETED and torch.cuda.device_count() + torch.xpu.device_count() == 0:
     raise ImportError(
-        "torch sees no GPU (CUDA, ROCm or XPU); with TRITON_INTERPRET=1 the kernels run on the CPU, "
-        "for tests"
+        "torch sees no GPU, CUDA, ROCm or XPU (TRITON_INTERPRET=1 runs the kernels on the CPU, "
+        "for tests)"
     )
 
 NAME = "triton"
@@ -203,7 +202,7 @@ def _sums(
         model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
         old_model_output, noise, seed, coefficients, guidance_scale,
     )  # fmt: skip
-    out = _empty_sums(*t)
+    out: Tensor = _empty_sums(*t)
     summed.sums(t, out)
     return out
 

@@ -1,0 +1,70 @@
+"""The registered operators under torch's own checks, and torch.compile over the public ops."""
+
+import os
+
+import pytest
+import torch
+from problems import FORMS, problem, run
+
+import guard_ops as go
+from guard_ops.transitions import Transitions
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or "triton" not in go.available_backends(),
+    reason="interprets; tests/device run on a GPU",
+)
+
+
+def operands(form, guided):
+    """The flattened tensors that the operators take."""
+    given = problem(form, steps=2, batch=2, latent=(9, 4), dtype=torch.float32, guided=guided)
+    names = Transitions._fields[:9]
+    t = [given.get(name) for name in names]
+    flat = [x if x is None or n == "seed" else x.flatten(2) for n, x in zip(names, t, strict=True)]
+    table = given["coeffs"].table.unsqueeze(-1).expand(5, 2, 2)
+    return [*flat, table, given.get("guidance_scale", 1.0)]
+
+
+@pytest.mark.parametrize("form, guided", [(form, form == "velocity") for form in FORMS])
+def test_opcheck(form, guided):
+    ops = torch.ops.guard_ops_triton
+    t = operands(form, guided)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.sums.default, tuple(t), test_utils=checks)
+    c = torch.randn(3, 2, 2, dtype=torch.float64)
+    torch.library.opcheck(ops.gradient.default, (c, *t, True, guided), test_utils=checks)
+    advantages = torch.randn(2, 2, dtype=torch.float64)
+    old = torch.randn(2, 2, dtype=torch.float64) if form == "log-prob" else None
+    switches = ("standardize", "inverse_ratio", True, True, False, True)
+    numbers = (1.0, 1e-8, 0.2, 0.2, 5.0, 0.1, 0.0)
+    arguments = (*t, advantages, old, None, None, *switches, *numbers, True, guided)
+    torch.library.opcheck(ops.guard_loss.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("more", ["noise", "seed"])
+def test_opcheck_sde_step(more):
+    v, x, noise = torch.randn(3, 2, 2, 30).unbind(0)
+    seed = go.philox_seed(1, (2, 2))
+    source = (noise, None) if more == "noise" else (None, seed)
+    table = torch.rand(5, 2, 2, dtype=torch.float64)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    operator = torch.ops.guard_ops_triton.sde_step.default
+    torch.library.opcheck(operator, (v, x, table, *source), test_utils=checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile_traces_without_a_graph_break(dtype):
+    given = problem("noise", steps=2, batch=2, dtype=dtype, drift=0.3)
+    rest = {name: x for name, x in given.items() if name not in ("model_output", "coeffs")}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(v, **rest):
+        return go.guard_loss(v, coeffs=given["coeffs"], **rest).loss
+
+    with go.use_backend("triton"):
+        expected, grad = run(given)
+        v = given["model_output"].detach().requires_grad_()
+        value = loss(v, **rest)
+        value.backward()
+    assert torch.equal(value, expected.loss)
+    assert torch.equal(v.grad, grad)
