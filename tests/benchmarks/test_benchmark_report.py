@@ -51,7 +51,8 @@ def kernel(contender, form, milliseconds, ratio, dtype="float32", **more):
     return {
         "case": f"{more.get('stage', 'both')} {dtype}", "workload": "flux_512",
         "shape": [2, 3, 8, 64], "recipe_shape": [5, 3, 8, 64], "op": "guard_loss",
-        "stage": "both", "form": form, "objective": "flow_grpo", "dtype": dtype, "contender": contender, "base": ratio == 1,
+        "stage": "both", "form": form, "objective": "flow_grpo", "dtype": dtype,
+        "contender": contender, "base": ratio == 1,
         "milliseconds": milliseconds, "spread": 0.1, "ratio": ratio, "noise": 0.05, "scatter": 0.04,
         "rounds": 6, "floor_bytes": 20 * 3072, "gigabytes_per_second": 20.0,
         "percent_of_copy": 91.6, "peak_bytes": 2**20, **more,
