@@ -143,7 +143,18 @@ def test_a_marker_without_its_other_half_is_refused():
 
 
 def test_without_results_the_table_says_so():
-    assert set(report.render({}).values()) == {"No saved results."}
+    rendered = report.render({})
+    assert rendered.pop("machines").startswith("No saved results. GPU results are missing")
+    assert set(rendered.values()) == {"No saved results."}
+
+
+def test_missing_gpu_results_are_said_to_be_missing(repository):
+    saved = results.load(repository / "results")
+    (label,) = saved
+    text = report.render(saved)["machines"]
+    assert text == f"Results of: {label}. GPU results are missing: none has been measured."
+    saved["h100"] = {"ops": {"environment": {"device": "NVIDIA H100"}, "rows": OPS}}
+    assert report._machines(saved) == f"Results of: {label}, h100."
 
 
 def test_a_workload_is_a_table_of_contenders(repository):
