@@ -20,6 +20,12 @@ COLOURS = {
     "torch.compile": "#e0932f",
     "torch.compile max-autotune": "#a36a16",
 }
+FORM_LOOKS = {
+    "plain PyTorch": ("x-", "#c0504d"),
+    "guard_ops, velocity form": ("v-", "#1b6ca8"),
+    "guard_ops, noise form": ("s-", "#3c8f3c"),
+    "guard_ops, mean form": ("o-", "#e0932f"),
+}
 MARKERS = {"mean": "o", "velocity": "v", "noise": "s", "seeded": "D", CHAIN_FORM: "x"}
 
 
@@ -175,10 +181,10 @@ def accuracy_over_drift(pyplot: Any, rows: list[Row]) -> Any:
         squeeze=False,
     )
     figure.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
-    looks = (("x-", "#c0504d"), ("v-", "#1b6ca8"), ("s-", "#3c8f3c"), ("o-", "#e0932f"))
     contenders = dict.fromkeys(row["contender"] for row in rows)
     for column, dtype in zip(panels.T, dtypes, strict=True):
-        for contender, (style, colour) in zip(contenders, looks, strict=True):
+        for contender in contenders:
+            style, colour = FORM_LOOKS.get(contender, ("o-", "black"))
             found = [r for r in rows if (r["contender"], r["dtype"]) == (contender, dtype)]
             drifts = [row["drift"] for row in found]
             look = {"color": colour, "label": contender, "markersize": 5}

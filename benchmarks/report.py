@@ -73,7 +73,18 @@ def render(machines: dict[str, results.Machine]) -> dict[str, str]:
                 for name in pictures
             ]
         rendered[place] = "\n\n".join(parts) or "No saved results."
-    return rendered
+    return {"machines": _machines(machines), **rendered}
+
+
+def _machines(machines: dict[str, results.Machine]) -> str:
+    """Which machines there are results of, and whether one of them is a GPU."""
+    devices = {
+        label: {part["environment"].get("device", "cpu") for part in machine.values()}
+        for label, machine in machines.items()
+    }
+    text = f"Results of: {', '.join(devices)}." if devices else "No saved results."
+    gpu = any(found != {"cpu"} for found in devices.values())
+    return text if gpu else f"{text} GPU results are missing: none has been measured."
 
 
 def fill(text: str, rendered: dict[str, str]) -> str:

@@ -21,7 +21,7 @@ from guard_ops.trainer.extras import require
 
 from . import contenders, measure
 from .results import Row
-from .suite import _peak
+from .suite import peak_bytes
 from .workloads import Workload
 
 ROUNDS = 3
@@ -125,7 +125,7 @@ MODELS = (
             "ffn_dim": 373,
         },
         (16, 21, 60, 104),
-        (16, 3, 30, 52),
+        (16, 3, 16, 26),
         "dance_grpo",
         "all 30 layers",
     ),
@@ -225,8 +225,8 @@ def measure_share(model: Model, backend: str, device: torch.device) -> Row:
     for name in losses:
         row[f"step_{name}_ms"] = round(whole_race.median(name) * 1e3, 3)
         row[f"loss_{name}_ms"] = round(loss_race.median(name) * 1e3, 4)
-        row[f"peak_{name}_bytes"] = _peak(steps[name], inputs, device)
-        row[f"loss_peak_{name}_bytes"] = _peak(parts[name], inputs, device)
+        row[f"peak_{name}_bytes"] = peak_bytes(steps[name], inputs, device)
+        row[f"loss_peak_{name}_bytes"] = peak_bytes(parts[name], inputs, device)
     return row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 import warnings
@@ -21,10 +22,11 @@ from .results import Row
 
 BLOCKS = 3  # each with tensors of its own: where they lie in memory is part of a rerun's scatter
 ROUNDS = (2, 12)  # of a block, least and most
-IN_CACHE = 64 * 2**20  # a case that moves less has settled only after several passes
+# (untimed, timed) calls of a turn: the fewer, the more a round's slowest contender takes of it
+TURN = {True: (5, 2), False: (8, 3)}  # with chains; without
 CHAIN_FORM = "log-prob"  # what the public trainers' chains are given
 BESIDE = ("noise", "seeded")  # forms that run beside a workload's mean form
-ELEMENTS = {"cpu": 2**22, "cuda": 2**29}  # of a workload's latents, at most
+ELEMENTS = {"cpu": 2**21, "cuda": 2**29}  # of a workload's latents, at most
 CHAIN_NAMES = {
     None: "eager",
     "default": "torch.compile",
@@ -93,16 +95,12 @@ def run_case(
             inputs = contenders.make_inputs(case.workload, case.dtype, seed=block, device=device)
             calls = case_calls(case, inputs, backends, device)
             base = next(iter(calls))
-            settle, timed = (8, 3) if floor_bytes(case) < IN_CACHE else (2, 1)
+            settle, timed = TURN[bool(case.chains)]
             if block == 0:
                 rounds = _rounds(calls, seconds / BLOCKS, settle + timed)
             races.append(_race(calls, base, rounds, settle, timed, block))
             if memory and block == 0 and case.stage != "backward":
-                peaks = {
-                    name: _peak(call, inputs, device)
-                    for name, call in calls.items()
-                    if name != COPY and not isinstance(call, stages.Prepared)
-                }
+                peaks = _peaks(case, calls, base, inputs, device)
     return _rows(case, races, base, peaks)
 
 
@@ -112,6 +110,9 @@ def case_calls(
     """Label -> call of every contender, the first backend first."""
     wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
     calls: dict[str, Any] = {}
+    fused = [backend for backend in backends if backend != "reference"]
+    if fused and not case.chains:
+        backends = fused  # plain PyTorch beside an op would take the time of fifty kernels
     for backend in backends:
         if case.stage == "backward":
             calls[_label(backend, case.form)] = stages.backward_alone(case, inputs, backend, wait)
@@ -125,11 +126,10 @@ def case_calls(
         }
     if case.chains:
         for form in BESIDE:
-            for backend in backends:
-                if backend != "reference":
-                    calls[_label(backend, form)] = contenders.ours(
-                        inputs, form, case.objective, backend
-                    )
+            for backend in fused:
+                calls[_label(backend, form)] = contenders.ours(
+                    inputs, form, case.objective, backend
+                )
     for mode in case.chains:
         calls[_label(CHAIN_NAMES[mode], CHAIN_FORM)] = contenders.chain(
             inputs, case.objective, compiled=mode
@@ -194,11 +194,32 @@ def _race(
             calls, rounds=rounds, settle=settle, timed=timed, repeat=base, seed=seed
         )
     return measure.race(
-        calls, rounds=rounds, warmup=1, settle=settle, timed=timed, repeat=base, seed=seed
+        calls, rounds=rounds, warmup=0, settle=settle, timed=timed, repeat=base, seed=seed
     )
 
 
-def _peak(call: Call, inputs: contenders.Inputs, device: torch.device) -> int:
+def _peaks(
+    case: Case,
+    calls: Mapping[str, Any],
+    base: str,
+    inputs: contenders.Inputs,
+    device: torch.device,
+) -> dict[str, int]:
+    """Peak extra memory of every contender of a workload; of an op, of the first backend."""
+    gc.freeze()  # what lives now need not be searched again before each of dozens of calls
+    try:
+        return {
+            name: peak_bytes(call, inputs, device)
+            for name, call in calls.items()
+            if name == base or (case.chains and name != COPY)
+        }
+    finally:
+        gc.unfreeze()
+
+
+def peak_bytes(call: Call, inputs: contenders.Inputs, device: torch.device) -> int:
+    """How far one call raises memory at its highest: the process's, or the GPU allocator's."""
+
     def release() -> None:
         inputs.model_output.grad = None
 

@@ -13,7 +13,7 @@ def test_help_lists_the_commands(capsys):
         cli.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("demo", "train", "doctor"))
+    assert all(command in text for command in ("demo", "train", "bench", "doctor"))
 
 
 def test_it_runs_as_a_module():
@@ -49,6 +49,21 @@ def test_bad_settings_are_one_line_and_happen_before_any_work(options, message, 
     assert cli.main([*options, "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith(message)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--workload", "sd9"], "there is no workload 'sd9'; there are ci, sd35_512,"),
+        (["--backend", "tpu"], "backend 'tpu' is not available here: "),
+        (["--elements", "0"], "`--elements` is 0; it needs >= 1"),
+        (["--compare", "none.json"], "cannot compare with none.json: "),
+        (["--json", "no/such/folder.json"], "there is no folder no/such to write folder.json"),
+    ],
+)
+def test_a_bench_that_cannot_run_says_what_there_is(options, message, capsys):
+    assert cli.main(["bench", *options]) == 1
+    assert capsys.readouterr().err.startswith(f"guard-ops: {message}")
 
 
 def test_a_missing_extra_is_one_line(monkeypatch, capsys, tmp_path):

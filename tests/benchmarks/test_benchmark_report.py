@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from matplotlib.image import imread
 
-from benchmarks import report, results
+from benchmarks import console, report, results, tables
 
 CASE = {"case": "mean form, fp32", "spread": 0.1, "noise": 0.05, "rounds": 60, "shape": [8, 64]}
 TIMES = {"guard_ops": (1.0, 1.0), "eager": (15.0, 15.2), "memory copy": (1.02, 1.03)}
@@ -25,7 +26,8 @@ MEMORY = [
 ]
 ACCURACY = [
     {"contender": "plain", "dtype": "float32", "drift": drift, "max_error": 0.25,
-     "wrong_clips": 4, "batch": 32}
+     "wrong_clips": 4, "batch": 32, "log_ratio_error": 1e-3,
+     "wrong_share": {"2e-6": 0.0, "1e-4": 0.03125, "0.2": 0.125}}
     for drift in (1e-3, 1e-4)
 ]  # fmt: skip
 
@@ -33,9 +35,56 @@ ACCURACY = [
 @pytest.fixture
 def repository(tmp_path):
     (tmp_path / "docs").mkdir()
-    for section, rows in (("speed", SPEED), ("memory", MEMORY), ("accuracy", ACCURACY)):
+    for section, rows in (
+        ("speed", SPEED),
+        ("memory", MEMORY),
+        ("accuracy", ACCURACY),
+        ("workloads", WORKLOADS),
+        ("ops", OPS),
+        ("share", SHARE),
+    ):
         results.save(section, rows, tmp_path / "results")
     return tmp_path
+
+
+def kernel(contender, form, milliseconds, ratio, dtype="float32", **more):
+    return {
+        "case": f"{more.get('stage', 'both')} {dtype}", "workload": "flux_512",
+        "shape": [2, 3, 8, 64], "recipe_shape": [5, 3, 8, 64], "op": "guard_loss",
+        "stage": "both", "form": form, "objective": "flow_grpo", "dtype": dtype,
+        "contender": contender, "base": ratio == 1,
+        "milliseconds": milliseconds, "spread": 0.1, "ratio": ratio, "noise": 0.05, "scatter": 0.04,
+        "rounds": 6, "floor_bytes": 20 * 3072, "gigabytes_per_second": 20.0,
+        "percent_of_copy": 91.6, "peak_bytes": 2**20, **more,
+    }  # fmt: skip
+
+
+WORKLOADS = [
+    kernel(contender, form, ms, ratio, dtype)
+    for dtype in ("float32", "bfloat16")
+    for contender, form, ms, ratio in (
+        ("cpu", "mean", 0.4, 1),
+        ("reference", "mean", 8.0, 20.0),
+        ("cpu", "noise", 0.39, 0.97),
+        ("eager", "log-prob", 6.0, 15.1),
+        ("memory copy", "-", 0.3, 0.76),
+    )
+    if (contender, dtype) != ("eager", "bfloat16")
+]
+OPS = [
+    kernel("cpu", "mean", 0.4, 1),
+    kernel("memory copy", "-", 0.3, 0.75),
+    kernel("cpu", "mean", 0.001, 1, stage="backward", floor_bytes=0, peak_bytes=None),
+]
+SHARE = [
+    {
+        "model": "SD3.5-M", "shape": [1, 2, 16, 32, 32], "parameters": 4, "full_parameters": 400,
+        "note": "all 24 layers", "noise": 0.02, "step_before_ms": 101.0, "loss_before_ms": 1.0,
+        "step_after_ms": 100.1, "loss_after_ms": 0.1, "peak_before_bytes": 2**27,
+        "peak_after_bytes": 2**26, "loss_peak_before_bytes": 2**20, "loss_peak_after_bytes": 2**17,
+    },
+    {"model": "FLUX.1-dev", "skipped": "diffusers is not installed"},
+]  # fmt: skip
 
 
 def run(repository, *arguments):
@@ -94,4 +143,77 @@ def test_a_marker_without_its_other_half_is_refused():
 
 
 def test_without_results_the_table_says_so():
-    assert report.render({}) == {"speed": "No saved results.", "accuracy": "No saved results."}
+    rendered = report.render({})
+    assert rendered.pop("machines").startswith("No saved results. GPU results are missing")
+    assert set(rendered.values()) == {"No saved results."}
+
+
+def test_missing_gpu_results_are_said_to_be_missing(repository):
+    saved = results.load(repository / "results")
+    (label,) = saved
+    text = report.render(saved)["machines"]
+    assert text == f"Results of: {label}. GPU results are missing: none has been measured."
+    saved["h100"] = {"ops": {"environment": {"device": "NVIDIA H100"}, "rows": OPS}}
+    assert report._machines(saved) == f"Results of: {label}, h100."
+
+
+def test_a_workload_is_a_table_of_contenders(repository):
+    text = report.render(results.load(repository / "results"))["workloads"]
+    assert "**flux_512, latents [2, 3, 8, 64], flow_grpo**" in text
+    assert "| cpu, mean form | 0.4 ms | 1 | 92% | 1.0 MiB | 0.4 ms | 1 | 92% | 1.0 MiB |" in text
+    assert "| eager | 6 ms | 15.1x | 92% | 1.0 MiB |  |  |  |  |" in text
+    assert "| cpu, noise form | 0.39 ms | tie |" in text  # 3 % apart, noise 5 %
+    assert "Shrunk to this machine's budget: the recipe trains [5, 3, 8, 64]." in text
+    label = results.machine_label()
+    assert f"![speed up, {label}](benchmarks/{label}-speed_up.svg)" in text
+
+
+def test_an_op_shows_its_bytes_and_what_is_left_of_a_backward(repository):
+    text = report.render(results.load(repository / "results"))["ops"]
+    assert "**guard_loss, float32, latents [2, 3, 8, 64]**" in text
+    assert "| both, mean, flow_grpo | 0.4 ms | 20 | 92% | 1.0 MiB |" in text
+    assert "| backward, mean, flow_grpo | 0.001 ms | none left |  |  |" in text
+
+
+def test_accuracy_details_show_every_clip(repository):
+    text = report.render(results.load(repository / "results"))["accuracy_details"]
+    assert "share of 32 clip decisions that are wrong, at 2e-6, 1e-4, 0.2" in text
+    assert "| float32 | 1e-03 | 0%, 3%, 12% |" in text
+
+
+def test_share_of_a_step_is_measured_and_estimated_and_a_skip_says_why(repository):
+    text = report.render(results.load(repository / "results"))["share"]
+    assert "1 of 101 ms (0.99%)" in text
+    assert "0.1 of 100 ms (0.10%)" in text
+    # 100 times the parameters: 1 ms of 10,001 ms, 0.1 of 10,000.1
+    assert "about 0.0100%, about 0.0010%" in text
+    assert "FLUX.1-dev: skipped, diffusers is not installed." in text
+
+
+def test_the_report_draws_every_plot_as_png_and_svg(repository):
+    run(repository)
+    folder, label = repository / "docs" / "benchmarks", results.machine_label()
+    assert {path.name for path in folder.iterdir()} == {
+        f"{label}-{name}.{kind}"
+        for name in ("roofline", "speed_up", "accuracy")
+        for kind in ("png", "svg")
+    }
+    for path in folder.glob("*.png"):
+        height, width, _ = imread(path).shape
+        assert width >= 1000
+        assert height >= 600
+    roofline = (folder / f"{label}-roofline.svg").read_text()
+    assert all(name in roofline for name in ("cpu, mean form", "eager", "memory copy"))
+    run(repository)  # the same numbers give the same file
+    assert (folder / f"{label}-roofline.svg").read_text() == roofline
+
+
+def test_the_terminal_shows_every_section(repository, capsys):
+    (machine,) = results.load(repository / "results").values()
+    console.show({name: machine[name] for name in tables.TABLES})
+    text = capsys.readouterr().out
+    assert "flux_512, latents [2, 3, 8, 64], flow_grpo" in text
+    assert "15.1x" in text
+    assert "none left" in text
+    assert "skipped, diffusers is not installed" in text
+    assert max(map(len, text.splitlines())) <= console.WIDTH

@@ -1,10 +1,13 @@
 """A case that is run: who races, what a row says, and that all compute the same."""
 
+import dataclasses
+import time
+
 import pytest
 import torch
 
 from benchmarks import cases, contenders, stages, suite
-from benchmarks.workloads import Workload
+from benchmarks.workloads import WORKLOADS, Workload
 
 TINY = Workload("tiny", "none", (16, 8), 4, 3, "none", "flow_grpo")
 CPU = torch.device("cpu")
@@ -75,8 +78,6 @@ def test_a_forward_leaves_no_gradient():
 
 
 def test_a_backward_is_timed_without_its_forward(monkeypatch):
-    import time
-
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
@@ -91,27 +92,20 @@ def test_a_backward_is_timed_without_its_forward(monkeypatch):
 
 @pytest.mark.parametrize("workload", ["hunyuan_720p", "wan21_720p"])
 def test_dance_grpo_chain_agrees_with_guard_ops_on_its_own_steps(workload):
-    from dataclasses import replace
-
-    from benchmarks.workloads import WORKLOADS
-
-    small = replace(WORKLOADS[workload], latent=(4, 6, 6), batch=3, steps=2)
+    small = dataclasses.replace(WORKLOADS[workload], latent=(4, 6, 6), batch=3, steps=2)
     inputs = contenders.make_inputs(small, drift=0.1)
     gradients = []
-    for call in (
-        contenders.chain(inputs, "dance_grpo"),
-        contenders.ours(inputs, "mean", "dance_grpo"),
-    ):
+    chain = contenders.chain(inputs, "dance_grpo")
+    for call in (chain, contenders.ours(inputs, "mean", "dance_grpo")):
         call()
         gradients.append(inputs.model_output.grad)
-    plain, ours = gradients
-    assert (plain - ours).norm() <= 1e-3 * ours.norm()
+    theirs, ours = gradients
+    assert (theirs - ours).norm() <= 1e-3 * ours.norm()
 
 
 def test_a_backend_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(
-        ValueError, match=r"'tpu' is not available here: .*; available: .*reference"
-    ):
+    message = r"'tpu' is not available here: .*; available: .*reference"
+    with pytest.raises(ValueError, match=message):
         suite.choose_backends(["tpu"])
 
 
