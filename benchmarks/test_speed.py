@@ -19,8 +19,8 @@ from benchmarks import contenders, measure
 from benchmarks.results import Row
 from benchmarks.workloads import CI, bytes_per_element
 
-ROUNDS = 20
-RACES = 3  # at most: other processes on the machine may spoil one
+ROUNDS = 15
+RACES = 2  # at most: other processes on the machine may spoil one
 QUIET = 0.05  # noise of a race that needs no other
 MEGABYTE = 2**20
 

@@ -81,7 +81,11 @@ def apply(framework: str) -> Patch:
         return _applied[framework]
     patch = replace(framework, TARGETS[framework])
     if framework == "verl_omni":
-        verl_omni.register()
+        try:
+            verl_omni.register()
+        except ImportError:
+            patch.undo()
+            raise
         patch._on_undo.append(verl_omni.unregister)
     _applied[framework] = patch
     return patch

@@ -38,6 +38,9 @@ class FlowMatchSdeScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mi
             may be set at any time (0 to evaluate).
         sde_kind: "flow_sde", "dance_sde" or "cps".
         others: FlowMatchEulerDiscreteScheduler's.
+
+    Pipelines that do not hand their generator to ``step`` (FLUX's and SD3's do not) draw the steps'
+    noise from ``scheduler.generator``, if that is set, else from the global one.
     """
 
     @register_to_config  # type: ignore[untyped-decorator, unused-ignore]
@@ -80,6 +83,7 @@ class FlowMatchSdeScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mi
         )
         self.noise_level = noise_level
         self.sde_kind: SdeKind = sde_kind
+        self.generator: torch.Generator | list[torch.Generator] | None = None
 
     @property
     def schedule(self) -> SdeSchedule:
@@ -140,7 +144,7 @@ class FlowMatchSdeScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mi
             None if prev_sample is None else prev_sample.float(),
             (lambda: torch.zeros_like(sample, dtype=torch.float32))
             if deterministic
-            else (lambda: draw_noise(model_output, generator)),
+            else (lambda: draw_noise(model_output, generator or self.generator)),
             with_log_prob=not deterministic,
             store_dtype=torch.float32,
         )

@@ -64,8 +64,8 @@ def step(
             self, (chosen, mean, noise_pred.float(), log_prob, zero, dt), return_dict, return_kwargs
         )
     kind = KINDS[dynamics]
-    top = self.sigmas[1] if sigma_max is None else torch.tensor(float(sigma_max))
-    coeffs = steps.coefficients_at(sigma, following, level, kind, top.to(device), batch)
+    top = self.sigmas[1] if sigma_max is None else steps.number(float(sigma_max), device)
+    coeffs = steps.coefficients_at(sigma, following, level, kind, top, batch)
     done = steps.sde_step(
         noise_pred,
         latents.float(),
@@ -94,7 +94,7 @@ def _sigmas(
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """sigma, the next one and the noise level, each [] or [B] (the level may be a number)."""
     device = latents.device
-    now = torch.as_tensor(timestep, device=device)
+    now = steps.number(timestep, device).to(device)
     index = None
     if timestep_next is None:
         index = steps.index_for_timestep(self.timesteps.to(device), now)
@@ -102,11 +102,11 @@ def _sigmas(
         sigma, following = sigmas[index], sigmas[index + 1]
     else:
         sigma = now / 1000
-        following = torch.as_tensor(timestep_next, device=device) / 1000
+        following = steps.number(timestep_next, device).to(device) / 1000
     if noise_level is None:
         if index is None:
             index = steps.index_for_timestep(self.sigmas.to(device), sigma)
-        eligible = torch.isin(index, self.current_sde_steps.to(device))
+        eligible = torch.isin(index, self.current_sde_steps.to(device, non_blocking=True))
         noise_level = torch.where(eligible, float(self.noise_level), 0.0)
     if isinstance(noise_level, Tensor):
         noise_level = noise_level.to(device).flatten()

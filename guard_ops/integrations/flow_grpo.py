@@ -138,17 +138,16 @@ def grpo_guard_loss(
             whole batch (its issue 244); "sample" is what the paper says.
     """
     moved = guard.difference(prev_sample_mean, old_prev_sample_mean, log_prob, old_log_prob)
-    root = sqrt_dt.double().mean()
-    found = guard.guard_surrogate(
+    found = guard.averaged_surrogate(
         moved,
         advantages,
-        root * std_dev_t.double().mean(),
-        clip_low=clip_range,
-        clip_high=clip_range,
+        std_dev_t,
+        sqrt_dt,
+        clip=clip_range,
         adv_clip=adv_clip_max,
         bias_reduction=bias_reduction,
     )
-    return PolicyLoss((found.loss / root**2).float(), _info(found, moved.log_ratio, clip_range))
+    return PolicyLoss(found.loss, _info(found, moved.log_ratio, clip_range))
 
 
 def _info(found: guard.Surrogate, log_ratio: Tensor, clip_range: float) -> dict[str, Tensor]:

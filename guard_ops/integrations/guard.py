@@ -88,6 +88,33 @@ def guard_surrogate(
     return _surrogate(excess, advantages, clip_low, clip_high, adv_clip, sample_weights)
 
 
+def averaged_surrogate(
+    moved: Difference,
+    advantages: Tensor,  # [B]
+    std_dev_t: Tensor,  # [] or [B, 1, ...]
+    sqrt_dt: Tensor,  # [], [B] or [B, 1, ...]
+    *,
+    clip: float,
+    adv_clip: float,
+    bias_reduction: BiasReduction = "sample",
+    sample_weights: Tensor | None = None,
+) -> Surrogate:
+    """flow_grpo's and verl-omni's: one scale ``mean(sqrt_dt) mean(std_dev_t)`` for the batch, and
+    the loss divided by ``mean(sqrt_dt)^2``."""
+    root = sqrt_dt.double().mean()
+    found = guard_surrogate(
+        moved,
+        advantages,
+        root * std_dev_t.double().mean(),
+        clip_low=clip,
+        clip_high=clip,
+        adv_clip=adv_clip,
+        bias_reduction=bias_reduction,
+        sample_weights=sample_weights,
+    )
+    return found._replace(loss=(found.loss / root**2).float())
+
+
 def plain_surrogate(
     log_ratio: Tensor,  # [B]
     advantages: Tensor,  # [B]

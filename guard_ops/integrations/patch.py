@@ -94,6 +94,8 @@ def replace(framework: str, targets: Sequence[Target]) -> Patch:
                 and vars(module).get(name) is original
             ]
         for where, place in places:
+            if where in replaced:  # two scripts may share one function
+                continue
             patch._places.append((place, name, original))
             setattr(place, name, target.replacement)
             replaced.append(where)
@@ -127,9 +129,13 @@ def _owner(module: ModuleType, name: str) -> tuple[Any, str]:
 
 
 def _check_signature(label: str, original: Any, replacement: Callable[..., Any]) -> None:
-    """The same parameters, in the same order, of the same kind, optional where ours are."""
+    """The same parameters, in the same order, of the same kind, optional where ours are.
+
+    An earlier version may lack the last optional ones: its calls mean the same to ours.
+    """
     expected, got = _parameters(replacement), _parameters(original)
-    if got != expected:
+    more = expected[len(got) :]
+    if got != expected[: len(got)] or not all(name.endswith("=") for name in more):
         raise ValueError(
             f"{label} takes ({', '.join(got)}) but guard_ops replaces a version that takes "
             f"({', '.join(expected)}); nothing was replaced"

@@ -108,13 +108,20 @@ def coefficients_at(
     """[1, B] coefficients of steps between arbitrary sigmas, on their device."""
 
     def row(x: float | Tensor) -> Tensor:
-        wide = torch.as_tensor(x, dtype=torch.float64, device=sigma.device)
-        return wide.reshape(1, -1).expand(1, batch)
+        x = number(x, sigma.device)
+        return x.to(sigma.device, torch.float64).reshape(1, -1).expand(1, batch)
 
     table = coefficient_table(
         row(sigma), row(sigma_next), row(noise_level), kind, sigma_max.double().to(sigma.device)
     )
     return StepCoefficients._of(table, kind != "cps", ())
+
+
+def number(x: float | Tensor, device: torch.device) -> Tensor:
+    """``x`` as a tensor on ``device``: a number is filled in there, which copies nothing."""
+    if isinstance(x, Tensor):
+        return x
+    return torch.full((), x, dtype=torch.float64, device=device)
 
 
 def per_sample(numbers: Tensor, like: Tensor) -> Tensor:

@@ -149,19 +149,17 @@ class GRPOGuardFusedLoss:
         """Loss [] and metrics; the scale is averaged over the batch, as in the original."""
         settings = config.diffusion_loss
         moved = guard.difference(prev_sample_mean, old_prev_sample_mean, log_prob, old_log_prob)
-        root = sqrt_dt.double().mean()
-        found = guard.guard_surrogate(
+        found = guard.averaged_surrogate(
             moved,
             advantages,
-            root * std_dev_t.double().mean(),
-            clip_low=settings.clip_ratio,
-            clip_high=settings.clip_ratio,
+            std_dev_t,
+            sqrt_dt,
+            clip=settings.clip_ratio,
             adv_clip=settings.adv_clip_max,
             bias_reduction=bias_reduction,
             sample_weights=rollout_is_weights,
         )
-        metrics = _metrics(found.excess, moved.log_ratio, settings.clip_ratio)
-        return (found.loss / root**2).float(), metrics
+        return found.loss, _metrics(found.excess, moved.log_ratio, settings.clip_ratio)
 
     def __call__(self, *, config: Any, model_output: dict[str, Any], data: Any) -> Any:
         """What verl-omni's trainer calls."""
