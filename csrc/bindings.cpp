@@ -1,5 +1,6 @@
-// The only file that knows torch: operators under torch.ops.guard_ops, and build_info().
-#include <ATen/ATen.h>
+// Operators under torch.ops.guard_ops, and build_info().
+#include "bindings.h"
+
 #include <ATen/Parallel.h>
 #include <omp.h>
 #include <pybind11/pybind11.h>
@@ -8,7 +9,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -17,102 +17,6 @@
 
 namespace guard_ops {
 namespace {
-
-using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using cpu::Batch;
-using cpu::DType;
-using cpu::Operand;
-using cpu::Problem;
-using cpu::Rows;
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble:
-      return DType::f64;
-    case at::kFloat:
-      return DType::f32;
-    case at::kBFloat16:
-      return DType::bf16;
-    case at::kHalf:
-      return DType::f16;
-    default:
-      TORCH_CHECK_TYPE(false, "guard_ops: dtype ", t.scalar_type(), " is not supported");
-  }
-}
-
-// [K, B, D] with dense latents; the Python layer has checked more kindly.
-Operand operand(const MaybeTensor& t) {
-  if (!t.has_value()) return {};
-  TORCH_CHECK(t->dim() == 3 && (t->size(2) == 1 || t->stride(2) == 1),
-              "guard_ops: an operand needs [K, B, D] with dense latents");
-  return {t->data_ptr(), dtype_of(*t), t->stride(0), t->stride(1)};
-}
-
-Rows rows(const Tensor& t) {
-  TORCH_CHECK(t.dim() == 2 && t.scalar_type() == at::kDouble, "guard_ops: needs float64 [K, B]");
-  return {t.const_data_ptr<double>(), t.stride(0), t.stride(1)};
-}
-
-Rows rows(const MaybeTensor& t) { return t.has_value() ? rows(*t) : Rows{}; }
-
-void table_of(const Tensor& coefficients, Rows table[5]) {
-  TORCH_CHECK(coefficients.dim() == 3 && coefficients.scalar_type() == at::kDouble,
-              "guard_ops: coefficients needs float64 [5, K, B]");
-  for (int n = 0; n < 5; ++n) {
-    table[n] = {coefficients.const_data_ptr<double>() + n * coefficients.stride(0),
-                coefficients.stride(1), coefficients.stride(2)};
-  }
-}
-
-Form form_of(const MaybeTensor& old_mean, const MaybeTensor& old_model_output,
-             const MaybeTensor& noise, const MaybeTensor& seed) {
-  if (seed) return Form::seeded;
-  if (noise) return Form::noise;
-  if (old_model_output) return Form::velocity;
-  return old_mean ? Form::mean : Form::log_prob;
-}
-
-#define GUARD_OPS_OPERANDS                                                                    \
-  const Tensor &model_output, const MaybeTensor &model_output_uncond,                         \
-      const MaybeTensor &ref_model_output, const MaybeTensor &sample,                         \
-      const MaybeTensor &prev_sample, const MaybeTensor &old_mean,                            \
-      const MaybeTensor &old_model_output, const MaybeTensor &noise, const MaybeTensor &seed, \
-      [[maybe_unused]] const Tensor &coefficients, double guidance_scale
-#define GUARD_OPS_PASS                                                                \
-  model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean, \
-      old_model_output, noise, seed, coefficients, guidance_scale
-
-Batch batch_of(GUARD_OPS_OPERANDS) {
-  Batch t{};
-  t.form = form_of(old_mean, old_model_output, noise, seed);
-  t.steps = model_output.size(0);
-  t.batch = model_output.size(1);
-  t.numel = model_output.size(2);
-  t.v = operand(model_output);
-  t.uncond = operand(model_output_uncond);
-  t.ref = operand(ref_model_output);
-  t.x = operand(sample);
-  t.y = operand(prev_sample);
-  t.m = operand(old_mean);
-  t.v_old = operand(old_model_output);
-  t.noise = operand(noise);
-  for (const MaybeTensor& x : {MaybeTensor(model_output), model_output_uncond, ref_model_output,
-                               sample, prev_sample, old_mean, old_model_output, noise}) {
-    if (!x) continue;
-    t.wide = t.wide || x->scalar_type() == at::kDouble;
-    TORCH_CHECK(x->sizes() == model_output.sizes(), "guard_ops: operands differ in shape");
-  }
-  if (seed) {
-    TORCH_CHECK(seed->scalar_type() == at::kLong && seed->dim() == 3 && seed->size(2) == 2,
-                "guard_ops: seed needs int64 [K, B, 2]");
-    t.seeds = {seed->const_data_ptr<int64_t>(), seed->stride(0), seed->stride(1), seed->stride(2)};
-  }
-  t.guidance_scale = guidance_scale;
-  return t;
-}
-
-at::ScalarType compute_type(const Batch& t) { return t.wide ? at::kDouble : at::kFloat; }
 
 // torch's own number of threads; equal contiguous shares, so memory is walked in order.
 void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
@@ -202,40 +106,12 @@ std::tuple<Tensor, Tensor> gradient(const Tensor& sum_grads, GUARD_OPS_OPERANDS,
   return {grad, grad_uncond};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(
-    GUARD_OPS_OPERANDS, const Tensor& advantages, const MaybeTensor& old_log_prob,
-    const MaybeTensor& step_weights, const MaybeTensor& mean_std, int64_t ratio_norm,
-    int64_t balance, bool detach_stats, bool mean_reduction, bool drop, bool gaussian,
-    double target_std, double std_floor, double clip_low, double clip_high, double adv_clip,
-    double weight_floor, double kl_beta, bool cond, bool uncond) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(GUARD_OPS_OPERANDS,
+                                                                      GUARD_OPS_OBJECTIVE,
+                                                                      bool cond, bool uncond) {
   const Batch t = batch_of(GUARD_OPS_PASS);
-  Problem problem{};
-  problem.config = {static_cast<RatioNorm>(ratio_norm),
-                    static_cast<Balance>(balance),
-                    detach_stats,
-                    mean_reduction,
-                    drop,
-                    gaussian,
-                    target_std,
-                    std_floor,
-                    clip_low,
-                    clip_high,
-                    adv_clip,
-                    weight_floor,
-                    kl_beta};
-  problem.steps = t.steps;
-  problem.batch = t.batch;
-  problem.numel = t.numel;
-  table_of(coefficients, problem.table);
-  problem.advantages = rows(advantages);
-  problem.old_log_prob = rows(old_log_prob);
-  problem.step_weights = rows(step_weights);
   Tensor stats;
-  if (mean_std) {
-    stats = mean_std->contiguous();
-    problem.mean = stats.const_data_ptr<double>();
-    problem.std = problem.mean + t.steps;
-  }
+  const Problem problem = problem_of(GUARD_OPS_PASS_LOSS, &stats);
   Tensor grad = gradient_like(model_output, cond, model_output);
   Tensor grad_uncond = gradient_like(model_output_uncond, uncond, model_output);
   const cpu::Evaluation result =
@@ -277,11 +153,6 @@ std::tuple<Tensor, Tensor, Tensor> sde_step(const Tensor& model_output, const Te
   return {prev_sample, mean, square};
 }
 
-#define GUARD_OPS_SCHEMA                                                                           \
-  "Tensor model_output, Tensor? model_output_uncond, Tensor? ref_model_output, Tensor? sample, "   \
-  "Tensor? prev_sample, Tensor? old_mean, Tensor? old_model_output, Tensor? noise, Tensor? seed, " \
-  "Tensor coefficients, float guidance_scale"
-
 TORCH_LIBRARY(guard_ops, m) {
   m.def("sums(" GUARD_OPS_SCHEMA ") -> Tensor");
   m.def("gradient(Tensor sum_grads, " GUARD_OPS_SCHEMA
@@ -293,6 +164,9 @@ TORCH_LIBRARY(guard_ops, m) {
         "float adv_clip, float weight_floor, float kl_beta, bool cond, bool uncond) -> "
         "(Tensor loss, Tensor grad, Tensor grad_uncond, Tensor per_row, Tensor metrics, "
         "Tensor sum_grads)");
+  m.def(
+      "scaled_(Tensor(a!) grad, Tensor(b!) grad_uncond, Tensor factor, Tensor "
+      "sum_grads, " GUARD_OPS_SCHEMA ", bool cond, bool uncond) -> ()");
   m.def(
       "sde_step(Tensor model_output, Tensor sample, Tensor coefficients, Tensor? noise, "
       "Tensor? seed) -> (Tensor prev_sample, Tensor mean, Tensor square)");
@@ -308,7 +182,16 @@ TORCH_LIBRARY_IMPL(guard_ops, CPU, m) {
 }  // namespace
 }  // namespace guard_ops
 
+#if defined(GUARD_OPS_CUDA_VERSION)
+namespace guard_ops {
+void define_cuda(pybind11::module_& m);  // bindings_cuda.cpp
+}
+#endif
+
 PYBIND11_MODULE(_C, m) {
+#if defined(GUARD_OPS_CUDA_VERSION)
+  guard_ops::define_cuda(m);
+#endif
   m.doc() = "Compiled kernels of guard_ops; the operators are under torch.ops.guard_ops.";
   m.def(
       "build_info",
@@ -316,8 +199,13 @@ PYBIND11_MODULE(_C, m) {
         pybind11::dict info;
         info["version"] = GUARD_OPS_VERSION;
         info["torch"] = GUARD_OPS_TORCH_VERSION;
+#if defined(GUARD_OPS_CUDA_VERSION)
+        info["cuda"] = GUARD_OPS_CUDA_VERSION;
+        info["cuda_architectures"] = pybind11::str(GUARD_OPS_CUDA_ARCHITECTURES).attr("split")();
+#else
         info["cuda"] = pybind11::none();
         info["cuda_architectures"] = pybind11::list();
+#endif
         info["cpu_isa_built"] = GUARD_OPS_ISAS;
         info["cpu_isa"] = std::string(guard_ops::cpu::kernels().name);
         info["compiler"] = GUARD_OPS_COMPILER;

@@ -31,6 +31,11 @@ GUARD_OPS_HD bool operator==(const Coefficients& p, const Coefficients& q) {
   return p.c1 == q.c1 && p.c2 == q.c2 && p.c3 == q.c3;
 }
 
+// The gradient's factors of a transition whose velocity enters the mean by b.
+GUARD_OPS_HD Factors<double> factors_of(double b, const Coefficients& c) {
+  return {b * c.c1, 2 * b * c.c2, 2 * b * b * c.c3};
+}
+
 // Numbers of one step or transition that the objective needs, and D.
 struct StepScalars {
   double s, kappa, dt, numel;

@@ -19,13 +19,13 @@ namespace guard_ops {
 // How the behaviour policy is given.
 enum class Form : int { mean, velocity, noise, seeded, log_prob };
 
-constexpr bool uses_sample(Form f) {
+GUARD_OPS_HD constexpr bool uses_sample(Form f) {
   return f == Form::mean || f == Form::velocity || f == Form::log_prob;
 }
-constexpr bool uses_old_velocity(Form f) {
+GUARD_OPS_HD constexpr bool uses_old_velocity(Form f) {
   return f == Form::velocity || f == Form::noise || f == Form::seeded;
 }
-constexpr bool uses_noise(Form f) { return f == Form::noise || f == Form::seeded; }
+GUARD_OPS_HD constexpr bool uses_noise(Form f) { return f == Form::noise || f == Form::seeded; }
 
 // a * b + c in one rounding; a SIMD vector's header specializes it.
 template <class T>
@@ -92,6 +92,18 @@ GUARD_OPS_HD T residual(const Step<T>& step, const Element<T>& in) {  // e
   }
 }
 
+// What multiplies e, delta and v - v_ref in the gradient of one transition.
+template <class T>
+struct Factors {
+  T k1, k2, k3;
+};
+
+// b (c1 e + 2 c2 delta), without the reference's part.
+template <Form F, class T>
+GUARD_OPS_HD T velocity_gradient(const Factors<T>& k, const Step<T>& step, const Element<T>& in) {
+  return fma(k.k1, residual<F>(step, in), k.k2 * delta<F>(step, in));
+}
+
 // ---- Philox4x32-10 (Salmon et al., 2011) and its normals ----------------------------------------
 
 namespace philox {
@@ -123,6 +135,19 @@ GUARD_OPS_HD Words generate(uint64_t key, uint64_t counter, uint64_t transition)
   return {{c0, c1, c2, c3}};
 }
 
+// Sine and cosine of a quarter turn's fraction in [-1/2, 1/2). The device has them without the
+// reduction of large arguments, which would need local memory.
+template <class R>
+GUARD_OPS_HD void sine_cosine(R fraction, R* sine, R* cosine) {
+#if defined(__CUDA_ARCH__)
+  ::sincospif(fraction * R(0.5), sine, cosine);
+#else
+  const R angle = fraction * R(1.5707963267948966);
+  *cosine = std::cos(angle);
+  *sine = std::sin(angle);
+#endif
+}
+
 // Two normals from a radius word and an angle word. Both go through exact float32 numbers, the
 // angle as a quadrant and a rest in [-pi/4, pi/4), so backends differ by libm's rounding only.
 template <class R>
@@ -133,8 +158,8 @@ GUARD_OPS_HD void box_muller(uint32_t radius_word, uint32_t angle_word, R* first
   const uint32_t quadrant = angle_word >> 30;
   const int32_t rest = static_cast<int32_t>(angle_word & 0x3FFFFFFFu) - 0x20000000;
   const R fraction = static_cast<R>(static_cast<float>(rest) * 9.313225746154785e-10f);  // 2^-30
-  const R angle = fraction * R(1.5707963267948966);
-  const R cosine = std::cos(angle), sine = std::sin(angle);
+  R sine, cosine;
+  sine_cosine(fraction, &sine, &cosine);
   const R x = (quadrant & 1) ? -sine : cosine, y = (quadrant & 1) ? cosine : sine;
   const R signed_radius = quadrant >= 2 ? -radius : radius;
   *first = signed_radius * x;

@@ -122,18 +122,6 @@ struct Call {
     }
   }
 
-  // A row's coefficients, if every transition of the batch is finite.
-  Coefficients assume(int64_t row) const {
-    const int64_t k = row / t.batch, i = row % t.batch;
-    const Config& config = problem.config;
-    const StepScalars scalars = problem.scalars(k, i);
-    const double advantage = *problem.advantages.at(k, i);
-    const Ratio r = ratio_of(config, scalars, sums[row], advantage, problem.old_log_prob.at(k, i));
-    if (!r.finite) return nonfinite_coefficients(config);
-    return own_coefficients(config, scalars, r, problem.statistics(k), advantage,
-                            problem.step_weights.at(k, i), double(t.steps), double(t.batch));
-  }
-
   template <class Body>
   void for_each_row(Body body) const {
     const int64_t grain = std::max<int64_t>(1, grain_elements / t.numel);
@@ -146,7 +134,7 @@ struct Call {
     std::vector<Coefficients> assumed(sums.size());
     for_each_row([&](int64_t row) {
       sums[row] = read(row);
-      assumed[row] = assume(row);
+      assumed[row] = problem.assume(row / t.batch, row % t.batch, sums[row]);
       write(row, assumed[row]);
     });
     Evaluation out = evaluate(problem, sums.data());

@@ -226,8 +226,8 @@ void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c
   Scratch<R> scratch;
   const Step<Vector<R>> coefficients = broadcast<R>(step);
   const Vector<R> b = coefficients.b, factor = splat(R(c.c1));
-  const Vector<R> k1 = splat(R(step.b * c.c1)), k2 = splat(R(2 * step.b * c.c2));
-  const Vector<R> k3 = splat(R(2 * step.b * step.b * c.c3));
+  const Factors<double> k = factors_of(step.b, c);
+  const Factors<Vector<R>> factors{splat(R(k.k1)), splat(R(k.k2)), splat(R(k.k3))};
   const Vector<R> scale = splat(R(t.guidance_scale)), rest = splat(R(1 - t.guidance_scale));
   const Shape shape = shape_of(c);
   const bool with_ref = c.c3 != 0 && t.ref, with_v = shape != Shape::without || with_ref;
@@ -239,14 +239,15 @@ void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c
     if (uncond) to_uncond = target<R>(uncond, at, j);
     for_each_vector<R, D>(n, [&](int, auto where) {
       const Element<Vector<R>> x = element<F, R>(in, with_v, where);
-      Vector<R> e = residual<F>(coefficients, x), g;
+      Vector<R> g;
       if (shape == Shape::general) {
-        g = fma(k1, e, k2 * delta<F>(coefficients, x));
+        g = velocity_gradient<F>(factors, coefficients, x);
       } else {
+        Vector<R> e = residual<F>(coefficients, x);
         if (shape == Shape::with_delta) e = e - delta<F>(coefficients, x);
         g = factor * (b * e);
       }
-      if (with_ref) g = fma(k3, x.v - where.any(in.ref), g);
+      if (with_ref) g = fma(factors.k3, x.v - where.any(in.ref), g);
       if (to) where.put(to, t.uncond ? scale * g : g);
       if (to_uncond) where.put(to_uncond, rest * g);
     });

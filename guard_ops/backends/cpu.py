@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from .. import extension
-from ..config import Balance, GuardConfig, RatioNorm
-from ..objective import Metrics
-from ..transitions import Transitions, compute_dtype
+from ..config import GuardConfig
+from ..transitions import Transitions
+from .operators import build_info, objective_arguments
 
 NAME = "cpu"
 FUSED = True
 
-build_info = extension.load().build_info
 _isa = os.environ.get("GUARD_OPS_CPU_ISA")
 if _isa and _isa != build_info()["cpu_isa"]:
     warnings.warn(
@@ -27,8 +24,6 @@ if _isa and _isa != build_info()["cpu_isa"]:
         stacklevel=2,
     )
 _ops = torch.ops.guard_ops
-_RATIO_NORM = {name: i for i, name in enumerate(get_args(RatioNorm))}
-_BALANCE = {name: i for i, name in enumerate(get_args(Balance))}
 
 
 def supports(device: torch.device) -> bool:
@@ -81,19 +76,7 @@ def guard_loss(
         old_log_prob,
         step_weights,
         mean_std,
-        _RATIO_NORM[config.ratio_norm],
-        _BALANCE[config.balance],
-        config.detach_stats,
-        config.reduction == "mean",
-        config.nonfinite == "drop",
-        gaussian,
-        config.target_std,
-        config.std_floor,
-        config.clip_low,
-        config.clip_high,
-        config.adv_clip,
-        config.weight_floor,
-        config.kl_beta,
+        *objective_arguments(config, gaussian),
         cond,
         uncond,
     )
@@ -120,45 +103,3 @@ def scaled(
         for grad in grads:
             grad.mul_(value)
     return tuple(grads)
-
-
-def _fake_gradient(branch: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
-    return torch.empty_like(branch) if wanted and branch is not None else like.new_empty(0)
-
-
-def _fake_dtype(t: tuple[Tensor | None, ...]) -> torch.dtype:
-    return compute_dtype(*(x for x in t[:8] if x is not None))
-
-
-@torch.library.register_fake("guard_ops::sums")
-def _(*t):  # type: ignore[no-untyped-def]
-    return t[0].new_empty((3, *t[0].shape[:2]), dtype=torch.float64)
-
-
-@torch.library.register_fake("guard_ops::gradient")
-def _(_, *args):  # type: ignore[no-untyped-def]
-    cond, uncond = args[-2:]
-    return _fake_gradient(args[0], cond, args[0]), _fake_gradient(args[1], uncond, args[0])
-
-
-@torch.library.register_fake("guard_ops::guard_loss")
-def _(*args):  # type: ignore[no-untyped-def]
-    cond, uncond = args[-2:]
-    v, uncond_output = args[:2]
-    per_row = v.new_empty((4, *v.shape[:2]), dtype=_fake_dtype(args))
-    return (
-        per_row.new_empty(()),
-        _fake_gradient(v, cond, v),
-        _fake_gradient(uncond_output, uncond, v),
-        per_row,
-        per_row.new_empty((len(Metrics._fields), v.shape[0])),
-        per_row.new_empty((3, *v.shape[:2]), dtype=torch.float64),
-    )
-
-
-@torch.library.register_fake("guard_ops::sde_step")
-def _(v, x, coefficients, noise, seed):  # type: ignore[no-untyped-def]
-    wide = _fake_dtype((v, x, noise, None, None, None, None, None))
-    mean = x.new_empty(x.shape, dtype=wide)
-    square = x.new_empty(x.shape[:2], dtype=torch.float64)
-    return x.new_empty(x.shape), mean, square

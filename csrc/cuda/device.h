@@ -1,0 +1,106 @@
+// What the kernels ask of a thread's surroundings. The tests replace it by ../tests/emulate.h,
+// which runs the same kernels on the host.
+#pragma once
+
+#if defined(GUARD_OPS_EMULATE)
+#include "../tests/emulate.h"
+#else
+
+#include <cooperative_groups.h>
+
+#include <cstdint>
+
+namespace guard_ops::cuda {
+
+__device__ __forceinline__ uint32_t thread() { return threadIdx.x; }
+__device__ __forceinline__ uint32_t threads() { return blockDim.x; }
+__device__ __forceinline__ uint32_t block() { return blockIdx.x; }
+__device__ __forceinline__ uint32_t blocks() { return gridDim.x; }
+
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T x, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, x, mask);
+}
+
+// 16 bytes from global to shared memory, past the registers; a group of copies is waited for.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int pending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// The storage types' conversions, each rounding once, to nearest even.
+__device__ __forceinline__ float from_half(uint16_t x) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x));
+  return out;
+}
+__device__ __forceinline__ uint16_t to_half(float x) {
+  uint16_t out;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(x));
+  return out;
+}
+__device__ __forceinline__ float from_bfloat(uint16_t x) {
+  return __uint_as_float(static_cast<uint32_t>(x) << 16);
+}
+__device__ __forceinline__ uint16_t to_bfloat(float x) {
+  uint16_t out;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(x));
+  return out;
+}
+
+// Integers that blocks tell each other how far they are with.
+__device__ __forceinline__ void fence() { __threadfence(); }
+__device__ __forceinline__ uint32_t count_up(uint32_t* counter) { return atomicAdd(counter, 1u); }
+__device__ __forceinline__ void raise_flag(uint32_t* flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+}
+__device__ __forceinline__ void await_flag(const uint32_t* flag) {
+  uint32_t raised;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+  } while (raised == 0);
+}
+// What another block wrote: from where the blocks meet, not from this multiprocessor's cache.
+__device__ __forceinline__ double load_fresh(const double* x) { return __ldcg(x); }
+
+// The blocks of one cluster; before sm_90 a block is a cluster of its own.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void sync_cluster() { cooperative_groups::this_cluster().sync(); }
+__device__ __forceinline__ uint32_t cluster_rank() {
+  return cooperative_groups::this_cluster().block_rank();
+}
+__device__ __forceinline__ uint32_t cluster_size() {
+  return cooperative_groups::this_cluster().num_blocks();
+}
+template <class T>
+__device__ __forceinline__ const T* of_cluster(const T* shared, uint32_t rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+}
+#else
+__device__ __forceinline__ void sync_cluster() { __syncthreads(); }
+__device__ __forceinline__ uint32_t cluster_rank() { return 0; }
+__device__ __forceinline__ uint32_t cluster_size() { return 1; }
+template <class T>
+__device__ __forceinline__ const T* of_cluster(const T* shared, uint32_t) {
+  return shared;
+}
+#endif
+
+}  // namespace guard_ops::cuda
+#endif

@@ -1,0 +1,98 @@
+// How a batch is cut up: the same for every kernel and path, so that all of them give the same
+// bits.
+//
+// A tile is what a warp holds at once, 8 elements a lane. A chunk is a run of tiles of one row
+// whose sums a warp forms; how many tiles it has depends on the row's length alone.
+#pragma once
+
+#include <type_traits>
+
+#include "../batch.h"
+
+namespace guard_ops::cuda {
+
+constexpr uint32_t lane_elements = 8, warp_size = 32, tile = lane_elements * warp_size;
+constexpr uint32_t most_chunk_tiles = 32, chunks_aimed_at = 64;  // of a row
+
+enum Role { role_v, role_uncond, role_ref, role_x, role_y, role_old, role_noise, roles };
+
+// n / d for n < 2^31 by a multiplication.
+struct Divisor {
+  uint32_t d = 1, shift = 31;
+  uint64_t multiplier = 1;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t d) : d(d) {
+    while ((uint64_t(1) << (shift - 31)) < d) ++shift;
+    multiplier = (uint64_t(1) << shift) / d + 1;
+    if (d == 1) shift = 31, multiplier = uint64_t(1) << 31;
+  }
+  GUARD_OPS_HD uint32_t divide(uint32_t n) const {
+    return static_cast<uint32_t>(n * multiplier >> shift);
+  }
+};
+
+struct Plan {
+  Form form;
+  Operand operand[roles];  // absent ones are null
+  uint32_t offset[roles];  // of an operand's part of a slot
+  uint32_t slot_bytes;     // of shared memory that a tile takes
+  uint32_t mean_offset;    // where sde_step puts the mean
+  uint32_t rows, chunk_tiles, row_chunks, chunks;
+  int64_t numel;
+  Divisor by_batch, by_row_chunks, by_chunk_tiles;
+  uint32_t batch;
+  Seeds seeds;
+  float guidance_scale, uncond_scale;  // uncond_scale: 1 - guidance_scale
+  Rows table[3];                       // a, b, s
+};
+
+// `with_mean`: a slot has room for sde_step's float32 mean.
+inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
+  Plan p{};
+  p.form = t.form;
+  const Operand* const operands[roles] = {
+      &t.v, &t.uncond, &t.ref, &t.x, &t.y, t.m ? &t.m : &t.v_old, &t.noise};
+  for (int r = 0; r < roles; ++r) {
+    p.operand[r] = *operands[r];
+    p.offset[r] = p.slot_bytes;
+    if (p.operand[r]) p.slot_bytes += uint32_t(tile * size_of(p.operand[r].dtype));
+  }
+  p.mean_offset = p.slot_bytes;
+  if (with_mean) p.slot_bytes += tile * sizeof(float);
+  const int64_t tiles = (t.numel + tile - 1) / tile;
+  const int64_t aimed = (tiles + chunks_aimed_at - 1) / chunks_aimed_at;
+  p.chunk_tiles = uint32_t(aimed < most_chunk_tiles ? aimed : most_chunk_tiles);
+  p.row_chunks = uint32_t((tiles + p.chunk_tiles - 1) / p.chunk_tiles);
+  p.rows = uint32_t(t.steps * t.batch);
+  p.chunks = p.rows * p.row_chunks;
+  p.numel = t.numel;
+  p.batch = uint32_t(t.batch);
+  p.by_batch = Divisor(p.batch);
+  p.by_row_chunks = Divisor(p.row_chunks);
+  p.by_chunk_tiles = Divisor(p.chunk_tiles);
+  p.seeds = t.seeds;
+  p.guidance_scale = float(t.guidance_scale);
+  p.uncond_scale = float(1 - t.guidance_scale);
+  for (int n = 0; n < 3; ++n) p.table[n] = table[n];
+  return p;
+}
+
+// Calls call(std::integral_constant<Form, form>). Once a tile: kernels of one form each would be
+// five times as long to compile, as most of a kernel does not know the form.
+template <class Call>
+GUARD_OPS_HD void by_form(Form form, Call call) {
+  if (form == Form::mean) {
+    call(std::integral_constant<Form, Form::mean>{});
+  } else if (form == Form::velocity) {
+    call(std::integral_constant<Form, Form::velocity>{});
+  } else if (form == Form::noise) {
+    call(std::integral_constant<Form, Form::noise>{});
+  } else if (form == Form::seeded) {
+    call(std::integral_constant<Form, Form::seeded>{});
+  } else {
+    call(std::integral_constant<Form, Form::log_prob>{});
+  }
+}
+
+}  // namespace guard_ops::cuda

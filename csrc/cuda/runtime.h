@@ -1,0 +1,131 @@
+// What the launches ask of a device, remembered, and the launch itself. The tests replace it, as
+// they do device.h.
+#pragma once
+
+#if defined(GUARD_OPS_EMULATE)
+#include "../tests/emulate_runtime.h"
+#else
+
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+namespace guard_ops::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // it is reported here, not by whoever asks next
+  throw std::runtime_error(std::string("guard_ops: ") + what + ": " + cudaGetErrorString(status));
+}
+
+struct Device {
+  int number, multiprocessors, shared_bytes;  // a block's most
+  bool cooperative, clusters;
+};
+
+inline const Device& device() {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  int number = 0;
+  check(cudaGetDevice(&number), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(number);
+  if (found != known.end()) return found->second;
+  const auto attribute = [&](cudaDeviceAttr a) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, a, number), "cudaDeviceGetAttribute");
+    return value;
+  };
+  const Device d{number, attribute(cudaDevAttrMultiProcessorCount),
+                 attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                 attribute(cudaDevAttrCooperativeLaunch) != 0,
+                 attribute(cudaDevAttrClusterLaunch) != 0};
+  return known.emplace(number, d).first->second;
+}
+
+// Why the device cannot run this kernel, whatever it was compiled for; empty where it can.
+inline std::string why_not(const void* kernel) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(status);
+}
+
+struct Launch {
+  int blocks, threads, shared_bytes;
+  bool cooperative = false;
+  int cluster = 1;
+};
+
+// How many blocks of this kernel, or clusters, the device runs at once: 0 where it cannot.
+inline int at_once(const void* kernel, const Launch& launch) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int, int>, int> known;
+  const Device& d = device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key =
+      std::make_tuple(d.number, kernel, launch.threads, launch.shared_bytes, launch.cluster);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  int count = 0;
+  // The most that any launch may ask for; a smaller later one must not take it back.
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
+  if (status == cudaSuccess && launch.cluster > 1) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(launch.cluster);
+    config.blockDim = dim3(launch.threads);
+    config.dynamicSmemBytes = launch.shared_bytes;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = launch.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+  } else if (status == cudaSuccess) {
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, launch.threads,
+                                                           launch.shared_bytes);
+    count *= d.multiprocessors;
+  }
+  if (status != cudaSuccess) {
+    cudaGetLastError();
+    count = 0;
+  }
+  return known.emplace(key, count).first->second;
+}
+
+template <class Argument>
+void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(launch.blocks);
+  config.blockDim = dim3(launch.threads);
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  if (launch.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else if (launch.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = launch.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  config.attrs = &attribute;
+  config.numAttrs = launch.cooperative || launch.cluster > 1 ? 1 : 0;
+  void* arguments[] = {&argument};
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments),
+        "kernel launch");
+}
+
+inline void zero(void* data, size_t bytes, void* stream) {
+  check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+}
+
+}  // namespace guard_ops::cuda
+#endif

@@ -1,0 +1,89 @@
+// One rollout step: reads v, x and the noise (or generates it), writes the sample and its mean.
+#include "launch.h"
+#include "walk.h"
+
+namespace guard_ops::cuda {
+namespace {
+
+struct StepCall {
+  Plan plan;
+  Operand prev_sample, mean;
+  Partials partials;
+  uint32_t slots;
+  double* square;  // [K, B]
+};
+
+template <bool seeded>
+__device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& row, const At& at,
+                                               char* slot) {
+  const DType stored = p.operand[role_x].dtype;
+  float v[lane_elements], x[lane_elements], noise[lane_elements], sampled[lane_elements];
+  read_velocity(p, slot, v);
+  read(slot + p.offset[role_x], stored, x);
+  if constexpr (seeded) {
+    normals(row, at.begin + lane() * lane_elements, noise);
+  } else {
+    read(slot + p.offset[role_noise], p.operand[role_noise].dtype, noise);
+  }
+#pragma unroll
+  for (uint32_t e = 0; e < lane_elements; ++e) {
+    v[e] = mean(row.step, x[e], v[e]);
+    sampled[e] = fma(row.step.s, noise[e], v[e]);
+  }
+  write(slot + p.mean_offset, DType::f32, v);
+  write(slot + p.offset[role_x], stored, sampled);
+  read(slot + p.offset[role_x], stored, sampled);  // log_prob is that of the sample as stored
+  const uint32_t own = own_elements(at);
+  float square = 0;
+#pragma unroll
+  for (uint32_t e = 0; e < lane_elements; ++e) {
+    const float d = sampled[e] - v[e];
+    if (e < own) square = fma(d, d, square);
+  }
+  return square;
+}
+
+template <bool seeded>
+__global__ void __launch_bounds__(stream_threads, 3)
+    step_chunks(const __grid_constant__ StepCall call) {
+  const Walk walk(call.plan, shared_memory() + block_header, call.slots,
+                  share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
+  double total = 0;
+  walk.each([&](const RowNumbers& row, const At& at, char* slot, bool last) {
+    if (at.count != 0) {
+      total += double(step_in_place<seeded>(call.plan, row, at, slot));
+      sync_warp();
+      store_tile(call.prev_sample, slot + call.plan.offset[role_x], at);
+      store_tile(call.mean, slot + call.plan.mean_offset, at);
+    }
+    if (!last) return;
+    total = warp_total(total);
+    if (lane() == 0) call.partials.put(at.chunk, {total, 0, 0});
+    total = 0;
+  });
+}
+
+__global__ void __launch_bounds__(stream_threads)
+    squares_of_rows(const __grid_constant__ StepCall call) {
+  const uint32_t rows_a_block = threads() / row_lanes;
+  row_sums(call.plan, call.partials, block() * rows_a_block, blocks() * rows_a_block,
+           [&](uint32_t row, const Sums& sums) { call.square[row] = sums.s1; });
+}
+
+}  // namespace
+
+void sde_step(const Batch& t, const Rows table[5], const Operand& prev_sample, const Operand& mean,
+              double* square, void* workspace, Stream stream) {
+  StepCall call{plan_of(t, table, true), prev_sample, mean, {}, 0, square};
+  Workspace w{};
+  workspace_layout(call.plan, t.steps, static_cast<char*>(workspace), &w);
+  call.partials = {w.partials, call.plan.chunks, false};
+  const auto kernel = t.seeds.data != nullptr ? step_chunks<true> : step_chunks<false>;
+  const Launch launch = streaming(call.plan, kernel, &call.slots);
+  start(kernel, launch, stream, call);
+  const int rows_a_block = stream_threads / int(row_lanes);
+  const int blocks = (int(call.plan.rows) + rows_a_block - 1) / rows_a_block;
+  start(squares_of_rows, Launch{std::min(blocks, 1024), stream_threads, 0}, stream, call);
+}
+
+}  // namespace guard_ops::cuda

@@ -1,0 +1,56 @@
+// The sums of every transition: each operand is read once, 24 bytes a chunk are written.
+#include "launch.h"
+#include "walk.h"
+
+namespace guard_ops::cuda {
+namespace {
+
+struct SumsCall {
+  Plan plan;
+  Partials partials;
+  uint32_t slots;
+  double* out;  // [3, K, B]
+};
+
+__global__ void __launch_bounds__(stream_threads, 3)
+    sums_of_chunks(const __grid_constant__ SumsCall call) {
+  const Walk walk(call.plan, shared_memory() + block_header, call.slots,
+                  share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
+  walk.sums([&](const At& at, const Sums& sums) {
+    if (lane() == 0) call.partials.put(at.chunk, sums);
+  });
+}
+
+__global__ void __launch_bounds__(stream_threads)
+    sums_of_rows(const __grid_constant__ SumsCall call) {
+  const uint32_t rows_a_block = threads() / row_lanes, rows = call.plan.rows;
+  row_sums(call.plan, call.partials, block() * rows_a_block, blocks() * rows_a_block,
+           [&](uint32_t row, const Sums& sums) {
+             call.out[row] = sums.s1;
+             call.out[rows + row] = sums.s2;
+             call.out[2 * rows + row] = sums.ref;
+           });
+}
+
+}  // namespace
+
+std::string unsupported() { return why_not(address(sums_of_rows)); }
+
+int64_t workspace_bytes(const Batch& t) {
+  const Rows none[3] = {};
+  return workspace_layout(plan_of(t, none), t.steps, nullptr, nullptr);
+}
+
+void sums(const Batch& t, const Rows table[5], double* out, void* workspace, Stream stream) {
+  SumsCall call{plan_of(t, table), {}, 0, out};
+  Workspace w{};
+  workspace_layout(call.plan, t.steps, static_cast<char*>(workspace), &w);
+  call.partials = {w.partials, call.plan.chunks, bool(t.ref)};
+  const Launch launch = streaming(call.plan, sums_of_chunks, &call.slots);
+  start(sums_of_chunks, launch, stream, call);
+  const int rows_a_block = stream_threads / int(row_lanes);
+  const int blocks = (int(call.plan.rows) + rows_a_block - 1) / rows_a_block;
+  start(sums_of_rows, Launch{std::min(blocks, 1024), stream_threads, 0}, stream, call);
+}
+
+}  // namespace guard_ops::cuda
