@@ -79,6 +79,10 @@ def advice(backend: str) -> str:
 
 
 def _build(name: str) -> dict[str, Any]:
+    if name == "triton":
+        import triton
+
+        return {"build": {"triton": triton.__version__}}
     return {"build": extension.load().build_info()} if name in ("cpu", "cuda") else {}
 
 
