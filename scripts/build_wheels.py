@@ -37,6 +37,10 @@ class NotToBeHad(Exception):  # noqa: N818  (an outcome, not a failure)
     """A cell that this machine and the package index cannot build, and why."""
 
 
+class BuildError(RuntimeError):
+    """A wheel was built and is not what it says."""
+
+
 @dataclass(frozen=True)
 class Cell:
     device: str  # cpu, cu130
@@ -90,10 +94,9 @@ def main() -> int:
             rows.append(build(cell, options.out.resolve()))
         except NotToBeHad as reason:
             rows.append(Row(cell, reason=str(reason)))
-        except subprocess.CalledProcessError as error:
-            output = error.output or ""
+        except (subprocess.CalledProcessError, BuildError) as error:
             rows.append(Row(cell, file="FAILED", reason=str(error)))
-            print(output, file=sys.stderr)
+            print(getattr(error, "output", error), file=sys.stderr)
     print(table(rows))
     return 1 if any(row.file == "FAILED" for row in rows) else 0
 
@@ -121,7 +124,7 @@ def build(cell: Cell, out: Path) -> Row:
         _, contents = look.split(": ")
         size, inside, glibc = contents.split(", ")
         if cell.cuda and inside == "no CUDA":
-            raise RuntimeError(f"{wheel.name} was built for {cell} and has no device code")
+            raise BuildError(f"{wheel.name} was built for {cell} and has no device code")
         shutil.copy2(wheel, out)
         return Row(cell, wheel.name, size, inside, glibc, f"{seconds:.0f} s")
 

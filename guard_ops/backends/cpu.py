@@ -8,15 +8,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from .. import extension
 from ..config import GuardConfig
 from ..transitions import Transitions
-from .operators import objective_arguments
+from .operators import build_info, objective_arguments
 
 NAME = "cpu"
 FUSED = True
 
-build_info = extension.load().build_info
 _isa = os.environ.get("GUARD_OPS_CPU_ISA")
 if _isa and _isa != build_info()["cpu_isa"]:
     warnings.warn(

@@ -12,8 +12,7 @@ from ..config import Balance, GuardConfig, RatioNorm
 from ..objective import Metrics
 from ..transitions import compute_dtype
 
-extension.load()  # registers torch.ops.guard_ops
-
+build_info = extension.load().build_info  # registers torch.ops.guard_ops
 _RATIO_NORM = {name: i for i, name in enumerate(get_args(RatioNorm))}
 _BALANCE = {name: i for i, name in enumerate(get_args(Balance))}
 
