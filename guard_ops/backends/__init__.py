@@ -13,7 +13,7 @@ from types import ModuleType, TracebackType
 
 import torch
 
-ORDER = ("cpu", "reference")  # fastest first; each serves the devices it supports
+ORDER = ("cuda", "cpu", "reference")  # fastest first; each serves the devices it supports
 
 _loaded: dict[str, ModuleType] = {}
 _unavailable: dict[str, str] = {}
