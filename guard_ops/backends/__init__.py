@@ -15,7 +15,8 @@ import torch
 
 from .. import extension
 
-ORDER = ("triton", "cpu", "reference")  # fastest first; each serves the devices it supports
+# Fastest first; each serves the devices it supports.
+ORDER = ("cuda", "triton", "cpu", "reference")
 
 _loaded: dict[str, ModuleType] = {}
 _unavailable: dict[str, str] = {}
