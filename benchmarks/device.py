@@ -153,9 +153,8 @@ def rows_of(
                         seconds = replayed(ours(inputs, form, objective))
                     row(backend, form, objective, seconds, path=path or "chosen")
     for objective in OBJECTIVES if chains else ():
-        for compiled in (False, True):
+        for name, compiled in (("eager", None), ("torch.compile", "default")):
             call = contenders.chain(inputs, objective, compiled=compiled, recompute=False)
-            name = "torch.compile" if compiled else "eager"
             called = timed(call)
             row(name, "mean", objective, replayed(call), as_called_microseconds=called * 1e6)
     return out

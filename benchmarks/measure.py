@@ -225,9 +225,9 @@ def environment() -> dict[str, Any]:
 def _isa() -> str:
     if "cpu" not in guard_ops.available_backends():
         return "no cpu backend"
-    from guard_ops.backends import cpu
+    from guard_ops.backends.operators import build_info
 
-    return str(cpu.build_info()["cpu_isa"])
+    return str(build_info()["cpu_isa"])
 
 
 def _commit() -> str:
