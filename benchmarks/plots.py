@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,13 @@ def roofline(pyplot: Any, rows: list[Row]) -> Any:
     """Achieved bandwidth (useful bytes over time) against the bytes a pass must move."""
     figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
-    copies = sorted(
-        (row["floor_bytes"], row["gigabytes_per_second"])
-        for row in rows
-        if row["contender"] == COPY
-    )
+    copies: dict[int, list[float]] = {}
+    for row in rows:
+        if row["contender"] == COPY:
+            copies.setdefault(row["floor_bytes"], []).append(row["gigabytes_per_second"])
     axes.plot(
-        [x / 2**20 for x, _ in copies],
-        [y for _, y in copies],
+        [size / 2**20 for size in sorted(copies)],
+        [statistics.median(copies[size]) for size in sorted(copies)],
         color="black",
         linewidth=1.2,
         label="memory copy of as many bytes",
@@ -125,7 +125,7 @@ def speed_up(pyplot: Any, rows: list[Row]) -> Any:
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     base = next(row["contender"] for row in rows if row["base"])
     figure, panels = pyplot.subplots(
-        1, len(dtypes), figsize=(11, 5.2), layout="constrained", sharey=True, squeeze=False
+        1, len(dtypes), figsize=(11, 6.4), layout="constrained", sharey=True, squeeze=False
     )
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     for axes, dtype in zip(panels[0], dtypes, strict=True):

@@ -22,8 +22,7 @@ from .results import Row
 
 BLOCKS = 3  # each with tensors of its own: where they lie in memory is part of a rerun's scatter
 ROUNDS = (2, 12)  # of a block, least and most
-# (untimed, timed) calls of a turn: the fewer, the more a round's slowest contender takes of it
-TURN = {True: (5, 2), False: (8, 3)}  # with chains; without
+IN_CACHE = 64 * 2**20  # what a case moves that settles only after several passes
 CHAIN_FORM = "log-prob"  # what the public trainers' chains are given
 BESIDE = ("noise", "seeded")  # forms that run beside a workload's mean form
 ELEMENTS = {"cpu": 2**21, "cuda": 2**29}  # of a workload's latents, at most
@@ -95,7 +94,7 @@ def run_case(
             inputs = contenders.make_inputs(case.workload, case.dtype, seed=block, device=device)
             calls = case_calls(case, inputs, backends, device)
             base = next(iter(calls))
-            settle, timed = TURN[bool(case.chains)]
+            settle, timed = _turn(case)
             if block == 0:
                 rounds = _rounds(calls, seconds / BLOCKS, settle + timed)
             races.append(_race(calls, base, rounds, settle, timed, block))
@@ -167,6 +166,13 @@ def _waited(call: Call, wait: Call) -> Call:
 def _copy_bytes(case: Case) -> int:
     """What the copy beside a case moves: its floor, or a forward's where it has none."""
     return max(floor_bytes(case), case.workload.numel * 2 * case.dtype.itemsize)
+
+
+def _turn(case: Case) -> tuple[int, int]:
+    """(untimed, timed) calls of a turn: fewer beside chains, fewest beyond the caches."""
+    if floor_bytes(case) > IN_CACHE:
+        return 2, 1
+    return (5, 2) if case.chains else (8, 3)
 
 
 def _rounds(calls: Mapping[str, Any], seconds: float, turn: int) -> int:

@@ -116,16 +116,17 @@ def accuracy(rows: Rows) -> list[Table]:
 def share(rows: Rows) -> list[Table]:
     """How much of a training step the loss is, before and after."""
     columns = ["model", "plain PyTorch", "guard_ops", "peak memory of the loss"]
-    columns += ["peak memory of the step", "share at full width"]
+    columns += ["of the step", "share at full width"]
     lines = [
         [
             f"{row['model']} {_times(row['shape'])}",
             *(_part_of_step(row, name) for name in ("before", "after")),
             *(
-                f"{mebibytes(row[f'{what}_before_bytes'])}, {mebibytes(row[f'{what}_after_bytes'])}"
+                f"{row[f'{what}_before_bytes'] / 2**20:.1f} -> "
+                f"{mebibytes(row[f'{what}_after_bytes'])}"
                 for what in ("loss_peak", "peak")
             ),
-            ", ".join(_full_share(row, name) for name in ("before", "after")),
+            " -> ".join(_full_share(row, name) for name in ("before", "after")),
         ]
         for row in rows
         if "skipped" not in row
@@ -197,7 +198,7 @@ def _rounds(rows: Rows) -> str:
 
 def _part_of_step(row: Row, name: str) -> str:
     loss, step = row[f"loss_{name}_ms"], row[f"step_{name}_ms"]
-    return f"{loss:.3g} of {step:.3g} ms ({loss / step:.2%})"
+    return f"{loss:.3g} of {_digits(step)} ms ({loss / step:.2%})"
 
 
 def _full_share(row: Row, name: str) -> str:
@@ -206,4 +207,8 @@ def _full_share(row: Row, name: str) -> str:
     if row["parameters"] == row["full_parameters"]:
         return f"{loss / step:.2%}"
     model = max(step - loss, 0) * row["full_parameters"] / row["parameters"]
-    return f"about {loss / (loss + model):.4%}"
+    return f"about {100 * loss / (loss + model):.1g}%"
+
+
+def _digits(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"

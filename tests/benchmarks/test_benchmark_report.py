@@ -185,8 +185,9 @@ def test_share_of_a_step_is_measured_and_estimated_and_a_skip_says_why(repositor
     text = report.render(results.load(repository / "results"))["share"]
     assert "1 of 101 ms (0.99%)" in text
     assert "0.1 of 100 ms (0.10%)" in text
+    assert "| 1.0 -> 0.1 MiB | 128.0 -> 64.0 MiB |" in text
     # 100 times the parameters: 1 ms of 10,001 ms, 0.1 of 10,000.1
-    assert "about 0.0100%, about 0.0010%" in text
+    assert "about 0.01% -> about 0.001%" in text
     assert "FLUX.1-dev: skipped, diffusers is not installed." in text
 
 
