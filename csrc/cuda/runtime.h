@@ -16,6 +16,8 @@
 
 namespace guard_ops::cuda {
 
+constexpr int stream_threads = 256, cooperative_threads = 512, cluster_threads = 256;
+
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // it is reported here, not by whoever asks next
