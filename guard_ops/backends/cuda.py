@@ -6,19 +6,16 @@ float32, bfloat16 and float16 operands in any mixture; float64 belongs to ``refe
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("guard_ops._C") is None:
-    raise ImportError("the C++ kernels were not built when guard-ops was installed")
-from .. import _C  # registers torch.ops.guard_ops
+from .. import extension
 from ..config import GuardConfig
 from ..transitions import Transitions, compute_dtype
-from .operators import objective_arguments
+from .operators import build_info, objective_arguments
 
-if _C.build_info()["cuda"] is None:
+if build_info()["cuda"] is None:
     raise ImportError("this build of guard-ops has no CUDA kernels")
 if not torch.cuda.is_available():
     raise ImportError("no CUDA device")
@@ -31,7 +28,7 @@ _ops = torch.ops.guard_ops
 
 @functools.cache
 def _unsupported(index: int) -> str:
-    why: str = _C.cuda_unsupported(index)
+    why: str = extension.load().cuda_unsupported(index)
     return why
 
 
