@@ -19,6 +19,8 @@ from . import __version__, extension
 from .backends import available_backends, unavailable_backends
 from .selftest import self_test
 
+PATIENCE = 20.0  # seconds for a program to say its version
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report (``--json``: for programs); 0 when every available backend is right."""
@@ -90,10 +92,8 @@ def _driver() -> dict[str, str | None]:
     """The NVIDIA driver: its release, and the newest CUDA it runs; None without one."""
     release = None
     if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and done.stdout:
-            release = done.stdout.splitlines()[0].strip()
+        lines = _lines("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        release = lines[0].strip() if lines else None
     version = ctypes.c_int()
     try:
         failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -104,7 +104,10 @@ def _driver() -> dict[str, str | None]:
 
 
 def _device(index: int) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(index)
+    try:
+        properties = torch.cuda.get_device_properties(index)
+    except RuntimeError as error:  # counted by the driver, and does not start
+        return {"name": f"device {index}", "error": str(error).splitlines()[0]}
     return {
         "name": properties.name,
         "architecture": f"sm_{properties.major}{properties.minor}",
@@ -112,15 +115,26 @@ def _device(index: int) -> dict[str, Any]:
     }
 
 
+def _size(device: dict[str, Any]) -> str:
+    return f"{device['architecture']}, {device['memory_gib']} GiB"
+
+
 def _version(command: str) -> str | None:
     """The line of ``command --version`` that names one, or None without the command."""
-    path = shutil.which(command)
-    if path is None:
+    if shutil.which(command) is None:
         return None
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if any(c.isdigit() for c in line)]
+    lines = [line for line in _lines(command, "--version") if any(c.isdigit() for c in line)]
     release = [line for line in lines if "release" in line]
-    return (release or lines or [""])[0].strip()
+    return (release or lines or ["found, and does not say its version"])[0].strip()
+
+
+def _lines(*command: str) -> list[str]:
+    """What a program printed; nothing where it fails, or hangs as nvidia-smi on a sick driver."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines()
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -132,10 +146,7 @@ def _text(report: dict[str, Any]) -> str:
         f"driver: {driver['release'] or 'release unknown'}, up to CUDA {driver['cuda']}"
         if driver["cuda"]
         else "driver: no NVIDIA driver found",
-        *(
-            f"device: {d['name']}, {d['architecture']}, {d['memory_gib']} GiB"
-            for d in report["devices"]
-        ),
+        *(f"device: {d['name']}, {d.get('error') or _size(d)}" for d in report["devices"]),
         *([] if report["devices"] else ["devices: CPU only"]),
         *(f"{name}: {version or 'not found'}" for name, version in report["compilers"].items()),
     ]

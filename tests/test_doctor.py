@@ -1,6 +1,7 @@
 """What ``guard-ops doctor`` finds, says and advises."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -132,3 +133,28 @@ def test_a_driver_and_its_devices_are_said(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "driver: 580.65, up to CUDA 13.0" in text
     assert "device: H100, sm_90, 79.1 GiB" in text
+
+
+def test_a_program_that_hangs_or_fails_is_not_waited_for(monkeypatch, tmp_path, capsys):
+    """A sick driver hangs nvidia-smi; a broken installation exits with an error."""
+    for name, body in (("nvidia-smi", "exec sleep 60"), ("nvcc", "exit 3")):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(doctor, "PATIENCE", 0.5)
+    report = doctor.examine()
+    assert report["driver"]["release"] is None
+    assert report["compilers"]["nvcc"] == "found, and does not say its version"
+    assert doctor.main([]) == 0
+    assert "nvcc: found, and does not say its version" in capsys.readouterr().out
+
+
+def test_a_device_that_does_not_start_is_named_with_its_error(monkeypatch, capsys):
+    def fail(_):
+        raise RuntimeError("CUDA error: an uncorrectable ECC error\nand advice for developers")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    doctor.main([])
+    assert "device: device 0, CUDA error: an uncorrectable ECC error\n" in capsys.readouterr().out

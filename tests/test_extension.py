@@ -118,6 +118,18 @@ def test_an_extension_of_another_torch_is_not_loaded_and_one_warning_says_so(cop
     assert seen["reason"].startswith("the compiled kernels were built for torch 2.1.0")
 
 
+@pytest.mark.skipif("cpu" not in guard_ops.available_backends(), reason="needs the extension")
+def test_no_backend_loads_an_extension_of_another_torch_though_it_could(copy):
+    """The loader is no judge: this one loads, and its record alone says that it must not be."""
+    (source,) = PACKAGE.glob(f"_C{SUFFIX}")
+    shutil.copy2(source, copy)
+    (copy / source.name).with_suffix(".json").write_text('{"torch": "2.1.0", "cuda": null}')
+    seen = imported(copy)
+    assert not seen["loaded"]
+    assert not {"cuda", "cpu"} & set(seen["backends"])
+    assert len(seen["warnings"]) == 1
+
+
 def test_an_extension_that_does_not_load_is_one_warning_too(copy):
     path = copy / f"_C{SUFFIX}"
     path.write_bytes(b"\x7fELF cut short")
