@@ -20,7 +20,7 @@ from .operators import objective_arguments
 
 if _C.build_info()["cuda"] is None:
     raise ImportError("this build of guard-ops has no CUDA kernels")
-if not torch.cuda.is_available():
+if torch.cuda.device_count() == 0:  # by NVML: a process may still fork afterwards
     raise ImportError("no CUDA device")
 
 NAME = "cuda"
