@@ -72,24 +72,25 @@ def race(
     *,
     rounds: int,
     warmup: int = 2,
-    settle: int = 8,
+    settle: float = 0.03,
     timed: int = 3,
     repeat: str,
     seed: int = 0,
 ) -> Race:
     """Time every contender once a round, in an order drawn anew for each round.
 
-    A slow spell of the machine then falls on all of them. A contender's turn is ``settle`` untimed
-    calls and the median of ``timed`` more: it meets the caches and the allocator as its own calls
-    leave them and not as a neighbour did. (A last-level cache takes several passes over 30 MB to
-    forget what came before: with one untimed call a kernel looks up to twice as slow behind a
-    neighbour that allocates much, and a result would depend on who else is in the race.)
+    A slow spell of the machine then falls on all of them. A contender's turn is untimed calls for
+    ``settle`` seconds, two at least, and the median of ``timed`` more: it meets the caches and the
+    allocator as its own calls leave them and not as a neighbour did. (A last-level cache takes
+    several passes over 30 MB to forget what came before, the C library some frees to hand a
+    neighbour's memory back: with one untimed call a kernel looks up to twice as slow behind one
+    that allocates much, and a result would depend on who else is in the race.)
 
     Args:
         contenders: name -> call.
         rounds: timed rounds, at least 2.
         warmup: rounds before them that are not timed (compilation, thread pools).
-        settle, timed: calls of a turn.
+        settle: seconds of untimed calls in a turn. timed: calls timed after them.
         repeat: the contender that has two turns a round, for :attr:`Race.noise`.
 
     Raises:
@@ -109,8 +110,11 @@ def race(
     return Race(seconds, repeat)
 
 
-def _turn(call: Call, settle: int, timed: int) -> float:
-    for _ in range(settle):
+def _turn(call: Call, settle: float, timed: int) -> float:
+    start = time.perf_counter()
+    call()
+    call()
+    while time.perf_counter() - start < settle:
         call()
     elapsed = []
     for _ in range(timed):

@@ -174,9 +174,11 @@ class SdeSchedule:
         self.sigmas = tuple(values)
         self.noise_level = float(noise_level)
         self.kind: SdeKind = kind
-        rows = [_coefficients(values, k, self.noise_level, kind) for k in range(len(values) - 1)]
-        self._table = torch.tensor(rows, dtype=torch.float64, device=device).T.contiguous()  # [5,N]
-        self._deterministic = tuple(k for k, row in enumerate(rows) if row[2] == 0.0)
+        line = torch.tensor(values, dtype=torch.float64)
+        eta = torch.tensor(self.noise_level, dtype=torch.float64)
+        table = coefficient_table(line[:-1], line[1:], eta, kind, line[1])  # [5, N]
+        self._deterministic = tuple((table[2] == 0).nonzero().flatten().tolist())
+        self._table = table.to(device) if device is not None else table
 
     @classmethod
     def from_scheduler(
@@ -276,23 +278,30 @@ class SdeSchedule:
         return f"SdeSchedule(steps={len(self)}, noise_level={self.noise_level}, kind={self.kind!r})"
 
 
-def _coefficients(
-    sigmas: list[float], k: int, eta: float, kind: SdeKind
-) -> tuple[float, float, float, float, float]:
-    """(a, b, s, kappa, dt) of step k."""
-    sigma, following = sigmas[k], sigmas[k + 1]
-    dt = following - sigma
+def coefficient_table(
+    sigma: Tensor,  # [*shape] float64
+    sigma_next: Tensor,  # [*shape]
+    noise_level: Tensor,  # [] or [*shape]
+    kind: SdeKind,
+    sigma_max: Tensor,  # []: what stands for sigma where it is 1 in 1 - sigma, sigmas[1]
+) -> Tensor:
+    """``a, b, s, kappa, dt`` of steps from ``sigma`` to ``sigma_next``: [5, *shape] float64.
+
+    The table of :class:`SdeSchedule`, on any device and without a host synchronization.
+    """
+    dt = sigma_next - sigma
     if kind == "cps":
-        std = following * math.sin(eta * math.pi / 2)
-        c = math.sqrt(max(following**2 - std**2, 0.0))
-        return (1 - following) + c, -(1 - following) * sigma + c * (1 - sigma), std, 1.0, dt
-    std = eta
+        std = sigma_next * torch.sin(noise_level * (math.pi / 2))
+        c = (sigma_next**2 - std**2).clamp(min=0.0).sqrt()
+        a, b = (1 - sigma_next) + c, -(1 - sigma_next) * sigma + c * (1 - sigma)
+        return torch.stack([a, b, std.expand_as(a), torch.ones_like(a), dt])
+    std = noise_level.expand_as(sigma)
     if kind == "flow_sde":
-        std = eta * math.sqrt(sigma / (1 - (sigmas[1] if sigma == 1 else sigma)))
+        std = std * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
     a = 1 + std**2 / (2 * sigma) * dt
     b = (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt
-    s = std * math.sqrt(-dt)
-    return a, b, s, 1 / (2 * s**2) if s > 0 else math.inf, dt
+    s = std * (-dt).sqrt()
+    return torch.stack([a, b, s, 1 / (2 * s**2), dt])
 
 
 def _check_sigmas(values: list[float]) -> None:

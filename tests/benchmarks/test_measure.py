@@ -19,11 +19,11 @@ def test_a_round_is_a_turn_of_every_contender_and_two_of_one():
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
         rounds=6,
         warmup=2,
-        settle=3,
-        timed=2,
+        settle=0.0,
+        timed=3,
         repeat="a",
     )
-    turns = [calls[i : i + 5] for i in range(0, len(calls), 5)]
+    turns = [calls[i : i + 5] for i in range(0, len(calls), 5)]  # 2 untimed, 3 timed
     assert len(turns) == 8 * 3  # warm-up included
     assert all(len(set(turn)) == 1 for turn in turns)
     rounds = ["".join(turn[0] for turn in turns[i : i + 3]) for i in range(0, len(turns), 3)]
@@ -36,12 +36,12 @@ def test_a_round_is_a_turn_of_every_contender_and_two_of_one():
 def test_only_the_calls_after_a_turn_has_settled_are_timed(monkeypatch):
     now, count = [0.0], [0]
 
-    def slow_at_first():  # every turn: 2 slow calls, then the median of 1, 9 and 2 seconds
-        now[0] += (50.0, 50.0, 1.0, 9.0, 2.0)[count[0] % 5]
+    def slow_at_first():  # every turn: 150 seconds of slow calls, then the median of 1, 9 and 2
+        now[0] += (50.0, 50.0, 50.0, 1.0, 9.0, 2.0)[count[0] % 6]
         count[0] += 1
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    result = measure.race({"x": slow_at_first}, rounds=4, settle=2, timed=3, repeat="x")
+    result = measure.race({"x": slow_at_first}, rounds=4, settle=101.0, timed=3, repeat="x")
     assert result.seconds["x"] == [2.0] * 4
 
 
@@ -128,7 +128,7 @@ def test_environment_names_the_machine_but_neither_host_nor_path():
     [
         ("mean", "article", {}),
         ("mean", "article", {"recompute": True}),
-        ("mean", "article", {"recompute": True, "compiled": "default"}),
+        ("mean", "article", {"recompute": True, "compiled": True}),
         ("noise", "paper", {}),
         ("velocity", "flow_grpo", {}),
     ],

@@ -1,0 +1,101 @@
+"""Other objectives on the same kernels: each is a few lines over ``guard_ops.log_ratio``.
+
+The kernels give two numbers per transition, ``log_ratio`` and ``kl_old``, and take two coefficients
+back; what is done in between is plain differentiable arithmetic on [K, B] numbers. Every function
+here takes ``t = guard_ops.log_ratio(...)``, whose fields are [K, B], and advantages [B], and
+returns a loss []. Ratios are formed as ``1 + expm1(log r)``: near 1 that keeps the digits.
+
+    python examples/objectives.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import guard_ops as go
+
+
+def flow_dppo(t: go.LogRatio, advantages: Tensor, *, threshold: float = 1e-4) -> Tensor:
+    """Flow-DPPO: no clip; a transition that is far from the old policy and moves on is masked.
+
+    Far is ``KL(old || new) >= threshold``, exact for Gaussians; moving on, the ratio on the side
+    that its advantage asks for.
+    """
+    excess = torch.expm1(t.log_ratio)
+    moves_on = (excess > 0) & (advantages > 0) | (excess < 0) & (advantages < 0)
+    keep = ~((t.kl_old >= threshold) & moves_on)
+    return (-advantages * (1 + excess) * keep.detach()).mean()
+
+
+def cispo(t: go.LogRatio, advantages: Tensor, *, low: float = 1.0, high: float = 1e-3) -> Tensor:
+    """CISPO (MiniMax-M1, arXiv:2506.13585): the clipped ratio is a weight without a gradient.
+
+    ``-sg(clip(r)) A log p``: clipped transitions still learn. ``log_ratio`` differs from ``log p``
+    by a constant.
+    """
+    weight = 1 + torch.expm1(t.log_ratio.detach()).clamp(-low, high)
+    return (-weight * advantages * t.log_ratio).mean()
+
+
+def sapo(
+    t: go.LogRatio, advantages: Tensor, *, positive: float = 1e3, negative: float = 1.05e3
+) -> Tensor:
+    """SAPO (arXiv:2511.20347): a sigmoid gate instead of the clip, steeper for negative advantages.
+
+    ``-A f(r)``, ``f(r) = 4 / tau sigmoid(tau (r - 1))``; its slope at 1 is 1. The temperatures are
+    of the size that flow ratios need, whose spread is 1e-4 to 1e-2.
+    """
+    tau = torch.where(advantages > 0, positive, negative).to(advantages)
+    gate = 4 / tau * torch.sigmoid(tau * torch.expm1(t.log_ratio))
+    return (-advantages * gate).mean()
+
+
+def gspo(t: go.LogRatio, advantages: Tensor, *, clip: float = 1e-4) -> Tensor:
+    """GSPO (arXiv:2507.18071): one ratio per sequence, here the trajectory's K steps.
+
+    ``s = exp(mean_k log r_k)``, clipped as one number; its gradient reaches every step alike.
+    """
+    excess = torch.expm1(t.log_ratio.mean(0))
+    clipped = excess.clamp(-clip, clip)
+    return torch.maximum(-advantages * (1 + excess), -advantages * (1 + clipped)).mean()
+
+
+def dual_clip(
+    t: go.LogRatio, advantages: Tensor, *, clip: float = 1e-4, bound: float = 3.0
+) -> Tensor:
+    """Dual clip (arXiv:1912.09729): for negative advantages the loss stops at ``bound |A|``."""
+    excess = torch.expm1(t.log_ratio)
+    losses = torch.maximum(
+        -advantages * (1 + excess), -advantages * (1 + excess.clamp(-clip, clip))
+    )
+    return torch.where(advantages < 0, losses.clamp(max=-bound * advantages), losses).mean()
+
+
+OBJECTIVES = {
+    "Flow-DPPO": flow_dppo,
+    "CISPO": cispo,
+    "SAPO": sapo,
+    "GSPO": gspo,
+    "dual clip": dual_clip,
+}
+
+
+def main() -> None:
+    """One gradient of each objective on the same four transitions of eight samples."""
+    torch.manual_seed(0)
+    coeffs = go.SdeSchedule(torch.linspace(1, 0, 11), noise_level=0.7)[2:6]
+    v_old, x, noise = (torch.randn(4, 8, 16, 32, 32) for _ in range(3))
+    y = go.sde_step(v_old, x, coeffs, noise=noise).prev_sample
+    v = (v_old + 1e-2 * torch.randn_like(v_old)).requires_grad_()
+    advantages = torch.randn(8)
+    print(f"{'objective':10s} {'loss':>10s} {'gradient':>10s}")
+    for name, objective in OBJECTIVES.items():
+        t = go.log_ratio(v, coeffs=coeffs, sample=x, prev_sample=y, old_model_output=v_old)
+        loss = objective(t, advantages)
+        (grad,) = torch.autograd.grad(loss, v)
+        print(f"{name:10s} {loss.item():10.5f} {grad.norm().item():10.2e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""DanceGRPO (github.com/XueZeyue/DanceGRPO): ``flux_step`` and the tail of ``train_one_step``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import GuardConfig
+from ..schedule import StepCoefficients
+from . import guard, steps
+
+
+def flux_step(
+    model_output: Tensor,
+    latents: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int | Tensor,
+    prev_sample: Tensor | None,
+    grpo: bool,
+    sde_solver: bool,
+) -> tuple[Tensor, ...]:
+    """``flux_step`` of ``fastvideo/train_grpo_*.py`` (FLUX, HunyuanVideo, Qwen-Image, SD) fused.
+
+    Args:
+        model_output: velocity, [B, *latent]. latents: x, [B, *latent].
+        sigmas: [N + 1]. index: the step; a tensor is looked up on its device.
+        prev_sample: y of the update, or None to draw it.
+        grpo: with log-prob. sde_solver: the SDE's mean; False: the ODE's mean with its noise.
+
+    Returns:
+        ``(prev_sample, pred_original_sample, log_prob [B])``, or without ``grpo``
+        ``(prev_sample_mean, pred_original_sample)``; float32.
+    """
+    at = index if isinstance(index, Tensor) else int(index)
+    sigma = sigmas[at].to(latents.device)
+    x, v = latents.float(), model_output
+    pred_original_sample = torch.addcmul(x, -sigma, v.float())
+    coeffs = _coefficients(sigmas, at, eta, sde_solver, x)
+    if not grpo:
+        a, b = (steps.per_sample(numbers, x) for numbers in coeffs.table[:2])
+        return torch.addcmul(a * x, b, v.float()), pred_original_sample
+    step = steps.sde_step(
+        v,
+        x,
+        coeffs,
+        None if prev_sample is None else prev_sample.float(),
+        lambda: torch.randn_like(x),
+    )
+    assert step.log_prob is not None
+    return step.prev_sample, pred_original_sample, step.log_prob
+
+
+def _coefficients(
+    sigmas: Tensor, index: int | Tensor, eta: float, sde_solver: bool, x: Tensor
+) -> StepCoefficients:
+    """[1, B]."""
+    if isinstance(index, Tensor):
+        index = index.reshape(1)
+    coeffs = steps.coefficients(sigmas, index, eta, "dance_sde", len(x), x.device)
+    if sde_solver:
+        return coeffs
+    table = coeffs.table.clone()  # the ODE's mean x + dt v, with the SDE's noise
+    table[0], table[1] = 1.0, table[4]
+    return StepCoefficients._of(table, True, coeffs.deterministic)
+
+
+def grpo_one_step_log_prob(
+    pred: Tensor,
+    latents: Tensor,
+    pre_latents: Tensor,
+    eta: float,
+    sigma_schedule: Tensor,
+    i: int | Tensor,
+) -> Tensor:
+    """The tail of ``grpo_one_step``, after the transformer: the log-prob [B], differentiable.
+
+    :func:`flux_step` also makes the predicted original sample, which that function throws away.
+
+    Args:
+        pred: velocity, [B, *latent]. latents: x. pre_latents: y. eta, sigma_schedule, i: the step.
+    """
+    return ops.log_prob(
+        pred.unsqueeze(0),
+        sample=latents.unsqueeze(0),
+        prev_sample=pre_latents.unsqueeze(0),
+        coeffs=_coefficients(
+            sigma_schedule, i if isinstance(i, Tensor) else int(i), eta, True, latents
+        ),
+    ).squeeze(0)
+
+
+def grpo_loss(
+    new_log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_range: float,
+    adv_clip_max: float,
+    gradient_accumulation_steps: int,
+    train_timesteps: int,
+) -> Tensor:
+    """The loss [] of one timestep in ``train_one_step``, after ``grpo_one_step``.
+
+    Args:
+        new_log_probs, old_log_probs, advantages: [B].
+    """
+    found = guard.plain_surrogate(
+        new_log_probs.double() - old_log_probs.double(),
+        advantages,
+        clip_low=clip_range,
+        clip_high=clip_range,
+        adv_clip=adv_clip_max,
+    )
+    return found.loss / (gradient_accumulation_steps * train_timesteps)
+
+
+def guard_loss(
+    model_output: Tensor,
+    latents: Tensor,
+    prev_sample: Tensor,
+    old_model_output: Tensor,
+    advantages: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int | Tensor,
+    config: GuardConfig,
+) -> ops.GuardLossOutput:
+    """:func:`guard_ops.guard_loss` of one timestep, for a rollout that kept its velocity.
+
+    Args:
+        model_output, latents, prev_sample, old_model_output: [B, *latent]. advantages: [B].
+        eta, sigmas, index: as :func:`flux_step`. config: ``GuardConfig.article()`` or any other.
+    """
+    coeffs = _coefficients(
+        sigmas, index if isinstance(index, Tensor) else int(index), eta, True, latents
+    )
+    return ops.guard_loss(
+        model_output.unsqueeze(0),
+        advantages=advantages,
+        coeffs=coeffs,
+        config=config,
+        sample=latents.unsqueeze(0),
+        prev_sample=prev_sample.unsqueeze(0),
+        old_model_output=old_model_output.unsqueeze(0),
+    )

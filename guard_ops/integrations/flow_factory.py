@@ -1,0 +1,175 @@
+"""Flow-Factory (github.com/X-GenGroup/Flow-Factory): its SDE step and its GRPO-Guard loss."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..schedule import SdeKind
+from . import guard, steps
+from .flow_grpo import draw_noise
+
+KINDS: dict[str, SdeKind] = {"Flow-SDE": "flow_sde", "Dance-SDE": "dance_sde", "CPS": "cps"}
+_RETURNS = ("next_latents", "next_latents_mean", "std_dev_t", "dt", "log_prob", "noise_pred")
+
+
+def step(
+    self: Any,
+    noise_pred: Tensor,
+    timestep: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor | None = None,
+    timestep_next: float | Tensor | None = None,
+    generator: Any = None,
+    noise_level: float | Tensor | None = None,
+    compute_log_prob: bool = True,
+    return_dict: bool = True,
+    return_kwargs: list[str] | tuple[str, ...] = _RETURNS,
+    dynamics_type: str | None = None,
+    sigma_max: float | None = None,
+) -> Any:
+    """``FlowMatchEulerDiscreteSDEScheduler.step`` on fused ops.
+
+    Args:
+        noise_pred: velocity, [B, *latent]. latents: x. next_latents: y of the update, or None.
+        timestep, timestep_next: [] or [B], of ``self.timesteps``; with ``timestep_next`` any two
+            in [0, 1000], and nothing is looked up.
+        noise_level: None takes the scheduler's for this step. dynamics_type: "Flow-SDE",
+            "Dance-SDE", "CPS" or "ODE"; None takes the scheduler's.
+
+    Returns:
+        ``SDESchedulerOutput`` of ``return_kwargs``, or a tuple; float32. A fresh sample is rounded
+        to the dtype of ``latents``, and its log-prob is that of the rounded one.
+
+    Raises:
+        ValueError: ``dynamics_type``; a timestep that is not in the schedule (on the CPU).
+    """
+    dynamics = dynamics_type or self.dynamics_type
+    if dynamics != "ODE" and dynamics not in KINDS:
+        raise ValueError(
+            f"`dynamics_type` is {dynamics!r}; it needs one of {', '.join(KINDS)}, ODE"
+        )
+    batch, device = len(latents), latents.device
+    sigma, following, level = _sigmas(self, timestep, timestep_next, noise_level, latents)
+    dt = steps.per_sample((following - sigma).expand(batch), latents)
+    if self.is_eval or dynamics == "ODE":
+        mean = torch.addcmul(latents.float(), dt, noise_pred.float())
+        zero = torch.zeros_like(dt)
+        chosen = mean if next_latents is None else next_latents.float()
+        log_prob = torch.zeros(batch, device=device) if compute_log_prob else None
+        return _output(
+            self, (chosen, mean, noise_pred.float(), log_prob, zero, dt), return_dict, return_kwargs
+        )
+    kind = KINDS[dynamics]
+    top = self.sigmas[1] if sigma_max is None else steps.number(float(sigma_max), device)
+    coeffs = steps.coefficients_at(sigma, following, level, kind, top, batch)
+    done = steps.sde_step(
+        noise_pred,
+        latents.float(),
+        coeffs,
+        None if next_latents is None else next_latents.float(),
+        lambda: draw_noise(noise_pred, generator),
+        with_log_prob=compute_log_prob,
+        store_dtype=latents.dtype,
+    )
+    root = (-coeffs.dt).sqrt()
+    std = steps.per_sample(coeffs.s if kind == "cps" else coeffs.s / root, latents)
+    return _output(
+        self,
+        (done.prev_sample, done.mean, noise_pred.float(), done.log_prob, std, dt),
+        return_dict,
+        return_kwargs,
+    )
+
+
+def _sigmas(
+    self: Any,
+    timestep: float | Tensor,
+    timestep_next: float | Tensor | None,
+    noise_level: float | Tensor | None,
+    latents: Tensor,
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """sigma, the next one and the noise level, each [] or [B] (the level may be a number)."""
+    device = latents.device
+    now = steps.number(timestep, device).to(device)
+    index = None
+    if timestep_next is None:
+        index = steps.index_for_timestep(self.timesteps.to(device), now)
+        sigmas = self.sigmas.to(device)
+        sigma, following = sigmas[index], sigmas[index + 1]
+    else:
+        sigma = now / 1000
+        following = steps.number(timestep_next, device).to(device) / 1000
+    if noise_level is None:
+        if index is None:
+            index = steps.index_for_timestep(self.sigmas.to(device), sigma)
+        eligible = torch.isin(index, self.current_sde_steps.to(device, non_blocking=True))
+        noise_level = torch.where(eligible, float(self.noise_level), 0.0)
+    if isinstance(noise_level, Tensor):
+        noise_level = noise_level.to(device).flatten()
+    return sigma, following, noise_level
+
+
+def _output(
+    self: Any, values: tuple[Any, ...], return_dict: bool, return_kwargs: Any
+) -> dict[str, Any] | tuple[Any, ...]:
+    if not return_dict:
+        return values
+    order = ("next_latents", "next_latents_mean", "noise_pred", "log_prob", "std_dev_t", "dt")
+    found = dict(zip(order, values, strict=True))
+    module = importlib.import_module(type(self).__module__)
+    result: Any = module.SDESchedulerOutput.from_dict(
+        {name: found[name] for name in return_kwargs if name in found}
+    )
+    return result  # type: ignore[no-any-return]
+
+
+class GuardLoss(NamedTuple):
+    """The loss of ``GRPOGuardTrainer.optimize`` and what it logs of the ratio."""
+
+    loss: Tensor  # []
+    ratio: Tensor  # [B]
+    clip_frac_high: Tensor  # []
+    clip_frac_low: Tensor  # []
+
+
+def grpo_guard_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    next_latents_mean: Tensor,
+    old_next_latents_mean: Tensor,
+    std_dev_t: Tensor,
+    dt: Tensor,
+    advantages: Tensor,
+    *,
+    clip_range: tuple[float, float],
+    adv_clip_range: tuple[float, float],
+) -> GuardLoss:
+    """The policy loss of ``GRPOGuardTrainer``: each sample's own scale, no division by dt.
+
+    Args:
+        log_prob, old_log_prob, advantages: [B]. next_latents_mean: as the step returned it.
+        old_next_latents_mean: the rollout's, [B, *latent]. std_dev_t, dt: [B, 1, ...].
+        clip_range, adv_clip_range: (negative, positive), as in its configuration.
+    """
+    moved = guard.difference(next_latents_mean, old_next_latents_mean, log_prob, old_log_prob)
+    scale = (-dt.double()).sqrt().flatten() * std_dev_t.double().flatten()
+    low, high = clip_range
+    found = guard.guard_surrogate(
+        moved,
+        advantages.clamp(*adv_clip_range),
+        scale,
+        clip_low=-low,
+        clip_high=high,
+        adv_clip=max(abs(bound) for bound in adv_clip_range),
+    )
+    excess = found.excess
+    return GuardLoss(
+        found.loss,
+        (1 + excess).float(),
+        (excess > high).double().mean(),
+        (excess < low).double().mean(),
+    )

@@ -1,0 +1,155 @@
+"""GRPO-Guard as the frameworks compute it: numbers per sample in, loss and ratios out.
+
+``docs/math.md`` derives the paper's RatioNorm with one scale ``s`` per transition. The public
+trainers write the same thing with a scale averaged over the batch and a bias made from stored
+means, and differ from one another in details; the switches here are those details.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import objective, ops
+from ..blocks import clipped_surrogate
+from ..config import GuardConfig
+from .steps import transition_of
+
+LOG_SQRT_2PI = objective.LOG_SQRT_2PI
+BiasReduction = Literal["sample", "batch"]
+
+
+class Difference(NamedTuple):
+    """How the policy moved since the rollout, per sample, differentiable, [B] float64."""
+
+    log_ratio: Tensor
+    mean_square: Tensor  # mean over the latent of (mean - old mean)^2
+
+
+class Surrogate(NamedTuple):
+    """The loss of one step and the ratio it was made of."""
+
+    loss: Tensor  # []
+    excess: Tensor  # [B] ratio - 1
+    losses: Tensor  # [B]
+
+
+def difference(
+    prev_sample_mean: Tensor,  # [B, *latent]
+    old_prev_sample_mean: Tensor,  # [B, *latent]
+    log_prob: Tensor,  # [B]
+    old_log_prob: Tensor,  # [B]
+) -> Difference:
+    """What the means and log-probs of a trainer say of the step.
+
+    A mean that came from our step remembers its transition: both numbers then come from one pass
+    over the latents and their differences, in the mean form, and are exactly 0 on policy. A mean
+    from elsewhere leaves what the original has: the difference of two float32 log-probs.
+    """
+    transition = transition_of(prev_sample_mean)
+    if transition is None:
+        square = (prev_sample_mean - old_prev_sample_mean).double().square().flatten(1).mean(1)
+        return Difference((log_prob - old_log_prob).double(), square)
+    ratio = ops.log_ratio(
+        transition.model_output,
+        coeffs=transition.coeffs,
+        sample=transition.sample,
+        prev_sample=transition.prev_sample,
+        old_mean=old_prev_sample_mean.unsqueeze(0),
+    )
+    log_ratio, kl_old = ratio.log_ratio.double(), ratio.kl_old.double()
+    return Difference(log_ratio.squeeze(0), (kl_old / transition.coeffs.kappa).squeeze(0))
+
+
+def guard_surrogate(
+    moved: Difference,
+    advantages: Tensor,  # [B]
+    scale: Tensor,  # [] or [B]
+    *,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float,
+    bias_reduction: BiasReduction = "sample",
+    sample_weights: Tensor | None = None,  # [B], no gradient
+) -> Surrogate:
+    """``ratio = exp(scale (log r + bias))``, ``bias = mean((mean - old)^2) / (2 scale^2)``.
+
+    Args:
+        bias_reduction: "sample": every sample's own bias. "batch": one bias, the mean over the
+            batch (flow_grpo's published script, its issue 244).
+    """
+    if bias_reduction not in ("sample", "batch"):
+        raise ValueError(f"`bias_reduction` is {bias_reduction!r}; it needs one of sample, batch")
+    scale = scale.double()
+    square = moved.mean_square.mean() if bias_reduction == "batch" else moved.mean_square
+    excess = torch.expm1((moved.log_ratio + square / (2 * scale**2)) * scale)
+    return _surrogate(excess, advantages, clip_low, clip_high, adv_clip, sample_weights)
+
+
+def averaged_surrogate(
+    moved: Difference,
+    advantages: Tensor,  # [B]
+    std_dev_t: Tensor,  # [] or [B, 1, ...]
+    sqrt_dt: Tensor,  # [], [B] or [B, 1, ...]
+    *,
+    clip: float,
+    adv_clip: float,
+    bias_reduction: BiasReduction = "sample",
+    sample_weights: Tensor | None = None,
+) -> Surrogate:
+    """flow_grpo's and verl-omni's: one scale ``mean(sqrt_dt) mean(std_dev_t)`` for the batch, and
+    the loss divided by ``mean(sqrt_dt)^2``."""
+    root = sqrt_dt.double().mean()
+    found = guard_surrogate(
+        moved,
+        advantages,
+        root * std_dev_t.double().mean(),
+        clip_low=clip,
+        clip_high=clip,
+        adv_clip=adv_clip,
+        bias_reduction=bias_reduction,
+        sample_weights=sample_weights,
+    )
+    return found._replace(loss=(found.loss / root**2).float())
+
+
+def plain_surrogate(
+    log_ratio: Tensor,  # [B]
+    advantages: Tensor,  # [B]
+    *,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float,
+    sample_weights: Tensor | None = None,
+) -> Surrogate:
+    """Flow-GRPO's: ``ratio = r``, clipped."""
+    excess = torch.expm1(log_ratio.double())
+    return _surrogate(excess, advantages, clip_low, clip_high, adv_clip, sample_weights)
+
+
+def _surrogate(
+    excess: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float,
+    sample_weights: Tensor | None,
+) -> Surrogate:
+    config = GuardConfig.flow_grpo(clip_low=clip_low, clip_high=clip_high, adv_clip=adv_clip)
+    losses = clipped_surrogate(excess, advantages.detach(), config=config)
+    if sample_weights is not None:
+        losses = losses * sample_weights.detach()
+    return Surrogate(losses.mean().float(), excess.detach(), losses.detach())
+
+
+def kl_to_reference(
+    prev_sample_mean: Tensor,  # [B, *latent]
+    ref_prev_sample_mean: Tensor,  # [B, *latent]
+    std_dev_t: Tensor,  # [B, 1, ...]
+    eps: float = 0.0,
+) -> Tensor:
+    """flow_grpo's KL [], ``mean((mean - ref)^2) / (2 std_dev_t^2 + eps)``, without dt."""
+    square = (prev_sample_mean - ref_prev_sample_mean).square()
+    return (square.flatten(1).mean(1) / (2 * std_dev_t.flatten() ** 2 + eps)).mean()

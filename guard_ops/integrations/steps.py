@@ -1,0 +1,173 @@
+"""One SDE step the way trainers' functions take and return it, on any schedule of sigmas.
+
+What the frameworks' files share: steps are looked up on the device (the originals call
+``nonzero().item()`` once per sample), the step itself runs on the fused ops, and the mean that is
+returned remembers the transition it belongs to, so that a loss which is later handed only means and
+log-probs can go back to the latents and form its ratio from differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import ops
+from ..schedule import SdeKind, SdeSchedule, StepCoefficients, coefficient_table
+
+
+class Step(NamedTuple):
+    """What a framework's step returns, and the coefficients it was made with."""
+
+    prev_sample: Tensor  # [B, *latent] float32
+    log_prob: Tensor | None  # [B] float32, mean over the latent
+    mean: Tensor  # [B, *latent] float32
+    coeffs: StepCoefficients  # [1, B]
+
+
+class Transition(NamedTuple):
+    """Where a mean comes from: the operands of :func:`guard_ops.log_ratio`, [1, B, *latent]."""
+
+    model_output: Tensor
+    sample: Tensor
+    prev_sample: Tensor
+    coeffs: StepCoefficients  # [1, B]
+
+
+# sigmas -> {(version, noise level, kind, device): schedule}
+_schedules: Any = WeakIdKeyDictionary()
+_MEMORY = "_guard_ops_transition"
+
+
+def schedule_of(sigmas: Tensor, noise_level: float, kind: SdeKind, device: Any) -> SdeSchedule:
+    """The schedule of a scheduler's ``sigmas`` on ``device``, made once for as long as they live.
+
+    Making it reads the sigmas on the host; later steps do not.
+    """
+    known = _schedules.setdefault(sigmas, {})
+    key = (sigmas._version, float(noise_level), kind, torch.device(device))
+    if key not in known:
+        known[key] = SdeSchedule(sigmas, float(noise_level), kind, device)
+    found: SdeSchedule = known[key]
+    return found
+
+
+def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> Tensor:
+    """Indices [B] of ``timestep`` [B] (or []) in a scheduler's ``timesteps`` [N], on their device.
+
+    Raises:
+        ValueError: on the CPU, a timestep that is not in the schedule. On an accelerator that is
+            an assertion of the device, as nothing is read back.
+    """
+    wanted = timestep.to(timesteps.device).reshape(-1, 1)
+    match = timesteps.unsqueeze(0) == wanted
+    if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+        missing = (~match.any(1)).nonzero().flatten().tolist()
+        if missing:
+            raise ValueError(
+                f"`timestep` has {wanted[missing[0]].item()}, which is not one of the scheduler's "
+                f"{len(timesteps)} timesteps"
+            )
+    else:
+        torch._assert_async(match.any(1).all(), "`timestep` is not one of the scheduler's")
+    return match.int().argmax(1)
+
+
+def coefficients(
+    sigmas: Tensor,  # [N + 1]
+    index: Tensor | int,  # [B], or the one step of all samples
+    noise_level: float | Tensor,
+    kind: SdeKind,
+    batch: int,
+    device: torch.device,
+) -> StepCoefficients:
+    """[1, B] coefficients of steps of a schedule; a tensor ``noise_level`` is per sample, [B]."""
+    if isinstance(noise_level, Tensor):
+        at = torch.as_tensor(index, device=sigmas.device).reshape(-1)
+        return coefficients_at(sigmas[at], sigmas[at + 1], noise_level, kind, sigmas[1], batch)
+    schedule = schedule_of(sigmas, noise_level, kind, device)
+    if isinstance(index, Tensor):
+        return schedule[index.to(device).reshape(1, -1).expand(1, batch)]
+    one = schedule[index]
+    return StepCoefficients._of(
+        one.table.reshape(5, 1, 1).expand(5, 1, batch), one.gaussian, one.deterministic
+    )
+
+
+def coefficients_at(
+    sigma: Tensor,  # [B], [B, 1, ...] or []
+    sigma_next: Tensor,
+    noise_level: float | Tensor,
+    kind: SdeKind,
+    sigma_max: Tensor,  # []
+    batch: int,
+) -> StepCoefficients:
+    """[1, B] coefficients of steps between arbitrary sigmas, on their device."""
+
+    def row(x: float | Tensor) -> Tensor:
+        x = number(x, sigma.device)
+        return x.to(sigma.device, torch.float64).reshape(1, -1).expand(1, batch)
+
+    table = coefficient_table(
+        row(sigma), row(sigma_next), row(noise_level), kind, sigma_max.double().to(sigma.device)
+    )
+    return StepCoefficients._of(table, kind != "cps", ())
+
+
+def number(x: float | Tensor, device: torch.device) -> Tensor:
+    """``x`` as a tensor on ``device``: a number is filled in there, which copies nothing."""
+    if isinstance(x, Tensor):
+        return x
+    return torch.full((), x, dtype=torch.float64, device=device)
+
+
+def per_sample(numbers: Tensor, like: Tensor) -> Tensor:
+    """[1, B] numbers as float32 [B, 1, ...], to be broadcast over ``like`` [B, *latent]."""
+    return numbers.float().reshape(-1, *[1] * (like.ndim - 1))
+
+
+def sde_step(
+    model_output: Tensor,  # [B, *latent]
+    sample: Tensor,  # [B, *latent]
+    coeffs: StepCoefficients,  # [1, B]
+    prev_sample: Tensor | None,
+    draw: Callable[[], Tensor],
+    *,
+    with_log_prob: bool = True,
+    store_dtype: torch.dtype = torch.float32,
+) -> Step:
+    """Sample, or score, one step: ``y = a x + b v + s noise``, ``log p(y)`` and the mean.
+
+    With ``prev_sample`` (the update) the log-prob and the mean carry gradients to ``model_output``;
+    without (the rollout) ``draw`` is called for the noise.
+
+    Args:
+        store_dtype: of the latents that the trainer keeps; the log-prob is that of the sample as
+            it will be read back. The sample itself is returned in float32.
+    """
+    v, x = model_output.unsqueeze(0), sample.unsqueeze(0)
+    learns = torch.is_grad_enabled() and model_output.requires_grad
+    if prev_sample is None and not learns:
+        stored = x.to(store_dtype)
+        step = ops.sde_step(v, stored, coeffs, noise=draw().unsqueeze(0))
+        log_prob = step.log_prob.squeeze(0).float() if with_log_prob else None
+        return Step(step.prev_sample.squeeze(0).float(), log_prob, step.mean.squeeze(0), coeffs)
+    a, b, s = (per_sample(numbers, model_output) for numbers in coeffs.table[:3])
+    mean = torch.addcmul(a * sample.float(), b, model_output.float())
+    if prev_sample is None:
+        prev_sample = (mean + s * draw()).to(store_dtype).float()
+    y = prev_sample.detach().unsqueeze(0)
+    log_prob = None
+    if with_log_prob:
+        log_prob = ops.log_prob(v, sample=x, prev_sample=y, coeffs=coeffs).squeeze(0).float()
+    setattr(mean, _MEMORY, Transition(v, x, y, coeffs))
+    return Step(prev_sample, log_prob, mean, coeffs)
+
+
+def transition_of(mean: Tensor) -> Transition | None:
+    """The transition whose mean :func:`sde_step` returned, if this is still that very tensor."""
+    found: Transition | None = getattr(mean, _MEMORY, None)
+    return found

@@ -1,0 +1,246 @@
+"""The drop-in steps return what the originals do, value and gradient, and never ask the host."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import originals
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from guard_ops.integrations import dance_grpo, flow_factory, flow_grpo, steps, verl_omni
+
+BATCH, LATENT = 4, (4, 8, 8)
+ROUNDING = 1e-6  # a few float32 roundings of numbers of order 1
+
+
+def latents(*names):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(BATCH, *LATENT, generator=generator) for _ in names]
+
+
+def timesteps(scheduler, mixed):
+    return scheduler.timesteps[[0, 2, 4, 6] if mixed else [3, 3, 3, 3]]
+
+
+def agree(ours, theirs, tolerance=ROUNDING):
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def call(framework, scheduler, kind, v, timestep, x, y, generator=None):
+    """(prev_sample, log_prob, mean, std_dev_t, sqrt_dt) of a drop-in."""
+    if framework == "flow_grpo":
+        return flow_grpo.sde_step_with_logprob(
+            scheduler, v, timestep, x, prev_sample=y, generator=generator,
+            sde_type={"flow_sde": "sde"}.get(kind, kind), return_sqrt_dt=True,
+        )  # fmt: skip
+    if framework == "verl_omni":
+        return verl_omni.sample_previous_step(
+            scheduler, x, v, timestep, prev_sample=y, generator=generator,
+            sde_type={"flow_sde": "sde"}.get(kind, kind), return_sqrt_dt=True,
+        )  # fmt: skip
+    dynamics = {"flow_sde": "Flow-SDE", "dance_sde": "Dance-SDE", "cps": "CPS"}[kind]
+    scheduler.is_eval, scheduler.dynamics_type = False, dynamics
+    y, mean, _, log_prob, std, dt = flow_factory.step(
+        scheduler, v, timestep, x, next_latents=y, generator=generator, noise_level=0.7,
+        return_dict=False,
+    )  # fmt: skip
+    return y, log_prob, mean, std, (-dt).sqrt()
+
+
+CASES = [
+    *(("flow_grpo", kind) for kind in ("flow_sde", "cps")),
+    *((name, kind) for name in ("verl_omni", "flow_factory")
+      for kind in ("flow_sde", "dance_sde", "cps")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one timestep", "mixed timesteps"])
+@pytest.mark.parametrize("framework, kind", CASES)
+def test_update_is_the_originals(scheduler, framework, kind, mixed):
+    v, x, y = latents("v", "x", "y")
+    at = timesteps(scheduler, mixed)
+    results = []
+    for ours in (False, True):
+        leaf = v.clone().requires_grad_()
+        if ours:
+            _, log_prob, mean, std, root = call(framework, scheduler, kind, leaf, at, x, y)
+        else:
+            out = originals.step(scheduler, kind, leaf, at, x, y)
+            log_prob, mean, std, root = out[:4]
+            if framework == "flow_factory" and kind == "dance_sde":
+                std = std / root  # its std_dev_t leaves sqrt(-dt) out, in every kind of SDE
+        (log_prob.sum() + mean.square().mean()).backward()
+        results.append((log_prob.detach(), mean.detach(), std, root.flatten(), leaf.grad))
+    for original, swapped in zip(*results, strict=True):
+        agree(swapped, original, 3e-6)
+
+
+@pytest.mark.parametrize("framework, kind", CASES)
+def test_rollout_draws_the_originals_noise(scheduler, framework, kind):
+    v, x = latents("v", "x")
+    at = timesteps(scheduler, mixed=True)
+    y, log_prob, mean, _, _ = call(
+        framework, scheduler, kind, v, at, x, None, torch.Generator().manual_seed(5)
+    )
+    noise = torch.randn(v.shape, generator=torch.Generator().manual_seed(5))
+    out = originals.step(scheduler, kind, v, at, x, y)
+    agree(mean, out.prev_sample_mean)
+    agree(y, out.prev_sample_mean + out.s * noise)
+    agree(log_prob, out.log_prob)
+
+
+@pytest.mark.parametrize("framework, kind", CASES)
+def test_update_repeats_the_rollouts_log_prob_to_the_bit(scheduler, framework, kind):
+    v, x = latents("v", "x")
+    at = timesteps(scheduler, mixed=False)
+    y, rollout, *_ = call(framework, scheduler, kind, v, at, x, None)
+    _, update, *_ = call(framework, scheduler, kind, v.requires_grad_(), at, x, y)
+    assert torch.equal(rollout, update.detach())
+
+
+def test_flow_factory_scores_the_sample_as_it_is_stored(scheduler):
+    v, x = (t.bfloat16() for t in latents("v", "x"))
+    at = timesteps(scheduler, mixed=False)
+    y, log_prob, *_ = call("flow_factory", scheduler, "flow_sde", v, at, x, None)
+    assert torch.equal(y, y.bfloat16().float())
+    out = originals.step(scheduler, "flow_sde", v, at, x, y)
+    agree(log_prob, out.log_prob)
+
+
+def test_flow_factory_steps_between_any_two_timesteps(scheduler):
+    v, x, y = latents("v", "x", "y")
+    scheduler.is_eval, scheduler.dynamics_type = False, "Flow-SDE"
+    at = timesteps(scheduler, mixed=True)
+    following = scheduler.timesteps[[1, 3, 5, 7]]
+    found = flow_factory.step(
+        scheduler, v, at, x, next_latents=y, timestep_next=following, noise_level=0.7,
+        return_dict=False,
+    )  # fmt: skip
+    agree(found[3], originals.step(scheduler, "flow_sde", v, at, x, y).log_prob, 3e-6)
+
+
+def test_flow_factory_evaluates_with_the_ode(scheduler):
+    v, x = latents("v", "x")
+    scheduler.is_eval, scheduler.dynamics_type = True, "Flow-SDE"
+    y, mean, _, log_prob, std, dt = flow_factory.step(
+        scheduler, v, scheduler.timesteps[2], x, noise_level=0.7, return_dict=False
+    )
+    agree(y, x + v * dt)
+    assert torch.equal(y, mean)
+    assert not log_prob.any()
+    assert not std.any()
+
+
+@pytest.mark.parametrize("solver", [True, False], ids=["sde_solver", "ode mean"])
+@pytest.mark.parametrize("index", [3, torch.tensor(3)], ids=["int", "tensor"])
+def test_flux_step_is_dance_grpos(scheduler, solver, index):
+    v, x, y = latents("v", "x", "y")
+    sigmas, eta = scheduler.sigmas, 0.3
+    sigma, dt = sigmas[3], sigmas[4] - sigmas[3]
+    grads = []
+    for ours in (False, True):
+        leaf = v.clone().requires_grad_()
+        if ours:
+            _, x0, log_prob = dance_grpo.flux_step(leaf, x, eta, sigmas, index, y, True, solver)
+            mean, _ = dance_grpo.flux_step(leaf, x, eta, sigmas, index, None, False, solver)
+            agree(x0, x - sigma * v)
+        else:
+            mean = x + dt * leaf
+            if solver:
+                score = -(x - (x - sigma * leaf) * (1 - sigma)) / sigma**2
+                mean = mean - 0.5 * eta**2 * score * dt
+            s = eta * (-dt).sqrt()
+            log_prob = -((y - mean) ** 2) / (2 * s**2) - s.log() - 0.91893853320467
+            log_prob = log_prob.mean((1, 2, 3))
+        (log_prob.sum() + mean.sum()).backward()
+        grads.append((log_prob.detach(), mean.detach(), leaf.grad))
+    for original, swapped in zip(*grads, strict=True):
+        agree(swapped, original, 2e-6)
+    one = dance_grpo.grpo_one_step_log_prob(v, x, y, eta, sigmas, index)
+    if solver:
+        agree(one, log_prob.detach())
+
+
+class RefuseHost(TorchDispatchMode):
+    """Fails on what waits for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name in ("aten::nonzero", "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero"):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["update", "rollout"])
+@pytest.mark.parametrize("framework", ["flow_grpo", "verl_omni", "flow_factory"])
+def test_no_step_waits_for_the_device(scheduler, framework, given, monkeypatch):
+    """On the CPU, where a bad timestep is an error of the host's, that check is taken out."""
+    v, x, y = latents("v", "x", "y")
+    at = timesteps(scheduler, mixed=True)
+    y = y if given else None
+    arguments = (framework, scheduler, "flow_sde", v, at, x, y)
+    expected = call(*arguments, torch.Generator().manual_seed(2))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch, "_assert_async", lambda *_: None)
+    with torch.no_grad(), RefuseHost():
+        found = call(
+            framework, scheduler, "flow_sde", v, at, x, y, torch.Generator().manual_seed(2)
+        )
+    monkeypatch.undo()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_refusing_the_host_refuses_diffusers_lookup(scheduler):
+    with RefuseHost(), pytest.raises(AssertionError, match="waits for the device"):
+        scheduler.index_for_timestep(scheduler.timesteps[2])
+
+
+def test_schedule_is_made_once_and_again_when_the_sigmas_change(scheduler):
+    first = steps.schedule_of(scheduler.sigmas, 0.7, "flow_sde", "cpu")
+    assert steps.schedule_of(scheduler.sigmas, 0.7, "flow_sde", "cpu") is first
+    assert steps.schedule_of(scheduler.sigmas, 0.5, "flow_sde", "cpu") is not first
+    scheduler.sigmas[1] -= 1e-3
+    assert steps.schedule_of(scheduler.sigmas, 0.7, "flow_sde", "cpu") is not first
+
+
+def test_noise_level_per_sample(scheduler):
+    v, x, y = latents("v", "x", "y")
+    at = timesteps(scheduler, mixed=True)
+    levels = torch.tensor([0.7, 0.3, 0.5, 0.9])
+    found = verl_omni.sample_previous_step(scheduler, x, v, at, prev_sample=y, noise_level=levels)
+    for i, level in enumerate(levels.tolist()):
+        row = slice(i, i + 1)
+        one = originals.step(
+            scheduler, "flow_sde", v[row], at[row], x[row], y[row], noise_level=level
+        )
+        agree(found[1][row], one.log_prob, 3e-6)
+
+
+def test_verl_omni_without_the_normalizer_and_without_log_prob(scheduler):
+    v, x, y = latents("v", "x", "y")
+    at = timesteps(scheduler, mixed=True)
+    out = originals.step(scheduler, "flow_sde", v, at, x, y)
+    bare = verl_omni.sample_previous_step(
+        scheduler, x, v, at, prev_sample=y, include_logprob_normalizer=False
+    )[1]
+    agree(bare, out.log_prob + out.s.flatten().log() + 0.91893853320467, 3e-6)
+    none = verl_omni.sample_previous_step(
+        scheduler, x, v, at, prev_sample=y, return_logprobs=False
+    )[1]
+    assert none is None
+
+
+def test_bad_input_names_the_argument(scheduler):
+    v, x, y = latents("v", "x", "y")
+    with pytest.raises(ValueError, match=r"`sde_type` is 'ddim'; it needs one of sde, cps"):
+        flow_grpo.sde_step_with_logprob(scheduler, v, scheduler.timesteps[:4], x, sde_type="ddim")
+    with pytest.raises(ValueError, match=r"`timestep` has 1234.0, .* scheduler's 8 timesteps"):
+        flow_grpo.sde_step_with_logprob(scheduler, v, torch.full((4,), 1234.0), x, prev_sample=y)
+    with pytest.raises(NotImplementedError, match="per_token_timesteps"):
+        verl_omni.sample_previous_step(scheduler, x, v, per_token_timesteps=x)
+    other = SimpleNamespace(dynamics_type="DDIM", is_eval=False)
+    with pytest.raises(ValueError, match=r"`dynamics_type` is 'DDIM'"):
+        flow_factory.step(other, v, 1.0, x)
