@@ -44,7 +44,6 @@ class Inputs:
     coeffs: go.StepCoefficients  # [K]
     sigmas: Tensor  # [TOTAL_STEPS + 1]
     index: Tensor  # [K * B]: the transitions' steps
-    kind: str
 
     @property
     def step(self) -> baselines.Step:
@@ -102,7 +101,6 @@ def make_inputs(
         coeffs,
         sigmas,
         index,
-        workload.kind,
     )
 
 
@@ -129,18 +127,20 @@ def chain(
     inputs: Inputs,
     objective: str,
     *,
-    compiled: str | None = None,
+    compiled: bool | str = False,
     recompute: bool = False,
+    kind: str = "flow_sde",
 ) -> Call:
     """A plain-PyTorch chain of :mod:`benchmarks.baselines`, and its backward.
 
     Args:
         objective: a key of ``CHAINS``.
-        compiled: the mode of ``torch.compile``, None for eager; the first calls compile.
+        compiled: through ``torch.compile`` (True, or its mode); the first calls compile.
         recompute: the stored log-prob is not given but computed from ``old_mean``, which is what
             the mean form is given (public trainers store the log-prob, so the default is given it).
+        kind: of the SDE that ``inputs`` were rolled out with.
     """
-    v, step, kind = inputs.model_output, inputs.step, inputs.kind
+    v, step = inputs.model_output, inputs.step
     loss_of = CHAINS[objective]
     extra = {"old_mean": inputs.old_mean} if objective == "paper" else {}
 
@@ -164,8 +164,9 @@ def chain(
         )
 
     run: Callable[..., Tensor] = forward
-    if compiled is not None:
-        run = torch.compile(forward, mode=compiled, dynamic=False)
+    if compiled:
+        mode = compiled if isinstance(compiled, str) else None
+        run = torch.compile(forward, mode=mode, dynamic=False)
     old = inputs.old_mean if recompute else inputs.old_log_prob
 
     def call() -> None:

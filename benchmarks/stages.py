@@ -82,7 +82,7 @@ def race_prepared(
     contenders: Mapping[str, Prepared],
     *,
     rounds: int,
-    settle: int,
+    settle: float,
     timed: int,
     repeat: str,
     seed: int = 0,
@@ -94,14 +94,20 @@ def race_prepared(
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            call, elapsed = calls[name], []
-            for turn in range(settle + timed):
-                state = call.prepare()
-                call.wait()
-                start = time.perf_counter()
-                call.run(state)
-                call.wait()
-                if turn >= settle:
-                    elapsed.append(time.perf_counter() - start)
+            call, start = calls[name], time.perf_counter()
+            _seconds(call)
+            _seconds(call)
+            while time.perf_counter() - start < settle:
+                _seconds(call)
+            elapsed = [_seconds(call) for _ in range(timed)]
             seconds[name].append(statistics.median(elapsed))
     return Race(seconds, repeat)
+
+
+def _seconds(call: Prepared) -> float:
+    state = call.prepare()
+    call.wait()
+    start = time.perf_counter()
+    call.run(state)
+    call.wait()
+    return time.perf_counter() - start

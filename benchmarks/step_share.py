@@ -24,7 +24,7 @@ from .results import Row
 from .suite import peak_bytes
 from .workloads import Workload
 
-ROUNDS = 3
+ROUNDS = 2  # of three contenders and three calls each
 TEXT_TOKENS = 77
 LEARNING_RATE = 1e-6  # the weights stay random
 
@@ -188,7 +188,7 @@ def measure_share(model: Model, backend: str, device: torch.device) -> Row:
     velocity = forward(model, network, inputs.sample[0])
     optimizer = torch.optim.SGD(network.parameters(), lr=LEARNING_RATE)
     losses: dict[str, LossOf] = {
-        "before": lambda x: contenders.chain(x, model.objective),
+        "before": lambda x: contenders.chain(x, model.objective, kind=workload.kind),
         "after": lambda x: contenders.ours(x, "mean", model.objective, backend),
     }
 
@@ -208,11 +208,12 @@ def measure_share(model: Model, backend: str, device: torch.device) -> Row:
 
     steps = {name: step(loss_of) for name, loss_of in losses.items()}
     parts = {name: loss_of(inputs) for name, loss_of in losses.items()}
-    settle = 0 if model.scaled else 8  # a step that takes a second fills every cache itself
+    settle = 0 if model.scaled else 0.03  # a step that takes a second fills every cache itself
+    rounds = ROUNDS if model.scaled else 10
     whole_race = measure.race(
-        steps, rounds=ROUNDS, warmup=1, settle=settle, timed=1, repeat="after"
+        steps, rounds=rounds, warmup=0, settle=settle, timed=1, repeat="after"
     )
-    loss_race = measure.race(parts, rounds=10, warmup=1, settle=8, timed=3, repeat="after")
+    loss_race = measure.race(parts, rounds=10, warmup=1, settle=0.03, timed=3, repeat="after")
     row: Row = {
         "model": model.name,
         "shape": list(workload.shape),

@@ -22,7 +22,8 @@ from .results import Row
 
 BLOCKS = 3  # each with tensors of its own: where they lie in memory is part of a rerun's scatter
 ROUNDS = (2, 12)  # of a block, least and most
-IN_CACHE = 64 * 2**20  # what a case moves that settles only after several passes
+SETTLE = {True: 0.03, False: 0.01}  # seconds of untimed calls in a turn: with chains, without
+TIMED = 2  # calls of a turn
 CHAIN_FORM = "log-prob"  # what the public trainers' chains are given
 BESIDE = ("noise", "seeded")  # forms that run beside a workload's mean form
 ELEMENTS = {"cpu": 2**21, "cuda": 2**29}  # of a workload's latents, at most
@@ -94,10 +95,10 @@ def run_case(
             inputs = contenders.make_inputs(case.workload, case.dtype, seed=block, device=device)
             calls = case_calls(case, inputs, backends, device)
             base = next(iter(calls))
-            settle, timed = _turn(case)
+            settle = SETTLE[bool(case.chains)]
             if block == 0:
-                rounds = _rounds(calls, seconds / BLOCKS, settle + timed)
-            races.append(_race(calls, base, rounds, settle, timed, block))
+                rounds = _rounds(calls, seconds / BLOCKS, settle)
+            races.append(_race(calls, base, rounds, settle, block))
             if memory and block == 0 and case.stage != "backward":
                 peaks = _peaks(case, calls, base, inputs, device)
     return _rows(case, races, base, peaks)
@@ -131,7 +132,7 @@ def case_calls(
                 )
     for mode in case.chains:
         calls[_label(CHAIN_NAMES[mode], CHAIN_FORM)] = contenders.chain(
-            inputs, case.objective, compiled=mode
+            inputs, case.objective, compiled=mode or False, kind=case.workload.kind
         )
     calls[COPY] = contenders.memory_copy(_copy_bytes(case), device)
     if device.type == "cuda":
@@ -168,39 +169,33 @@ def _copy_bytes(case: Case) -> int:
     return max(floor_bytes(case), case.workload.numel * 2 * case.dtype.itemsize)
 
 
-def _turn(case: Case) -> tuple[int, int]:
-    """(untimed, timed) calls of a turn: fewer beside chains, fewest beyond the caches."""
-    if floor_bytes(case) > IN_CACHE:
-        return 2, 1
-    return (5, 2) if case.chains else (8, 3)
-
-
-def _rounds(calls: Mapping[str, Any], seconds: float, turn: int) -> int:
+def _rounds(calls: Mapping[str, Any], seconds: float, settle: float) -> int:
     """Rounds that fit in ``seconds``; every contender is called twice first, compiling."""
     cost = 0.0
     for call in calls.values():
         prepared = isinstance(call, stages.Prepared)
-        for _ in range(2):
+        for _ in range(2):  # the second counts: the first may compile
             start = time.perf_counter()
             if prepared:
                 call.run(call.prepare())
                 call.wait()
             else:
                 call()
-        cost += time.perf_counter() - start
-    fitting = int(seconds / (cost * turn))
+        one = time.perf_counter() - start
+        cost += max(settle, 2 * one) + TIMED * one
+    fitting = int(seconds / cost)
     return min(max(fitting, ROUNDS[0]), ROUNDS[1])
 
 
 def _race(
-    calls: Mapping[str, Any], base: str, rounds: int, settle: int, timed: int, seed: int
+    calls: Mapping[str, Any], base: str, rounds: int, settle: float, seed: int
 ) -> measure.Race:
     if isinstance(calls[base], stages.Prepared):
         return stages.race_prepared(
-            calls, rounds=rounds, settle=settle, timed=timed, repeat=base, seed=seed
+            calls, rounds=rounds, settle=settle, timed=TIMED, repeat=base, seed=seed
         )
     return measure.race(
-        calls, rounds=rounds, warmup=0, settle=settle, timed=timed, repeat=base, seed=seed
+        calls, rounds=rounds, warmup=0, settle=settle, timed=TIMED, repeat=base, seed=seed
     )
 
 

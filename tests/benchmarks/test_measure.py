@@ -128,7 +128,7 @@ def test_environment_names_the_machine_but_neither_host_nor_path():
     [
         ("mean", "article", {}),
         ("mean", "article", {"recompute": True}),
-        ("mean", "article", {"recompute": True, "compiled": "default"}),
+        ("mean", "article", {"recompute": True, "compiled": True}),
         ("noise", "paper", {}),
         ("velocity", "flow_grpo", {}),
     ],

@@ -86,7 +86,7 @@ def test_a_backward_is_timed_without_its_forward(monkeypatch):
         return torch.zeros(())
 
     slow_forward = stages.Prepared(lambda: passes(10.0), lambda _: passes(0.5), lambda: None)
-    race = stages.race_prepared({"x": slow_forward}, rounds=4, settle=2, timed=3, repeat="x")
+    race = stages.race_prepared({"x": slow_forward}, rounds=4, settle=2.0, timed=3, repeat="x")
     assert race.median("x") == 0.5
 
 
@@ -95,7 +95,7 @@ def test_dance_grpo_chain_agrees_with_guard_ops_on_its_own_steps(workload):
     small = dataclasses.replace(WORKLOADS[workload], latent=(4, 6, 6), batch=3, steps=2)
     inputs = contenders.make_inputs(small, drift=0.1)
     gradients = []
-    chain = contenders.chain(inputs, "dance_grpo")
+    chain = contenders.chain(inputs, "dance_grpo", kind="dance_sde")
     for call in (chain, contenders.ours(inputs, "mean", "dance_grpo")):
         call()
         gradients.append(inputs.model_output.grad)
