@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp') CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cmake') CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: demo test test-cpp lint format bench clean
 
@@ -25,12 +25,12 @@ lint: $(VENV)/development
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 format: $(VENV)/development
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # Speed and accuracy against their bounds, the numbers kept and the documents' tables rewritten.
 bench: $(VENV)/development

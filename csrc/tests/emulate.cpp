@@ -1,5 +1,6 @@
 #include "emulate.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdlib>
@@ -31,7 +32,9 @@ struct Block {
 using Copies = std::vector<std::pair<void*, const void*>>;
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // of its beginning; from then on it is `resume`
+  jmp_buf resume;
+  bool begun = false;
   std::unique_ptr<char[]> stack;
   Position position;
   Block* block;
@@ -45,6 +48,7 @@ struct Fiber {
 };
 
 ucontext_t scheduler;
+jmp_buf back;
 Fiber* current;
 const std::function<void()>* body;
 std::vector<Block>* grid;
@@ -55,10 +59,21 @@ void begin() {
   // Nobody may read a block's shared memory once it has left.
   if (--block.left == 0) std::memset(block.shared.data(), 0xFF, block.shared.size());
   current->done = true;
-  swapcontext(&current->context, &scheduler);
+  _longjmp(back, 1);
 }
 
-void yield() { swapcontext(&current->context, &scheduler); }
+// _setjmp and _longjmp, as swapcontext asks the kernel for the signal mask every time.
+void yield() {
+  if (_setjmp(current->resume) == 0) _longjmp(back, 1);
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(back) != 0) return;
+  if (fiber.begun) _longjmp(fiber.resume, 1);
+  fiber.begun = true;
+  swapcontext(&scheduler, &fiber.context);
+}
 
 }  // namespace
 
@@ -150,8 +165,7 @@ void run(const Launch& launch, const std::function<void()>& thread) {
       if (fiber->done) continue;
       if (fiber->waits_for != nullptr && fiber->waits_for->generation == fiber->until) continue;
       fiber->waits_for = nullptr;
-      current = fiber.get();
-      swapcontext(&scheduler, &fiber->context);
+      resume(*fiber);
       moved = true;
       left -= fiber->done;
     }
