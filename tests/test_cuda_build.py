@@ -172,4 +172,5 @@ def test_multiplications_and_additions_are_fused_only_where_written(code):
     """The mean is one multiplication and one fused multiply-add; -fmad=false keeps it so."""
     for architecture in ("sm_80", "sm_90", "sm_120"):
         names = [x.split(".")[0] for x in code[architecture, "step_chunks"]]
-        assert names.count("FMUL") > 0 and names.count("FFMA") > 0
+        assert names.count("FMUL") > 0
+        assert names.count("FFMA") > 0

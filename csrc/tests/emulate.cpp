@@ -15,7 +15,7 @@ namespace guard_ops::cuda::emulation {
 namespace {
 
 constexpr uint32_t lanes = 32;
-constexpr size_t stack_bytes = size_t(1) << 17;
+constexpr size_t stack_bytes = size_t(1) << 16;
 
 struct Warp {
   Barrier barrier;
@@ -35,7 +35,6 @@ struct Fiber {
   ucontext_t context;  // of its beginning; from then on it is `resume`
   jmp_buf resume;
   bool begun = false;
-  std::unique_ptr<char[]> stack;
   Position position;
   Block* block;
   Barrier* cluster;
@@ -47,6 +46,7 @@ struct Fiber {
   bool done = false;
 };
 
+std::vector<std::unique_ptr<char[]>> stacks;  // kept: fresh memory costs a page fault a page
 ucontext_t scheduler;
 jmp_buf back;
 Fiber* current;
@@ -150,9 +150,9 @@ void run(const Launch& launch, const std::function<void()>& thread) {
                          block.shared.data()};
       fiber->block = &block;
       fiber->cluster = &clusters[b / launch.cluster];
-      fiber->stack = std::make_unique<char[]>(stack_bytes);
+      if (stacks.size() == fibers.size()) stacks.emplace_back(new char[stack_bytes]);
       getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.get();
+      fiber->context.uc_stack.ss_sp = stacks[fibers.size()].get();
       fiber->context.uc_stack.ss_size = stack_bytes;
       fiber->context.uc_link = &scheduler;
       makecontext(&fiber->context, begin, 0);

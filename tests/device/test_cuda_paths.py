@@ -119,4 +119,5 @@ def test_a_second_device_has_its_own_launches(cuda):
     second = bits(on_device(given, "cuda:1"), CONFIGS["article"])
     assert torch.cuda.current_device() == 0
     for got, want in zip(second, first, strict=True):
-        assert got.device.index == 1 and torch.equal(got.cpu(), want.cpu())
+        assert got.device.index == 1
+        assert torch.equal(got.cpu(), want.cpu())
