@@ -1,7 +1,7 @@
 """What the CUDA kernels are compiled to, for every architecture; no GPU is needed, nvcc is.
 
-The build folder is kept (``build/cuda-kernels``): a run compiles what changed. Machine code is read by
-``cuobjdump``, of the toolkit or of the ``triton`` package.
+The build folder is kept (``build/cuda-kernels``): a run compiles what changed. Machine code is read
+by ``cuobjdump``, of the toolkit or of the ``triton`` package.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_every_architecture_and_the_newest_ones_ptx_are_there(objects, cuobjdump
 def test_no_kernel_spills_or_uses_local_memory(resources):
     assert set(resources) == {(a, kernel) for a in ARCHITECTURES for kernel in LAUNCH_BOUNDS}
     for key, usage in resources.items():
-        assert usage["STACK"] == 0 and usage["LOCAL"] == 0, (key, usage)
+        assert (usage["STACK"], usage["LOCAL"]) == (0, 0), (key, usage)
 
 
 def test_registers_leave_room_for_the_promised_blocks(resources):

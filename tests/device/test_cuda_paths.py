@@ -1,7 +1,7 @@
 """guard_loss on CUDA by each of its paths, on a GPU: the same bits, the right numbers.
 
-What holds for every backend of a GPU is tested beside this file; the same kernels' logic runs without
-one in ``csrc/tests/cuda_test.cpp``.
+What holds for every backend of a GPU is tested beside this file; the same kernels' logic runs
+without one in ``csrc/tests/cuda_test.cpp``.
 """
 
 from __future__ import annotations
