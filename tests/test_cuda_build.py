@@ -22,8 +22,8 @@ SOURCES = ("gradient", "guard_loss", "sde_step", "sums")
 LAUNCH_BOUNDS = {
     "sums_of_chunks": (256, 3),
     "sums_of_rows": (256, 1),
-    "gradient_of_chunks": (256, 3),
-    "step_chunks": (256, 3),
+    "gradient_of_chunks": (256, 2),
+    "step_chunks": (256, 2),
     "squares_of_rows": (256, 1),
     "loss_of_chunks": (256, 2),
     "loss_cooperatively": (512, 1),
