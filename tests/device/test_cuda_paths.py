@@ -106,6 +106,18 @@ def test_a_factor_is_applied_without_asking_the_host(cuda):
     assert relative(half, once / 2) < 1e-6
 
 
+def test_opcheck_of_the_scaling_in_place():
+    given = on_device(made(latent=(9, 4)))
+    names = ("sample", "prev_sample", None, "old_model_output", None, None)
+    flat = [None if name is None else given[name].flatten(2) for name in names]
+    v = given["model_output"].flatten(2)
+    table = given["coeffs"].table.unsqueeze(-1).expand(5, 3, 4)
+    arguments = (v, None, None, *flat, table, 1.0, True, False)
+    factor, c = torch.tensor(0.5, device="cuda"), torch.ones(3, 3, 4, device="cuda").double()
+    operator = torch.ops.guard_ops.scaled_.default
+    torch.library.opcheck(operator, (v.clone(), v.new_empty(0), factor, c, *arguments))
+
+
 def test_float64_is_refused_with_what_to_do():
     given = on_device(made(dtype=torch.float64))
     with pytest.raises(TypeError, match=r"no float64 kernels.*use_backend\('reference'\)"):
