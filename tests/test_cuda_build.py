@@ -166,11 +166,3 @@ def test_blocks_meet_as_the_paths_claim(code):
             assert ("UCGABAR_ARV" in names) == clusters, (architecture, kernel)
         if kernel == "loss_cooperatively":  # polls the last block's flag
             assert any(re.match(r"LD\S*\.STRONG\.GPU", x) for x in instructions), architecture
-
-
-def test_multiplications_and_additions_are_fused_only_where_written(code):
-    """The mean is one multiplication and one fused multiply-add; -fmad=false keeps it so."""
-    for architecture in ("sm_80", "sm_90", "sm_120"):
-        names = [x.split(".")[0] for x in code[architecture, "step_chunks"]]
-        assert names.count("FMUL") > 0
-        assert names.count("FFMA") > 0
