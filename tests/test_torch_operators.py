@@ -73,7 +73,8 @@ def test_every_registered_operator_is_checked_above():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("guard_ops::")
     }
-    assert names == {"sums", "gradient", "guard_loss", "sde_step"}
+    on_a_gpu = {"scaled_"}  # has a CUDA kernel alone: tests/device/test_cuda_paths.py
+    assert names - on_a_gpu == {"sums", "gradient", "guard_loss", "sde_step"}
 
 
 def compiled_and_eager(given, config, compiler):

@@ -15,7 +15,7 @@ struct GradientCall {
   uint32_t slots;
 };
 
-__global__ void __launch_bounds__(stream_threads, 3)
+__global__ void __launch_bounds__(stream_threads, 2)
     gradient_of_chunks(const __grid_constant__ GradientCall call) {
   double factor = 1;
   if (call.factor.data != nullptr) {

@@ -44,7 +44,7 @@ __device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& 
 }
 
 template <bool seeded>
-__global__ void __launch_bounds__(stream_threads, 3)
+__global__ void __launch_bounds__(stream_threads, 2)
     step_chunks(const __grid_constant__ StepCall call) {
   const Walk walk(call.plan, shared_memory() + block_header, call.slots,
                   share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
