@@ -11,7 +11,6 @@
 namespace guard_ops::cuda {
 
 constexpr int block_header = 128;  // bytes of shared memory before the slots
-constexpr int stream_threads = 256, cooperative_threads = 512, cluster_threads = 256;
 constexpr uint32_t ring_slots = 4;
 
 inline int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Workspace* out) {

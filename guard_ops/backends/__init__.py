@@ -15,7 +15,7 @@ import torch
 
 from .. import extension
 
-ORDER = ("cpu", "reference")  # fastest first; each serves the devices it supports
+ORDER = ("cuda", "cpu", "reference")  # fastest first; each serves the devices it supports
 
 _loaded: dict[str, ModuleType] = {}
 _unavailable: dict[str, str] = {}

@@ -1,0 +1,115 @@
+// The device on the host: every CUDA thread a fiber, all of a grid's on one thread of the host, in
+// turns. What ../cuda/device.h asks for is here in plain C++, stricter than the device where that
+// finds mistakes: copies land when they are waited for and not before, shared memory starts, and
+// ends when its block does, as NaNs. What it cannot find are races between two synchronizations.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+namespace guard_ops::cuda {
+
+namespace emulation {
+
+struct Barrier {
+  int expected = 0, arrived = 0;
+  uint64_t generation = 0;
+};
+
+// What a running thread knows; `shared` is its block's memory.
+struct Position {
+  uint32_t thread, threads, block, blocks, rank, cluster;
+  char* shared;
+};
+
+const Position& position();
+void arrive_and_wait(Barrier& barrier);
+void pause();  // lets the others run
+
+Barrier& block_barrier();
+Barrier& warp_barrier();
+Barrier& cluster_barrier();
+char* shared_of(uint32_t rank);  // of a block of this cluster
+// 8 bytes of every lane of the warp, for one exchange.
+uint64_t exchange(uint64_t own, uint32_t from_lane);
+void enqueue_copy(void* to, const void* from);
+void commit();
+void complete(size_t pending);
+
+}  // namespace emulation
+
+inline uint32_t thread() { return emulation::position().thread; }
+inline uint32_t threads() { return emulation::position().threads; }
+inline uint32_t block() { return emulation::position().block; }
+inline uint32_t blocks() { return emulation::position().blocks; }
+inline char* shared_memory() { return emulation::position().shared; }
+
+inline void sync_block() { emulation::arrive_and_wait(emulation::block_barrier()); }
+inline void sync_warp() { emulation::arrive_and_wait(emulation::warp_barrier()); }
+template <class T>
+T shuffle_xor(T x, int mask) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof x);
+  bits = emulation::exchange(bits, (thread() % 32) ^ uint32_t(mask));
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline void copy_async(void* shared, const void* global) {
+  emulation::enqueue_copy(shared, global);
+}
+inline void commit_copies() { emulation::commit(); }
+template <int pending>
+void wait_copies() {
+  emulation::complete(pending);
+}
+
+inline float from_half(uint16_t x) {
+  _Float16 half;
+  std::memcpy(&half, &x, sizeof x);
+  return float(half);
+}
+inline uint16_t to_half(float x) {
+  const _Float16 half = _Float16(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof bits);
+  return bits;
+}
+inline float from_bfloat(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+inline uint16_t to_bfloat(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+inline void fence() {}
+inline uint32_t count_up(uint32_t* counter) { return (*counter)++; }
+inline void raise_flag(uint32_t* flag) { *static_cast<volatile uint32_t*>(flag) = 1; }
+inline void await_flag(const uint32_t* flag) {
+  while (*static_cast<const volatile uint32_t*>(flag) == 0) emulation::pause();
+}
+inline double load_fresh(const double* x) { return *x; }
+
+inline void sync_cluster() { emulation::arrive_and_wait(emulation::cluster_barrier()); }
+inline uint32_t cluster_rank() { return emulation::position().rank; }
+inline uint32_t cluster_size() { return emulation::position().cluster; }
+template <class T>
+const T* of_cluster(const T* shared, uint32_t rank) {
+  const char* const own = reinterpret_cast<const char*>(shared);
+  return reinterpret_cast<const T*>(emulation::shared_of(rank) + (own - shared_memory()));
+}
+
+}  // namespace guard_ops::cuda
