@@ -37,6 +37,16 @@ class CMakeBuild(build_ext):
         cuda = CHOSEN.nvcc.version if CHOSEN.nvcc else None
         record.write_text(json.dumps({"torch": CHOSEN.torch.version, "cuda": cuda}) + "\n")
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install; nothing built leaves nothing of an earlier build behind."""
+        for ext in self.extensions:
+            extension = Path(self.get_ext_filename(ext.name))
+            for name in (extension, extension.with_suffix(".json")):
+                built, inplace = Path(self.build_lib) / name, ROOT / name
+                inplace.unlink(missing_ok=True)
+                if built.is_file():
+                    shutil.copy2(built, inplace)
+
     def get_outputs(self) -> list[str]:
         return [
             f for out in super().get_outputs() for f in (out, str(Path(out).with_suffix(".json")))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -107,6 +108,24 @@ def test_the_package_works_on_the_reference_and_says_so_once(installed):
     (warning,) = seen["warnings"]
     assert "no fused backend for cpu tensors" in warning
     assert "not built" in warning
+
+
+def test_an_editable_build_without_kernels_leaves_none_of_an_earlier_build(sdist, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    earlier = source / "guard_ops" / f"_C{suffix}"
+    earlier.touch()
+    earlier.with_suffix(".json").touch()
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        env={**os.environ, "CXX": "no-such-compiler", "GUARD_OPS_CUDA": ""},
+        cwd=source,
+        capture_output=True,
+        check=True,
+    )
+    assert [path.name for path in (source / "guard_ops").glob("_C*")] == ["_C.pyi"]
 
 
 @pytest.mark.parametrize("request_", ["12.8", "x"])
