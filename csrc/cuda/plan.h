@@ -36,6 +36,7 @@ struct Plan {
   Form form;
   Operand operand[roles];  // absent ones are null
   uint32_t offset[roles];  // of an operand's part of a slot
+  uint32_t inputs, input[roles];  // how many are present, and which
   uint32_t slot_bytes;     // of shared memory that a tile takes
   uint32_t mean_offset;    // where sde_step puts the mean
   uint32_t rows, chunk_tiles, row_chunks, chunks;
@@ -56,7 +57,9 @@ inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   for (int r = 0; r < roles; ++r) {
     p.operand[r] = *operands[r];
     p.offset[r] = p.slot_bytes;
-    if (p.operand[r]) p.slot_bytes += uint32_t(tile * size_of(p.operand[r].dtype));
+    if (!p.operand[r]) continue;
+    p.input[p.inputs++] = r;
+    p.slot_bytes += uint32_t(tile * size_of(p.operand[r].dtype));
   }
   p.mean_offset = p.slot_bytes;
   if (with_mean) p.slot_bytes += tile * sizeof(float);

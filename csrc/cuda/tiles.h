@@ -46,6 +46,7 @@ __device__ __forceinline__ char* row_of(const Operand& x, const At& at) {
 template <class T>
 __device__ __forceinline__ void copy_elements(char* to, const char* from, uint32_t first,
                                               uint32_t count) {
+#pragma unroll 1
   for (uint32_t e = first + lane(); e < count; e += warp_size) {
     reinterpret_cast<T*>(to)[e] = reinterpret_cast<const T*>(from)[e];
   }
@@ -67,17 +68,17 @@ __device__ __forceinline__ void copy_rest(char* to, const char* from, uint32_t v
 
 // Starts the copies of a tile's operands; they belong to the group that is committed next.
 __device__ __forceinline__ void load_tile(const Plan& p, char* slot, const At& at) {
-#pragma unroll
-  for (int r = 0; r < roles; ++r) {
+#pragma unroll 1
+  for (uint32_t n = 0; n < p.inputs; ++n) {
+    const uint32_t r = p.input[n];
     const Operand& x = p.operand[r];
-    if (!x) continue;
     const bool wide = x.dtype == DType::f32;
     const char* from = row_of(x, at);
     char* const to = slot + p.offset[r];
     const uint32_t vectors = aligned(from) ? at.count / (wide ? 4 : 8) : 0;
 #pragma unroll
-    for (uint32_t n = 0; n < 2; ++n) {
-      const uint32_t v = n * warp_size + lane();
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t v = half * warp_size + lane();
       if (v < vectors) copy_async(to + v * sizeof(Bytes16), from + v * sizeof(Bytes16));
     }
     if (vectors * (wide ? 4 : 8) < at.count) copy_rest(to, from, vectors, at.count, wide);

@@ -17,7 +17,7 @@ from .operators import build_info, objective_arguments
 
 if build_info()["cuda"] is None:
     raise ImportError("this build of guard-ops has no CUDA kernels")
-if not torch.cuda.is_available():
+if torch.cuda.device_count() == 0:  # by NVML: a process may still fork afterwards
     raise ImportError("no CUDA device")
 
 NAME = "cuda"
