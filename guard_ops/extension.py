@@ -22,7 +22,8 @@ NOT_BUILT = (
     "because build isolation hid torch (pip install --no-build-isolation)"
 )
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = str(ROOT) if (ROOT / "setup.py").is_file() else "guard-ops"
+# By name, pip would take a wheel again, perhaps the very one that does not fit.
+SOURCE = str(ROOT) if (ROOT / "setup.py").is_file() else "--no-binary guard-ops guard-ops"
 REBUILD = f"pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir {SOURCE}"
 
 
