@@ -4,8 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt setup.py pyproject.toml \
-  scripts/toolchain.py
+SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cmake') \
+  CMakeLists.txt setup.py pyproject.toml scripts/toolchain.py
 
 .PHONY: demo test test-cpp lint format bench wheels wheel-check clean
 

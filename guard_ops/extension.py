@@ -22,8 +22,7 @@ NOT_BUILT = (
     "because build isolation hid torch (pip install --no-build-isolation)"
 )
 ROOT = Path(__file__).resolve().parents[1]
-# By name, pip would take a wheel again, perhaps the very one that does not fit.
-SOURCE = str(ROOT) if (ROOT / "setup.py").is_file() else "--no-binary guard-ops guard-ops"
+SOURCE = str(ROOT) if (ROOT / "setup.py").is_file() else "path/to/guard-ops-source"
 REBUILD = f"pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir {SOURCE}"
 
 

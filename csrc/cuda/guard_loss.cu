@@ -216,14 +216,14 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
   zero(workspace, 256, stream);
   Launch launch;
   if ((wanted == Path::cluster || (automatic && any)) && problem.rows_are_independent() &&
-      plan_clusters(call, loss_by_clusters, &launch)) {
-    start(loss_by_clusters, launch, stream, call);
+      plan_clusters(call, loss_by_clusters, &launch) &&
+      starts(loss_by_clusters, launch, stream, call)) {
     return Path::cluster;
   }
   if (wanted == Path::cluster) refuse(wanted);
   if ((wanted == Path::cooperative || (automatic && any)) &&
-      plan_cooperative(call, loss_cooperatively, !automatic, &launch)) {
-    start(loss_cooperatively, launch, stream, call);
+      plan_cooperative(call, loss_cooperatively, !automatic, &launch) &&
+      starts(loss_cooperatively, launch, stream, call)) {
     return Path::cooperative;
   }
   if (wanted == Path::cooperative) refuse(wanted);

@@ -34,11 +34,11 @@ struct Divisor {
 
 struct Plan {
   Form form;
-  Operand operand[roles];  // absent ones are null
-  uint32_t offset[roles];  // of an operand's part of a slot
+  Operand operand[roles];         // absent ones are null
+  uint32_t offset[roles];         // of an operand's part of a slot
   uint32_t inputs, input[roles];  // how many are present, and which
-  uint32_t slot_bytes;     // of shared memory that a tile takes
-  uint32_t mean_offset;    // where sde_step puts the mean
+  uint32_t slot_bytes;            // of shared memory that a tile takes
+  uint32_t mean_offset;           // where sde_step puts the mean
   uint32_t rows, chunk_tiles, row_chunks, chunks;
   int64_t numel;
   Divisor by_batch, by_row_chunks, by_chunk_tiles;

@@ -102,8 +102,10 @@ inline int at_once(const void* kernel, const Launch& launch) {
   return known.emplace(key, count).first->second;
 }
 
+// False where the device, for all that it said, has no room for a launch whose blocks have to run
+// at once: under MPS, or busy.
 template <class Argument>
-void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
+bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(launch.blocks);
   config.blockDim = dim3(launch.threads);
@@ -121,8 +123,21 @@ void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argumen
   config.attrs = &attribute;
   config.numAttrs = launch.cooperative || launch.cluster > 1 ? 1 : 0;
   void* arguments[] = {&argument};
-  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments),
-        "kernel launch");
+  const cudaError_t status =
+      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+  if (config.numAttrs > 0 &&
+      (status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorInvalidClusterSize ||
+       status == cudaErrorLaunchOutOfResources || status == cudaErrorNotSupported)) {
+    cudaGetLastError();
+    return false;
+  }
+  check(status, "kernel launch");
+  return true;
+}
+
+template <class Argument>
+void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
+  starts(kernel, launch, stream, argument);
 }
 
 inline void zero(void* data, size_t bytes, void* stream) {

@@ -279,6 +279,9 @@ void test_choice() {
   cuda::emulated = {0, 3, 10 << 10, true, true};  // too little for a warp
   CHECK(run(t, joint, Path::automatic, false).path == Path::two_launches);
   cuda::emulated = {0, 3, 1 << 16, true, true};
+  cuda::emulated.busy = true;
+  CHECK(run(t, joint, Path::automatic, false).path == Path::two_launches);
+  cuda::emulated.busy = false;
   bool refused = false;
   try {
     run(t, joint, Path::cluster, false);

@@ -1,5 +1,6 @@
 #include "emulate.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdlib>
@@ -14,7 +15,7 @@ namespace guard_ops::cuda::emulation {
 namespace {
 
 constexpr uint32_t lanes = 32;
-constexpr size_t stack_bytes = size_t(1) << 17;
+constexpr size_t stack_bytes = size_t(1) << 16;
 
 struct Warp {
   Barrier barrier;
@@ -31,8 +32,9 @@ struct Block {
 using Copies = std::vector<std::pair<void*, const void*>>;
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  ucontext_t context;  // of its beginning; from then on it is `resume`
+  jmp_buf resume;
+  bool begun = false;
   Position position;
   Block* block;
   Barrier* cluster;
@@ -44,7 +46,9 @@ struct Fiber {
   bool done = false;
 };
 
+std::vector<std::unique_ptr<char[]>> stacks;  // kept: fresh memory costs a page fault a page
 ucontext_t scheduler;
+jmp_buf back;
 Fiber* current;
 const std::function<void()>* body;
 std::vector<Block>* grid;
@@ -55,10 +59,21 @@ void begin() {
   // Nobody may read a block's shared memory once it has left.
   if (--block.left == 0) std::memset(block.shared.data(), 0xFF, block.shared.size());
   current->done = true;
-  swapcontext(&current->context, &scheduler);
+  _longjmp(back, 1);
 }
 
-void yield() { swapcontext(&current->context, &scheduler); }
+// _setjmp and _longjmp, as swapcontext asks the kernel for the signal mask every time.
+void yield() {
+  if (_setjmp(current->resume) == 0) _longjmp(back, 1);
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(back) != 0) return;
+  if (fiber.begun) _longjmp(fiber.resume, 1);
+  fiber.begun = true;
+  swapcontext(&scheduler, &fiber.context);
+}
 
 }  // namespace
 
@@ -135,9 +150,9 @@ void run(const Launch& launch, const std::function<void()>& thread) {
                          block.shared.data()};
       fiber->block = &block;
       fiber->cluster = &clusters[b / launch.cluster];
-      fiber->stack = std::make_unique<char[]>(stack_bytes);
+      if (stacks.size() == fibers.size()) stacks.emplace_back(new char[stack_bytes]);
       getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.get();
+      fiber->context.uc_stack.ss_sp = stacks[fibers.size()].get();
       fiber->context.uc_stack.ss_size = stack_bytes;
       fiber->context.uc_link = &scheduler;
       makecontext(&fiber->context, begin, 0);
@@ -150,8 +165,7 @@ void run(const Launch& launch, const std::function<void()>& thread) {
       if (fiber->done) continue;
       if (fiber->waits_for != nullptr && fiber->waits_for->generation == fiber->until) continue;
       fiber->waits_for = nullptr;
-      current = fiber.get();
-      swapcontext(&scheduler, &fiber->context);
+      resume(*fiber);
       moved = true;
       left -= fiber->done;
     }

@@ -1,0 +1,123 @@
+"""guard_loss on CUDA by each of its paths, on a GPU: the same bits, the right numbers.
+
+What holds for every backend of a GPU is tested beside this file; the same kernels' logic runs without
+one in ``csrc/tests/cuda_test.cpp``.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from problems import FORMS, problem, relative, truth
+
+import guard_ops as go
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        "cuda" not in go.available_backends(), reason="needs a GPU and a build with CUDA kernels"
+    ),
+]
+
+CONFIGS = {
+    "article": go.GuardConfig.article(),
+    "paper": go.GuardConfig.paper(),
+    "flow_grpo": go.GuardConfig.flow_grpo(),
+    "article_kl": go.GuardConfig.article(kl_beta=0.04),
+}
+INDEPENDENT = ("paper", "flow_grpo")  # rows that a cluster can do by itself
+
+
+@pytest.fixture(autouse=True)
+def cuda():
+    """The backend in use, and its choice of a path restored."""
+    from guard_ops import _C
+
+    with go.use_backend("cuda"):
+        yield _C
+    _C.force_cuda_path("automatic")
+
+
+def on_device(given, device="cuda"):
+    """The problem, which ``problem`` makes on the CPU, on a device."""
+    return {
+        name: value.to(device) if hasattr(value, "to") else value for name, value in given.items()
+    }
+
+
+def made(form="velocity", **more):
+    with go.use_backend("cpu"):
+        return problem(form, **{"dtype": torch.float32, **more})
+
+
+def bits(given, config, **more):
+    """Loss, diagnostics and gradient, as tensors to compare."""
+    v = given["model_output"].detach().requires_grad_()
+    out = go.guard_loss(**{**given, "model_output": v}, config=config, **more)
+    (grad,) = torch.autograd.grad(out.loss, v)
+    return [out.loss.detach(), out.log_ratio, out.excess, out.weights, grad, *out.metrics]
+
+
+def paths(name, device="cuda"):
+    capable = torch.cuda.get_device_capability(device) >= (9, 0)
+    return ["cooperative", *(["cluster"] if name in INDEPENDENT and capable else [])]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("latent", [(7,), (16, 64, 64), (16, 21, 60, 104)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_paths_give_the_same_bits(name, latent, dtype, cuda):
+    given = on_device(
+        made(latent=latent, steps=2, batch=3, dtype=dtype, reference=name == "article_kl")
+    )
+    cuda.force_cuda_path("two_launches")
+    expected = bits(given, CONFIGS[name])
+    for path in paths(name):
+        cuda.force_cuda_path(path)
+        for got, want in zip(bits(given, CONFIGS[name]), expected, strict=True):
+            assert torch.equal(got.nan_to_num(9.0), want.nan_to_num(9.0)), path
+        assert cuda.last_cuda_path() == path or dtype == torch.float16  # deferred to backward
+
+
+@pytest.mark.parametrize("path", ["two_launches", "cooperative"])
+@pytest.mark.parametrize("form, guided", list(itertools.product(FORMS, [False, True])))
+def test_every_form_by_every_path(form, guided, path, cuda):
+    given = made(form, latent=(3, 31, 17), guided=guided)
+    expected, want = truth(given, CONFIGS["article"])
+    cuda.force_cuda_path(path)
+    out = bits(on_device(given), CONFIGS["article"])
+    assert relative(out[0].cpu(), expected.loss) < 1e-4
+    assert relative(out[4].cpu(), want) < 1e-3  # float32 sums, divided by the batch's spread
+
+
+def test_a_factor_is_applied_without_asking_the_host(cuda):
+    given = on_device(made(latent=(4, 33)))
+    v = given["model_output"].detach().requires_grad_()
+    out = go.guard_loss(**{**given, "model_output": v}, config=CONFIGS["article"])
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            (once,) = torch.autograd.grad(out.loss, v, retain_graph=True)
+            (half,) = torch.autograd.grad(out.loss, v, torch.full_like(out.loss, 0.5))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert relative(half, once / 2) < 1e-6
+
+
+def test_float64_is_refused_with_what_to_do():
+    given = on_device(made(dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"no float64 kernels.*use_backend\('reference'\)"):
+        go.guard_loss(**given)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_device_has_its_own_launches(cuda):
+    given = made(latent=(16, 64))
+    first = bits(on_device(given, "cuda:0"), CONFIGS["article"])
+    second = bits(on_device(given, "cuda:1"), CONFIGS["article"])
+    assert torch.cuda.current_device() == 0
+    for got, want in zip(second, first, strict=True):
+        assert got.device.index == 1
+        assert torch.equal(got.cpu(), want.cpu())
