@@ -85,8 +85,8 @@ class CMakeBuild(build_ext):
         if nvcc:
             definitions["GUARD_OPS_CUDA_VERSION"] = nvcc.version
             definitions["CMAKE_CUDA_COMPILER"] = str(nvcc.path)
-            if architectures := toolchain.architectures(os.environ):
-                definitions["CMAKE_CUDA_ARCHITECTURES"] = architectures
+            # Passed when empty too (the default), or the kept folder's last choice would stay.
+            definitions["CMAKE_CUDA_ARCHITECTURES"] = toolchain.architectures(os.environ)
         options = [f"-D{name}={value}" for name, value in definitions.items()]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         run = subprocess.check_call

@@ -115,6 +115,7 @@ def test_an_extension_of_another_torch_is_not_loaded_and_one_warning_says_so(cop
     assert "built for torch 2.1.0+cu121 with CUDA 12.1, this is" in warning
     assert f"torch {torch.__version__}" in warning
     assert "pip install --no-build-isolation --no-deps --force-reinstall" in warning
+    assert warning.endswith("path/to/guard-ops-source")  # a wheel of an index would not fit either
     assert seen["reason"].startswith("the compiled kernels were built for torch 2.1.0")
 
 

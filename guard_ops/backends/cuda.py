@@ -13,9 +13,10 @@ from torch import Tensor
 from .. import extension
 from ..config import GuardConfig
 from ..transitions import Transitions, compute_dtype
-from .operators import build_info, objective_arguments
+from .operators import objective_arguments
 
-if build_info()["cuda"] is None:
+_C = extension.load()
+if _C.build_info()["cuda"] is None:
     raise ImportError("this build of guard-ops has no CUDA kernels")
 if torch.cuda.device_count() == 0:  # by NVML: a process may still fork afterwards
     raise ImportError("no CUDA device")
@@ -28,7 +29,7 @@ _ops = torch.ops.guard_ops
 
 @functools.cache
 def _unsupported(index: int) -> str:
-    why: str = extension.load().cuda_unsupported(index)
+    why: str = _C.cuda_unsupported(index)
     return why
 
 
