@@ -153,7 +153,7 @@ def rows_of(
                         seconds = replayed(ours(inputs, form, objective))
                     row(backend, form, objective, seconds, path=path or "chosen")
     for objective in OBJECTIVES if chains else ():
-        for name, compiled in (("eager", None), ("torch.compile", "default")):
+        for name, compiled in (("eager", False), ("torch.compile", True)):
             call = contenders.chain(inputs, objective, compiled=compiled, recompute=False)
             called = timed(call)
             row(name, "mean", objective, replayed(call), as_called_microseconds=called * 1e6)
