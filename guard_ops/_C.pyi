@@ -3,5 +3,12 @@ from typing import Any
 def build_info() -> dict[str, Any]:
     """Versions, architectures, compiler and flags of this build, and the ISA in use."""
 
-def cuda_unsupported(index: int) -> str:
-    """Why CUDA device ``index`` cannot run this build's kernels, or nothing."""
+# With CUDA kernels only.
+def cuda_unsupported(device: int) -> str:
+    """Why this device cannot run the kernels of this build; empty where it can."""
+
+def force_cuda_path(name: str) -> None:
+    """How guard_loss reads the batch: automatic, cooperative, cluster or two_launches."""
+
+def last_cuda_path() -> str:
+    """The path that the last guard_loss took."""
