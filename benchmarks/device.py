@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -222,22 +221,22 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "triton": version,
-        **{name: known[name] for name in ("date", "torch", "guard_ops", "commit")},
+        **known,
     }
 
 
 def save(rows: list[results.Row], copy: float, folder: Path = results.FOLDER) -> Path:
     """``<device>.json``, in the form of :mod:`benchmarks.results`."""
     here = environment()
-    label = re.sub(r"[^a-z0-9]+", "-", here["device"].lower()).strip("-")
     folder.mkdir(exist_ok=True)
-    path = folder / f"{label}.json"
+    path = folder / f"{results.machine_label('cuda')}.json"
+    machine = json.loads(path.read_text()) if path.exists() else {}
     section = {
         "environment": {**here, "copy_gigabytes_per_second": copy / 1e9},
         "rows": rows,
         "bounds_missed": bounds(rows),
     }
-    path.write_text(json.dumps({"device": section}, indent=2, sort_keys=True) + "\n")
+    results.write(path, machine | {"device": section})
     return path
 
 

@@ -48,6 +48,7 @@ STEPS = [
     Step("doctor", [PYTHON, "-m", "guard_ops", "doctor"], 60, True),
     Step("tests", [PYTHON, "-m", "pytest", "-m", "gpu", "-q", *GPU_TESTS], 360, True),
     Step("benchmarks", [PYTHON, "-m", "benchmarks.device"], 300, True),
+    Step("sanitizer", [PYTHON, "scripts/sanitize.py"], 180, True),
 ]
 
 
@@ -60,6 +61,14 @@ def without_a_gpu() -> str:
     return "" if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
 
 
+def architecture() -> str:
+    """This device's, for CMake: the check need not compile for any other."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability() if torch.version.cuda else (8, 0)
+    return f"{major}{minor}-real"
+
+
 def main() -> int:
     """Run the steps; 0 when every required one passed, or there is no GPU."""
     if reason := without_a_gpu():
@@ -69,6 +78,7 @@ def main() -> int:
         return 0
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    env.setdefault("CMAKE_CUDA_ARCHITECTURES", architecture())
     start, outcomes = time.monotonic(), {}
     for step in STEPS:
         if why := step.wanted():

@@ -54,5 +54,5 @@ def test_gpu_check_says_what_it_did_not_run():
     command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for step in ("build", "doctor", "tests", "benchmarks"):
+    for step in ("build", "doctor", "tests", "benchmarks", "sanitizer"):
         assert f"  {step}: python" in done.stdout
