@@ -49,8 +49,8 @@ format: $(VENV)/development
 # Speed and accuracy against their bounds, every workload and op; the numbers are kept and the
 # documents' tables and plots rewritten.
 bench: $(VENV)/development
-	$(BIN)/python -m pytest benchmarks -q --save-results
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m pytest benchmarks -q --save-results; status=$$?; \
+	  $(BIN)/python -m benchmarks.report && exit $$status
 
 # Wheels for every device and torch that compilers can be had for; some: CELLS="cpu:2.13.0".
 CELLS ?= --matrix

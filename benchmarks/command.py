@@ -16,7 +16,7 @@ from .results import Row
 from .workloads import CI, WORKLOADS, Workload, named
 
 SUITES = ("workloads", "ops", "accuracy", "share")
-SECONDS = {"workloads": 3.0, "ops": 0.4}  # of a race, without compilation
+SECONDS = {"workloads": 2.2, "ops": 0.35}  # of a race, without compilation
 ACCURACY_BATCH = 32
 
 Update = Callable[[int, str], None]
