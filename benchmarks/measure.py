@@ -129,16 +129,20 @@ def peak_extra_bytes(call: Call, release: Call, repeats: int = 5) -> int:
 
     Resident memory and not torch's allocator: scratch that a C++ kernel takes from malloc or keeps
     on its threads' stacks counts, and torch.profiler never sees it. ``release`` drops what the last
-    call left (its gradient), and freed memory goes back to the system, so that every byte the call
-    touches is a new page; the kernel's own high-water mark (reset through ``clear_refs``) then
-    catches peaks of any length. The result is the median over the repeats, after two warm-up
-    calls; it resolves about 0.1 MB.
+    call left (its gradient), and freed memory goes back to the system (what the CPU backend keeps
+    of it too), so that every byte the call touches is a new page; the kernel's own high-water mark
+    (reset through ``clear_refs``) then catches peaks of any length. The result is the median over
+    the repeats, after two warm-up calls; it resolves about 0.1 MB.
     """
     trim = ctypes.CDLL(None).malloc_trim
     peaks = []
     for repeat in range(-2, repeats):
         release()
         gc.collect()
+        if "cpu" in guard_ops.available_backends():
+            from guard_ops.backends import cpu
+
+            cpu.release_memory()
         trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status_bytes("VmRSS")

@@ -1,18 +1,22 @@
 // Operators under torch.ops.guard_ops, and build_info().
 #include "bindings.h"
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
+#include <ATen/TensorUtils.h>
+#include <c10/core/CPUAllocator.h>
 #include <omp.h>
 #include <pybind11/pybind11.h>
-#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <functional>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu/buffers.h"
 #include "cpu/driver.h"
 
 namespace guard_ops {
@@ -51,27 +55,40 @@ Tensor sums(GUARD_OPS_OPERANDS) {
   return out;
 }
 
-// Fresh memory costs a page fault per 4 KiB, more than a kernel takes to fill it; ask for large
-// pages (a hint: where the system has none, nothing changes). From 32 MiB on the C library maps
-// each allocation by itself and unmaps it after, so the advice outlives no buffer.
-void advise_large_pages(const Tensor& t) {
-#if defined(MADV_HUGEPAGE)
-  constexpr size_t mapped = size_t(32) << 20;
-  if (t.nbytes() < mapped) return;
-  constexpr uintptr_t page = uintptr_t(2) << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t first = (begin + page - 1) / page * page,
-                  last = (begin + t.nbytes()) / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
+// Never destroyed: tensors may outlive whatever is.
+cpu::Buffers& buffers() {
+  constexpr size_t limit = size_t(256) << 20;
+  static auto& kept = *new cpu::Buffers(limit);
+  return kept;
+}
+
+// Uninitialized and dense, in memory that is kept for the next one when it is freed.
+Tensor kept_empty(at::IntArrayRef sizes, at::IntArrayRef strides,
+                  const at::TensorOptions& options) {
+  struct Memory {
+    void* start;
+    size_t bytes;
+  };
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  void* start = bytes < cpu::Buffers::smallest ? nullptr : buffers().take(bytes);
+  if (!start) return at::empty_strided(sizes, strides, options);
+  c10::profiledCPUMemoryReporter().New(start, bytes);  // torch.profiler counts it
+  const auto give = [](void* context) {
+    const std::unique_ptr<Memory> memory(static_cast<Memory*>(context));
+    c10::profiledCPUMemoryReporter().Delete(memory->start);
+    buffers().give(memory->start, memory->bytes);
+  };
+  c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
+                       at::DataPtr(start, new Memory{start, bytes}, give, at::kCPU),
+                       c10::GetCPUAllocator(), /*resizable=*/true);
+  return at::empty({0}, options).set_(std::move(storage), 0, sizes, strides);
 }
 
 // The gradient buffer of one branch: like it in dtype and layout, or empty when not wanted.
 Tensor gradient_like(const MaybeTensor& branch, bool wanted, const Tensor& model_output) {
   if (!wanted || !branch) return at::empty({0}, model_output.options());
-  Tensor buffer = at::empty_like(*branch);
-  advise_large_pages(buffer);
-  return buffer;
+  const auto strides = at::infer_dense_strides(branch->sizes(), branch->strides());
+  return kept_empty(branch->sizes(), strides, branch->options());
 }
 
 // Writes float64 numbers into `to` from element `at` on, in its dtype.
@@ -145,8 +162,9 @@ std::tuple<Tensor, Tensor, Tensor> sde_step(const Tensor& model_output, const Te
       batch_of(model_output, {}, {}, sample, {}, {}, {}, noise, seed, coefficients, 1.0);
   Rows table[5];
   table_of(coefficients, table);
-  Tensor prev_sample = at::empty_like(sample, at::MemoryFormat::Contiguous);
-  Tensor mean = at::empty(sample.sizes(), sample.options().dtype(compute_type(t)));
+  const auto strides = at::detail::defaultStrides(sample.sizes());
+  Tensor prev_sample = kept_empty(sample.sizes(), strides, sample.options());
+  Tensor mean = kept_empty(sample.sizes(), strides, sample.options().dtype(compute_type(t)));
   Tensor square = at::empty({t.steps, t.batch}, sample.options().dtype(at::kDouble));
   cpu::sde_step(machine(), t, table, operand(prev_sample), operand(mean),
                 square.data_ptr<double>());
@@ -213,4 +231,10 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "Versions, architectures, compiler and flags of this build, and the ISA in use.");
+  m.def(
+      "keep_buffers", [](size_t bytes) { guard_ops::buffers().limit(bytes); },
+      "How many bytes of freed results the CPU operators keep for their next ones.");
+  m.def(
+      "release_buffers", [] { return guard_ops::buffers().release(); },
+      "Gives the kept memory back to the system; returns how many bytes that were.");
 }

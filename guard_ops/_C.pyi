@@ -3,6 +3,12 @@ from typing import Any
 def build_info() -> dict[str, Any]:
     """Versions, architectures, compiler and flags of this build, and the ISA in use."""
 
+def keep_buffers(bytes: int) -> None:
+    """How many bytes of freed results the CPU operators keep for their next ones."""
+
+def release_buffers() -> int:
+    """Gives the kept memory back to the system; returns how many bytes that were."""
+
 # With CUDA kernels only.
 def cuda_unsupported(device: int) -> str:
     """Why this device cannot run the kernels of this build; empty where it can."""

@@ -8,6 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from .. import extension
 from ..config import GuardConfig
 from ..transitions import Transitions
 from .operators import build_info, objective_arguments
@@ -23,7 +24,27 @@ if _isa and _isa != build_info()["cpu_isa"]:
         RuntimeWarning,
         stacklevel=2,
     )
+if _keep := os.environ.get("GUARD_OPS_CPU_CACHE_MB"):
+    if _keep.isdecimal():
+        extension.load().keep_buffers(int(_keep) * 2**20)
+    else:
+        warnings.warn(
+            f"guard_ops: GUARD_OPS_CPU_CACHE_MB is {_keep!r}; it needs a whole number; keeping 256",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 _ops = torch.ops.guard_ops
+
+
+def release_memory() -> int:
+    """Give back to the system what is kept of freed results; returns how many bytes that were.
+
+    Gradients and samples of 128 KiB and more keep their memory when they are freed, for the next
+    result of that size: filling new pages takes longer than the kernels do. The latest eight, of
+    256 MiB together (``GUARD_OPS_CPU_CACHE_MB`` sets another limit, 0 keeps nothing).
+    """
+    count: int = extension.load().release_buffers()
+    return count
 
 
 def supports(device: torch.device) -> bool:
