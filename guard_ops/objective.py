@@ -170,12 +170,11 @@ def evaluate(
         weights = torch.where(finite, step_weights, 0.0)
     losses, clipped = surrogate(excess, torch.where(finite, advantages, 0.0), config)
     losses = torch.where(finite, weights * losses, 0.0)
+    samples: Tensor | int = finite.shape[1]
+    transitions: Tensor | int = finite.numel()
     if config.nonfinite == "drop":
         samples = finite.any(0).sum().clamp(min=1)
         transitions = finite.sum().clamp(min=1)
-    else:
-        samples = torch.tensor(finite.shape[1], device=finite.device)
-        transitions = torch.tensor(finite.numel(), device=finite.device)
     loss = losses.sum(0).sum() / samples
     if config.kl_beta:
         loss = loss + config.kl_beta * (torch.where(finite, kl, 0.0).sum() / transitions)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, objective, transitions
+from . import autograd, backends, objective, transitions
 from .backends import select
 from .blocks import check_config, check_gaussian, check_statistics
 from .config import GuardConfig
@@ -237,7 +237,7 @@ def guard_loss(
         step_weights = step_weights.double()
     mean_std = _check_objective(config, t, full, shape, statistics, process_group)
     backend = select(device)
-    if backend.FUSED and process_group is None:
+    if backend.FUSED and process_group is None and shape.batch <= backends.max_batch(backend):
         loss, per_row, rows = autograd.guard_loss(
             backend, t, adv.double(), old, step_weights, mean_std, config, full.gaussian
         )

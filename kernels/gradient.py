@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transitions import Transitions
-from .launch import arguments, compute_type, on_device, start, start_tuned, strides_of
+from .launch import COUNTS, arguments, compute_type, on_device, start, start_tuned, strides_of
 from .paths import cut
 from .sums import tuning_key
 from .transition import TILE, delta_and_residual, load, step_coefficient, store, velocity
@@ -65,7 +65,7 @@ def write_gradient(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gradient_kernel(
     t,  # Operands: pointers
     strides,  # Operands: (over K, over B) of each

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .evaluate import evaluate, load_coefficients, own_coefficients, store_coefficients
 from .gradient import put_gradient, write_gradient
+from .launch import COUNTS
 from .sums import combine, is_last, segment_sums, store_partial, tile_of, tile_sums, totals
 from .transition import TILE, step_coefficient
 
@@ -40,7 +41,7 @@ def reset_gates(counters, rows):
         tl.store(counters + ROW + rows + row, tl.zeros((1024,), tl.int32), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def grid_kernel(
     t,
     strides,

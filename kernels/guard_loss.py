@@ -29,6 +29,7 @@ from .evaluate import (
 from .gradient import gradient, put_gradient, write_gradient
 from .grid import GRID_COUNTERS, grid_kernel
 from .launch import (
+    COUNTS,
     WARPS,
     arguments,
     compute_type,
@@ -54,7 +55,7 @@ from .sums import (
 from .transition import TILE, step_coefficient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sums_then_evaluate_kernel(
     t,  # Operands: pointers
     strides,  # Operands: (over K, over B) of each
@@ -105,7 +106,7 @@ def sums_then_evaluate_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def rows_kernel(
     t,
     strides,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -27,9 +28,16 @@ CANDIDATES = (4, 8, 16)  # what GUARD_OPS_AUTOTUNE=1 searches, for kernels witho
 _tuned: dict[tuple[object, ...], int] = {}
 
 
+# Arguments that a kernel is not compiled anew for: by default Triton would for a 1, and for a
+# multiple of 16. `numel` and the latents' strides stay out: 16-byte loads follow from them.
+COUNTS = ["steps", "batch", "segments", "tiles"]
+
+
 def strides_of(x: Tensor | None) -> tuple[int, int]:
-    """Over K and B."""
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+    """Over K and B; 0 over a single one, so that one step is compiled for like several."""
+    if x is None:
+        return 0, 0
+    return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
 
 
 def pack(*tensors: Tensor | None) -> tuple[Operands, Operands]:
@@ -105,27 +113,61 @@ def _milliseconds(launch: Callable[[int], None], warps: int) -> float:
 # ---- counters -----------------------------------------------------------------------------------
 # A kernel leaves its counters at 0, so they are zeroed once and not per call, which would be one
 # more launch. Calls on one stream follow each other and share; a captured graph may be replayed
-# beside anything, so its calls get counters that nobody else ever gets.
+# beside anything, so its calls get counters that nobody else ever gets. All are slices of one
+# reserve a device, which is made before anything is captured, or traced to be: torch.compile's CUDA
+# graphs let nothing that is first allocated inside them live on.
 
-RESERVED = 1 << 18  # int32 for captured calls, 1 MB, made with a device's first eager call
+RESERVED = 1 << 18  # int32, 1 MB
+LEAST = 1024  # counters of a stream
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _reserved: dict[torch.device, Tensor] = {}
+_filled: dict[torch.device, torch.cuda.Event] = {}
+
+
+def prepare(device: torch.device) -> None:
+    """Make the device's reserve, if it has none; for calls that may be the first, traced ones too.
+
+    Under tracing the caller is a fake implementation, whose tensors are none: this one is.
+    """
+    if device.type != "cuda" or device in _reserved or torch.cuda.is_current_stream_capturing():
+        return
+    with no_dispatch(), torch.cuda.device(device):
+        _reserved[device] = torch.zeros(RESERVED, dtype=torch.int32, device=device)
+        _filled[device] = torch.cuda.Event()
+        _filled[device].record()
 
 
 def counters(device: torch.device, count: int) -> Tensor:
     """int32 [>= count] of zeros that nothing else uses at the same time."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        left = _reserved.get(device)
-        if left is None or left.numel() < count:  # the graph zeroes them itself: one more node
+    if device.type != "cuda":
+        return _stream_counters(device, count)
+    if torch.cuda.is_current_stream_capturing():
+        taken = _take(device, count)
+        if taken is None:  # the graph zeroes them itself: one more node
             return torch.zeros(count, dtype=torch.int32, device=device)
-        _reserved[device] = left[count:]
-        return left[:count]
+        return taken
+    prepare(device)
+    return _stream_counters(device, count)
+
+
+def _stream_counters(device: torch.device, count: int) -> Tensor:
     stream = 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
     found = _of_stream.get((device, stream))
     if found is None or found.numel() < count:
-        size = max(1024, 1 << (count - 1).bit_length())
-        found = torch.zeros(size, dtype=torch.int32, device=device)
+        size = max(LEAST, 1 << (count - 1).bit_length())
+        found = _take(device, size) if device.type == "cuda" else None
+        if found is None:
+            found = torch.zeros(size, dtype=torch.int32, device=device)
+        else:
+            torch.cuda.current_stream(device).wait_event(_filled[device])
         _of_stream[device, stream] = found
-        if device.type == "cuda" and device not in _reserved:
-            _reserved[device] = torch.zeros(RESERVED, dtype=torch.int32, device=device)
     return found
+
+
+def _take(device: torch.device, count: int) -> Tensor | None:
+    """A slice of the device's reserve that is nobody else's; None where too little is left."""
+    left = _reserved.get(device)
+    if left is None or left.numel() < count:
+        return None
+    _reserved[device] = left[count:]
+    return left[:count]

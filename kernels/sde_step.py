@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import WARPS, compute_type, counters, on_device, pack, start, strides_of
+from .launch import COUNTS, WARPS, compute_type, counters, on_device, pack, start, strides_of
 from .paths import cut
 from .summation import sum_all
 from .sums import combine, is_last, partial_sums, store_partial, tile_sum
 from .transition import TILE, load, mean, noise_of, rounded, step_coefficient, store
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sde_step_kernel(
     t,  # Operands: model_output, sample, and noise or seed
     strides,  # Operands: (over K, over B) of each

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transitions import Transitions
-from .launch import arguments, compute_type, counters, on_device, start, start_tuned
+from .launch import COUNTS, arguments, compute_type, counters, on_device, start, start_tuned
 from .paths import cut
 from .summation import halve, sum_all, sum_last
 from .transition import TILE, delta_and_residual, load, step_coefficient, velocity
@@ -121,7 +121,7 @@ def is_last(counter, expected):
     return last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sums_kernel(
     t,  # Operands: pointers
     strides,  # Operands: (over K, over B) of each

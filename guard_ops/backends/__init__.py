@@ -1,7 +1,8 @@
 """Which backend runs an op: the fastest one that its tensors' device has, or the one asked for.
 
 A backend is a module with ``NAME``, ``FUSED``, ``supports(device)`` and the functions of
-``reference.py`` in the same order of arguments; a fused one adds ``guard_loss`` and ``scaled``.
+``reference.py`` in the same order of arguments; a fused one adds ``guard_loss`` and ``scaled``, and
+``MAX_BATCH`` where its ``guard_loss`` takes no more samples.
 """
 
 from __future__ import annotations
@@ -89,6 +90,12 @@ def select(device: torch.device) -> ModuleType:
     if name == "reference" and not torch.compiler.is_compiling():
         _warn_slow(device)
     return _loaded[name]
+
+
+def max_batch(backend: ModuleType) -> float:
+    """Samples that a fused backend's ``guard_loss`` takes; of more, it makes sums and gradient."""
+    limit: float = getattr(backend, "MAX_BATCH", float("inf"))
+    return limit
 
 
 def _warn_slow(device: torch.device) -> None:

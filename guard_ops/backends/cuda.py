@@ -5,8 +5,6 @@ float32, bfloat16 and float16 operands in any mixture; float64 belongs to ``refe
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -27,17 +25,19 @@ FUSED = True
 _ops = torch.ops.guard_ops
 
 
-@functools.cache
-def _unsupported(index: int) -> str:
-    why: str = _C.cuda_unsupported(index)
-    return why
+_unsupported: dict[int, str] = {}  # by device; why, or nothing
 
 
 def supports(device: torch.device) -> bool:
     """Whether the build has machine code, or PTX, that this device runs."""
     if device.type != "cuda":
         return False
-    return not _unsupported(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _unsupported:
+        if torch.compiler.is_compiling():  # it cannot trace the question
+            return True
+        _unsupported[index] = _C.cuda_unsupported(index)
+    return not _unsupported[index]
 
 
 def _check_dtypes(*tensors: Tensor | None) -> None:

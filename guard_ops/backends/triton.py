@@ -10,16 +10,14 @@ from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
     raise ImportError("triton is not installed")
-from .. import objective
 from ..config import GuardConfig
 from ..kernels import gradient as gradients
 from ..kernels import guard_loss as losses
 from ..kernels import launch
 from ..kernels import sde_step as steps
 from ..kernels import sums as summed
-from ..kernels.evaluate import MAX_BATCH
+from ..kernels.evaluate import MAX_BATCH as MAX_BATCH  # of guard_loss
 from ..objective import Metrics
-from ..schedule import StepCoefficients
 from ..transitions import Transitions, compute_dtype
 
 if not launch.INTERPRETED and torch.cuda.device_count() + torch.xpu.device_count() == 0:
@@ -76,9 +74,6 @@ def guard_loss(
         excess, weights, kl), metrics [10, K] as Metrics, and ``d loss / d sums`` [3, K, B] float64,
         from which :func:`gradient` makes the same gradient again, or a multiple of it.
     """
-    if t.model_output.shape[1] > MAX_BATCH:
-        rows = (advantages, old_log_prob, step_weights, mean_std)
-        return _composed(t, *rows, config, gaussian, cond, uncond)
     out: tuple[Tensor, ...] = _guard_loss(
         *t,
         advantages,
@@ -102,49 +97,6 @@ def guard_loss(
         uncond,
     )
     return out
-
-
-def _composed(
-    t: Transitions,
-    advantages: Tensor,
-    old_log_prob: Tensor | None,
-    step_weights: Tensor | None,
-    mean_std: Tensor | None,
-    config: GuardConfig,
-    gaussian: bool,
-    cond: bool,
-    uncond: bool,
-) -> tuple[Tensor, ...]:
-    """:func:`guard_loss` of more samples than a program holds: objective.py between two passes."""
-    coeffs = StepCoefficients._of(t.coefficients, gaussian, ())
-    numel = t.model_output.shape[2]
-    with torch.enable_grad():
-        leaves = sums(t).requires_grad_()
-        log_ratio, kl_old, kl = objective.log_ratio_and_kl(
-            leaves, coeffs, numel, config.reduction, old_log_prob
-        )
-        result = objective.evaluate(
-            log_ratio,
-            kl_old,
-            kl,
-            advantages,
-            coeffs,
-            config,
-            step_weights,
-            None if mean_std is None else (mean_std[0], mean_std[1]),
-        )
-        (sum_grads,) = torch.autograd.grad(result.loss, leaves)
-    grad, grad_uncond = gradient(t, sum_grads, cond, uncond)
-    per_row = torch.stack([log_ratio.detach(), result.excess, result.weights, kl.detach()])
-    dtype, none = t.compute_dtype, t.model_output.new_empty(0)
-    return (
-        result.loss.detach().to(dtype),
-        none if grad is None else grad,
-        none.clone() if grad_uncond is None else grad_uncond,
-        per_row.to(dtype),
-        torch.stack(result.metrics).to(dtype),
-        sum_grads,
-    )
 
 
 def scaled(
@@ -209,6 +161,7 @@ def _sums(
 
 @_sums.register_fake
 def _empty_sums(model_output: Tensor, *_: Any) -> Tensor:
+    launch.prepare(model_output.device)
     return model_output.new_empty((3, *model_output.shape[:2]), dtype=torch.float64)
 
 
@@ -257,6 +210,7 @@ def _sde_step(
 def _empty_step(
     v: Tensor, x: Tensor, coefficients: Tensor, noise: Tensor | None, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    launch.prepare(x.device)
     wide = _compute_dtype(v, x, noise)
     square = x.new_empty(x.shape[:2], dtype=torch.float64)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=wide), square
@@ -317,6 +271,7 @@ def _guard_loss(
 def _empty_loss(*args: Any) -> tuple[Tensor, ...]:
     cond, uncond = args[-2:]
     v = args[0]
+    launch.prepare(v.device)
     per_row = v.new_empty((4, *v.shape[:2]), dtype=_compute_dtype(*args[:8]))
     return (
         per_row.new_empty(()),

@@ -216,8 +216,12 @@ def test_backward_scales_what_forward_made(dtype, factor, place):
     assert relative(v.grad.cpu(), factor * expected) < ROUNDING[dtype]
 
 
-def test_float64_runs_too(place):
+def test_float64_runs_too_or_is_refused(place):
     here, there = problem_on(place.device, "velocity", dtype=torch.float64, drift=0.3)
+    if place.backend == "cuda":
+        with pytest.raises(TypeError, match="'cuda' backend has no float64 kernels"):
+            run(there, MODES["article"])
+        return
     out, grad = run(there, MODES["article"])
     expected, expected_grad = truth(here, MODES["article"])
     assert relative(out.excess.cpu(), expected.excess) < 1e-10

@@ -1,4 +1,4 @@
-"""The fused loss's three paths: the same bits, and the rule that picks one."""
+"""The rule that picks one of the fused loss's paths, its counters, the machine code."""
 
 import importlib.util
 import os
@@ -8,119 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import problem, relative, run, truth
 
 import guard_ops as go
 
 pytest.importorskip("triton")
 
-from guard_ops.kernels import paths
+from guard_ops.kernels import launch, paths
 from guard_ops.kernels.paths import Machine, choose, cut
 
 H100 = Machine(132, 50 << 20, True)
-WIDE = {"clip_low": 0.3, "clip_high": 0.4}
-INDEPENDENT = {
-    "none": go.GuardConfig("none", **WIDE),
-    "paper": go.GuardConfig.paper(**WIDE),
-    "drop": go.GuardConfig.paper(nonfinite="drop", **WIDE),
-}
-GUIDED = {"guided": True, "reference": True}
 AVAILABLE = "triton" in go.available_backends()
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="interprets; tests/device run on a GPU"
-)
-
-
-def result(given, config, path, monkeypatch):
-    """Everything that a path gives."""
-    monkeypatch.setenv("GUARD_OPS_TRITON_PATH", path)
-    with go.use_backend("triton"):
-        out, grad = run(given, config)
-    return [*out[:5], *out.metrics, grad]
-
-
-def same(first, second):
-    return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(first, second))  # noqa: B905
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("numel", [50, 4096, 9000])
-@pytest.mark.parametrize("config", INDEPENDENT)
-def test_rows_and_two_launches_give_the_same_bits(config, numel, dtype, monkeypatch):
-    given = problem("mean", steps=2, batch=2, latent=(numel,), dtype=dtype, drift=0.3)
-    expected = result(given, INDEPENDENT[config], "two_launches", monkeypatch)
-    assert same(result(given, INDEPENDENT[config], "rows", monkeypatch), expected)
-
-
-@interpreted
-@pytest.mark.parametrize("config", ["paper", "drop", "article"])
-@pytest.mark.parametrize("numel", [50, 9000])
-def test_one_launch_and_two_give_the_same_bits(config, numel, monkeypatch):
-    """One program, which the interpreter runs alone, is the whole grid here."""
-    chosen = INDEPENDENT.get(config, go.GuardConfig.article(**WIDE))
-    given = problem("velocity", steps=2, batch=3, latent=(numel,), dtype=torch.float32, drift=0.3)
-    expected = result(given, chosen, "two_launches", monkeypatch)
-    assert same(result(given, chosen, "one_launch", monkeypatch), expected)
-
-
-@interpreted
-def test_one_launch_that_holds_its_tile(monkeypatch):
-    """A program for every segment: of several, where a transition waits for itself alone."""
-    from guard_ops.kernels import guard_loss
-
-    monkeypatch.setattr(guard_loss, "machine", lambda device: H100)
-    config = INDEPENDENT["paper"]
-    given = problem("seeded", steps=2, batch=3, latent=(70,), dtype=torch.float32, drift=0.3)
-    expected = result(given, config, "two_launches", monkeypatch)
-    assert same(result(given, config, "one_launch", monkeypatch), expected)
-    alone = problem("noise", steps=1, batch=1, latent=(70,), dtype=torch.float32, drift=0.3)
-    article = go.GuardConfig.article(**WIDE)
-    expected = result(alone, article, "two_launches", monkeypatch)
-    assert same(result(alone, article, "one_launch", monkeypatch), expected)
-
-
-@interpreted
-@pytest.mark.parametrize("path", ["rows", "one_launch"])
-@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
-def test_a_row_that_is_not_finite_mends_the_others(path, nonfinite, monkeypatch):
-    """They were written before it was seen; what is a mean over the finite ones changes."""
-    given = problem("noise", dtype=torch.float32, drift=0.3, **GUIDED)
-    given["model_output"][1, 2, 0, 0] = float("nan")
-    config = go.GuardConfig.paper(nonfinite=nonfinite, kl_beta=0.1, **WIDE)
-    expected = result(given, config, "two_launches", monkeypatch)
-    assert same(result(given, config, path, monkeypatch), expected)
-
-
-@interpreted
-def test_counters_are_zero_again_after_every_path(monkeypatch):
-    from guard_ops.kernels import launch
-
-    given = problem("noise", latent=(9000,), dtype=torch.float32)
-    for path in paths.PATHS:
-        for config in (go.GuardConfig.article(), go.GuardConfig.paper()):
-            result(given, config, path, monkeypatch)
-            assert launch._of_stream
-            for counters in launch._of_stream.values():
-                assert not counters.any()
-
-
-@interpreted
-@pytest.mark.parametrize("config", [go.GuardConfig.article(detach_stats=False, **WIDE),
-                                    go.GuardConfig.paper(kl_beta=0.1, **WIDE)])  # fmt: skip
-def test_more_samples_than_one_program_holds(config, monkeypatch):
-    """objective.py between two passes: here, of more than 3."""
-    from guard_ops.backends import triton
-
-    monkeypatch.setattr(triton, "MAX_BATCH", 3)
-    reference = config.kl_beta > 0
-    given = problem("noise", dtype=torch.float32, drift=0.3, reference=reference)
-    with go.use_backend("triton"):
-        out, grad = run(given, config)
-    expected, expected_grad = truth(given, config)
-    assert out.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
-    assert relative(out.excess, expected.excess) < 1e-5
-    assert relative(grad, expected_grad) < 1e-5
 
 
 def test_a_row_is_cut_by_its_length_alone():
@@ -155,6 +52,27 @@ def test_the_path_can_be_asked_for_by_name(monkeypatch):
     monkeypatch.setenv("GUARD_OPS_TRITON_PATH", "fast")
     with pytest.raises(ValueError, match="GUARD_OPS_TRITON_PATH is 'fast'; it needs one of two_la"):
         choose(H100, cut(1, 8, 65536), 1, True)
+
+
+def test_counters_are_slices_of_a_reserve_that_nobody_shares(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(launch, "_reserved", {device: torch.arange(100, dtype=torch.int32)})
+    taken = [launch._take(device, count) for count in (10, 1, 50)]
+    assert torch.cat(taken).tolist() == list(range(61))
+    assert launch._take(device, 40) is None  # 39 are left
+    assert launch._take(device, 39).tolist() == list(range(61, 100))
+    assert launch._take(device, 1) is None
+    assert launch._take(torch.device("meta"), 1) is None
+
+
+def test_one_step_is_compiled_for_like_several():
+    """What Triton specializes on: the strides of a slice, and of a whole trajectory."""
+    x = torch.empty(4, 8, 4096)
+    assert launch.strides_of(x) == (8 * 4096, 4096)
+    assert launch.strides_of(x[:1]) == (0, 4096)
+    assert launch.strides_of(x[:, :1]) == (8 * 4096, 0)
+    assert launch.strides_of(x.transpose(0, 1)[:1]) == (0, 8 * 4096)
+    assert launch.strides_of(None) == (0, 0)
 
 
 @pytest.mark.skipif(
