@@ -17,6 +17,11 @@ struct Config {
   Balance balance;
   bool detach_stats, mean_reduction, drop, gaussian;
   double target_std, std_floor, clip_low, clip_high, adv_clip, weight_floor, kl_beta;
+
+  // Of every finite transition's coefficients (those that are 0 are of any).
+  GUARD_OPS_HD Shape shape() const {
+    return ratio_norm == RatioNorm::closed_form ? Shape::residual : Shape::departure;
+  }
 };
 
 struct Sums {  // S1 = sum(delta e), S2 = sum(delta^2), ref = sum((b (v - v_ref))^2)

@@ -92,6 +92,25 @@ GUARD_OPS_HD T residual(const Step<T>& step, const Element<T>& in) {  // e
   }
 }
 
+// What a gradient needs of a transition: e and delta; or, where c2 = -c1 / 2 as for every function
+// of the log-ratio alone, only y - mean = e - delta, whatever the behaviour policy's mean was; or,
+// where c2 = 0, only e, whatever the policy's is.
+enum class Shape : int { general, departure, residual };
+
+GUARD_OPS_HD Shape shape_of(double c1, double c2) {
+  if (c2 == 0) return Shape::residual;
+  return c2 == -0.5 * c1 ? Shape::departure : Shape::general;
+}
+
+template <Form F, class T>
+GUARD_OPS_HD T departure(const Step<T>& step, const Element<T>& in) {  // y - mean
+  if constexpr (uses_noise(F)) {
+    return residual<F>(step, in) - delta<F>(step, in);
+  } else {
+    return fma(-step.b, in.v, fma(-step.a, in.x, in.y));
+  }
+}
+
 // What multiplies e, delta and v - v_ref in the gradient of one transition.
 template <class T>
 struct Factors {

@@ -1,4 +1,8 @@
-"""``d loss / d v = b (c1 e + 2 c2 delta) + 2 c3 b^2 (v - v_ref)``, and what rescales it."""
+"""``d loss / d v = b (c1 e + 2 c2 delta) + 2 c3 b^2 (v - v_ref)``, and what rescales it.
+
+An objective of the log-ratio alone has c2 = -c1 / 2, so that its gradient is ``b c1`` times the
+departure ``y - mean = e - delta``; the closed form's has c2 = 0, and is ``b c1 e``.
+"""
 
 import triton
 import triton.language as tl
@@ -6,23 +10,23 @@ from torch import Tensor
 
 from ..transitions import Transitions
 from .launch import COUNTS, arguments, compute_type, on_device, start, start_tuned, strides_of
+from .objective import CLOSED_FORM
 from .paths import cut
 from .sums import tuning_key
-from .transition import TILE, delta_and_residual, load, step_coefficient, store, velocity
+from .transition import TILE, differences, load, step_coefficient, store, velocity
 
 
 @triton.jit
 def put_gradient(
-    t, grads, grad_strides, k, i, start, inside, delta, e, from_ref, b, c1, c2, c3, guidance_scale,
+    t, grads, grad_strides, k, i, start, inside, g, from_ref, b, c1, c2, c3, guidance_scale,
     T: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of one tile for the branches whose pointer in ``grads`` is not None.
 
-    ``from_ref``: v - v_ref; ``b`` and the coefficients are float64. Three coefficients of 0 write
-    0, whatever the operands hold.
+    ``g``: its part without the reference; ``from_ref``: v - v_ref; ``b`` and the coefficients are
+    float64. Three coefficients of 0 write 0, whatever the operands hold.
     """
-    k1, k2, k3 = (b * c1).to(T), (2 * b * c2).to(T), (2 * b * b * c3).to(T)
-    g = tl.fma(e, k1, k2 * delta)
+    k3 = (2 * b * b * c3).to(T)
     if t.ref_model_output is not None:
         g = tl.where(c3 != 0, tl.fma(from_ref, k3, g), g)
     g = tl.where((c1 != 0) | (c2 != 0) | (c3 != 0), g, 0.0)
@@ -35,6 +39,28 @@ def put_gradient(
         if grads[1] is not None:
             rest = (1 - tl.full((), guidance_scale, tl.float64)).to(T)
             store(grads[1], grad_strides[1], k, i, start, inside, rest * g)
+
+
+@triton.jit
+def put_resident_gradient(
+    t, grads, grad_strides, k, i, start, inside, direction, from_ref, b, c1, c2, c3,
+    guidance_scale, T: tl.constexpr,
+):  # fmt: skip
+    """:func:`put_gradient` of a tile whose direction was kept: its departure or residual."""
+    g = (b * c1).to(T) * direction
+    put_gradient(
+        t, grads, grad_strides, k, i, start, inside, g, from_ref, b, c1, c2, c3, guidance_scale, T
+    )
+
+
+@triton.jit
+def direction_of(e, departure, mode):
+    """What the gradient of an objective is a multiple of."""
+    if mode.norm == CLOSED_FORM:
+        direction = e
+    else:
+        direction = departure
+    return direction
 
 
 @triton.jit
@@ -52,17 +78,23 @@ def write_gradient(
     moved = tl.where(c2 != 0, left, 0)
     if t.ref_model_output is not None:
         moved = tl.where((c2 != 0) | (c3 != 0), left, 0)
-    whole, inside, moving = lane < left, lane < used, lane < moved
+    departs = c2 == -0.5 * c1
+    behaved = tl.where(departs & (c2 != 0), 0, used)
+    whole, inside, moving, behaving = lane < left, lane < used, lane < moved, lane < behaved
     v = velocity(t, strides, k, i, start, moving, guidance_scale, T)
-    delta, e = delta_and_residual(t, strides, k, i, start, inside, moving, v, a, b.to(T), s, T)
+    delta, e, departure = differences(
+        t, strides, k, i, start, inside, moving, behaving, v, a, b.to(T), s, T
+    )
+    k1, k2 = (b * c1).to(T), (2 * b * c2).to(T)
+    g = tl.where(departs, k1 * departure, tl.fma(e, k1, k2 * delta))
+    g = tl.where(c2 == 0, k1 * e, g)
     from_ref = v
     if t.ref_model_output is not None:
         r = load(t.ref_model_output, strides.ref_model_output, k, i, start, moving, T)
         from_ref = v - r
     put_gradient(
-        t, grads, grad_strides, k, i, start, whole, delta, e, from_ref, b, c1, c2, c3,
-        guidance_scale, T,
-    )  # fmt: skip
+        t, grads, grad_strides, k, i, start, whole, g, from_ref, b, c1, c2, c3, guidance_scale, T
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)

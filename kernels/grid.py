@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .evaluate import evaluate, load_coefficients, own_coefficients, store_coefficients
-from .gradient import put_gradient, write_gradient
+from .gradient import direction_of, put_resident_gradient, write_gradient
 from .launch import COUNTS
 from .sums import combine, is_last, segment_sums, store_partial, tile_of, tile_sums, totals
 from .transition import TILE, step_coefficient
@@ -91,11 +91,12 @@ def grid_kernel(
         k, i = tl.cast(row // batch, tl.int64), tl.cast(row % batch, tl.int64)
         if RESIDENT:
             start = tl.cast(segment, tl.int64) * TILE
-            delta, e, from_ref, b = tile_of(
+            delta, e, departure, from_ref, b = tile_of(
                 t, strides, table, table_strides, k, i, start, numel, guidance_scale, T
             )
             s1, s2, ref = tile_sums(t, delta, e, from_ref, b)
             s1, s2, ref = totals(t, s1, s2, ref)
+            direction = direction_of(e, departure, mode)
         else:
             s1, s2, ref = segment_sums(
                 t, strides, table, table_strides, k, i, segment, tiles, numel, guidance_scale, T
@@ -128,8 +129,8 @@ def grid_kernel(
             c1, c2, c3 = load_coefficients(written, row, rows)
             inside = tl.arange(0, TILE) < numel - start
             wide_b = step_coefficient(table, table_strides, 1, k, i)
-            put_gradient(
-                t, grads, grad_strides, k, i, start, inside, delta, e, from_ref, wide_b,
+            put_resident_gradient(
+                t, grads, grad_strides, k, i, start, inside, direction, from_ref, wide_b,
                 c1, c2, c3, guidance_scale, T,
             )  # fmt: skip
     if not RESIDENT:

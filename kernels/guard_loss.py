@@ -26,7 +26,7 @@ from .evaluate import (
     steps_at_once,
     store_coefficients,
 )
-from .gradient import gradient, put_gradient, write_gradient
+from .gradient import direction_of, gradient, put_resident_gradient, write_gradient
 from .grid import GRID_COUNTERS, grid_kernel
 from .launch import (
     COUNTS,
@@ -151,11 +151,12 @@ def rows_kernel(
     rows = steps * batch
     zero = tl.full((), 0, tl.int64)
     if RESIDENT:
-        delta, e, from_ref, b = tile_of(
+        delta, e, departure, from_ref, b = tile_of(
             t, strides, table, table_strides, k, i, zero, numel, guidance_scale, T
         )
         s1, s2, ref = tile_sums(t, delta, e, from_ref, b)
         s1, s2, ref = totals(t, s1, s2, ref)
+        direction = direction_of(e, departure, mode)
         store_partial(partial, row, 0, rows, segments, s1, s2, ref)
     else:
         for segment in range(segments):
@@ -174,8 +175,8 @@ def rows_kernel(
     if RESIDENT:
         inside = tl.arange(0, TILE) < numel
         b = step_coefficient(table, table_strides, 1, k, i)
-        put_gradient(
-            t, grads, grad_strides, k, i, zero, inside, delta, e, from_ref, b, c1, c2, c3,
+        put_resident_gradient(
+            t, grads, grad_strides, k, i, zero, inside, direction, from_ref, b, c1, c2, c3,
             guidance_scale, T,
         )  # fmt: skip
     else:

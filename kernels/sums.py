@@ -14,7 +14,7 @@ from ..transitions import Transitions
 from .launch import COUNTS, arguments, compute_type, counters, on_device, start, start_tuned
 from .paths import cut
 from .summation import halve, sum_all, sum_last
-from .transition import TILE, delta_and_residual, load, step_coefficient, velocity
+from .transition import TILE, differences, load, step_coefficient, velocity
 
 COMBINED = tl.constexpr(2048)  # partial sums that are added up at once
 
@@ -27,18 +27,20 @@ def tile_sum(x):
 
 @triton.jit
 def tile_of(t, strides, table, table_strides, k, i, start, numel, guidance_scale, T: tl.constexpr):
-    """``delta, e, v - v_ref`` (v without one) of a tile, and b. Reads every operand once."""
+    """:func:`differences` and ``v - v_ref`` (v without one) of a tile. Reads every operand once."""
     a = step_coefficient(table, table_strides, 0, k, i).to(T)
     b = step_coefficient(table, table_strides, 1, k, i).to(T)
     s = step_coefficient(table, table_strides, 2, k, i).to(T)
     inside = tl.arange(0, TILE) < numel - start
     v = velocity(t, strides, k, i, start, inside, guidance_scale, T)
-    delta, e = delta_and_residual(t, strides, k, i, start, inside, inside, v, a, b, s, T)
+    delta, e, departure = differences(
+        t, strides, k, i, start, inside, inside, inside, v, a, b, s, T
+    )
     from_ref = v
     if t.ref_model_output is not None:
         r = load(t.ref_model_output, strides.ref_model_output, k, i, start, inside, T)
         from_ref = v - r
-    return delta, e, from_ref, b
+    return delta, e, departure, from_ref, b
 
 
 @triton.jit
@@ -70,7 +72,7 @@ def segment_sums(
     s2 = tl.zeros((TILE // 4,), tl.float64)
     ref = tl.zeros((TILE // 4,), tl.float64)
     for tile in range(tiles):
-        delta, e, from_ref, b = tile_of(
+        delta, e, _, from_ref, b = tile_of(
             t, strides, table, table_strides, k, i, first + tile * TILE, numel, guidance_scale, T
         )
         d1, d2, d3 = tile_sums(t, delta, e, from_ref, b)

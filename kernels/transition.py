@@ -86,31 +86,37 @@ def noise_of(t, strides, k, i, start, inside, T: tl.constexpr):
 
 
 @triton.jit
-def delta_and_residual(t, strides, k, i, start, inside, moving, v, a, b, s, T: tl.constexpr):
-    """``delta = mean - m`` and ``e = y - m`` of the form that the operands make.
+def differences(t, strides, k, i, start, inside, moving, behaving, v, a, b, s, T: tl.constexpr):
+    """``delta = mean - m``, ``e = y - m`` and the departure ``y - mean`` of the operands' form.
 
-    What only delta needs is read where ``moving``: a gradient without c2 leaves it in memory.
+    What only ``delta`` and the departure need is read where ``moving``, and what the departure does
+    not need, the behaviour policy's mean or velocity, where ``behaving``: a gradient whose
+    coefficients do without leaves them in memory.
     """
     if (t.noise is not None) or (t.seed is not None):
         old = load(t.old_model_output, strides.old_model_output, k, i, start, moving, T)
         delta = b * (v - old)
         e = s * noise_of(t, strides, k, i, start, inside, T)
+        departure = e - delta
     elif t.old_model_output is not None:
         x = load(t.sample, strides.sample, k, i, start, inside, T)
         y = load(t.prev_sample, strides.prev_sample, k, i, start, inside, T)
-        old = load(t.old_model_output, strides.old_model_output, k, i, start, inside, T)
+        old = load(t.old_model_output, strides.old_model_output, k, i, start, behaving, T)
         delta = b * (v - old)
         # not y - mean: that would round twice at the size of the latent, and e is of the size of s
         e = tl.fma(old, -b, tl.fma(x, -a, y))
+        departure = tl.fma(v, -b, tl.fma(x, -a, y))
     elif t.old_mean is not None:
         x = load(t.sample, strides.sample, k, i, start, moving, T)
         y = load(t.prev_sample, strides.prev_sample, k, i, start, inside, T)
-        m = load(t.old_mean, strides.old_mean, k, i, start, inside, T)
+        m = load(t.old_mean, strides.old_mean, k, i, start, behaving, T)
         delta = mean(a, b, x, v) - m
         e = y - m
+        departure = tl.fma(v, -b, tl.fma(x, -a, y))
     else:
         x = load(t.sample, strides.sample, k, i, start, moving, T)
         y = load(t.prev_sample, strides.prev_sample, k, i, start, moving, T)
         delta = mean(a, b, x, v) - y
         e = tl.zeros_like(delta)
-    return delta, e
+        departure = tl.fma(v, -b, tl.fma(x, -a, y))
+    return delta, e, departure

@@ -58,38 +58,49 @@ Source<R> stage_noise(const Batch& t, const Span& at, int64_t j, int64_t n, Scra
   return {s.noise};
 }
 
+// Which operands a pass reads that not every one does.
+struct Needs {
+  bool v, x, old;  // old: the behaviour policy's mean or velocity
+};
+
+template <Form F>
+constexpr Needs needs_of(Shape shape) {
+  if (shape == Shape::residual) return {false, F == Form::velocity, !uses_noise(F)};
+  return {true, true, shape == Shape::general || uses_noise(F)};
+}
+
 template <Form F, class R>
 Tile<R> stage_tile(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch<R>& s,
-                   bool with_delta) {
+                   Needs needs) {
   Tile<R> in;
-  if (with_delta) {
+  if (needs.v) {
     in.v = stage_velocity(t, at, j, n, s);
     if (t.ref) in.ref = stage(t.ref, at, j, n, s.ref);
   }
   if constexpr (uses_sample(F)) {
-    in.x = stage(t.x, at, j, n, s.x);
+    if (needs.x) in.x = stage(t.x, at, j, n, s.x);
     in.y = stage(t.y, at, j, n, s.y);
   }
-  if constexpr (F == Form::mean) in.m = stage(t.m, at, j, n, s.m);
-  if constexpr (uses_old_velocity(F)) {
-    if (with_delta || F == Form::velocity) in.v_old = stage(t.v_old, at, j, n, s.v_old);
+  if (needs.old) {
+    if constexpr (F == Form::mean) in.m = stage(t.m, at, j, n, s.m);
+    if constexpr (uses_old_velocity(F)) in.v_old = stage(t.v_old, at, j, n, s.v_old);
   }
   if constexpr (uses_noise(F)) in.noise = stage_noise(t, at, j, n, s);
   return in;
 }
 
 template <Form F, class R, class Load>
-GUARD_OPS_HD Element<Vector<R>> element(const Tile<R>& in, bool with_delta, Load load_at) {
-  Element<Vector<R>>
-      e;  // what the form does not use stays as it is: zeroing it costs a third of a pass
-  if (with_delta) e.v = load_at(in.v);
+GUARD_OPS_HD Element<Vector<R>> element(const Tile<R>& in, Needs needs, Load load_at) {
+  // what the form does not use stays as it is: zeroing it costs a third of a pass
+  Element<Vector<R>> e;
+  if (needs.v) e.v = load_at(in.v);
   if constexpr (uses_sample(F)) {
-    e.x = load_at(in.x);
+    if (needs.x) e.x = load_at(in.x);
     e.y = load_at(in.y);
   }
-  if constexpr (F == Form::mean) e.m = load_at.any(in.m);
-  if constexpr (uses_old_velocity(F)) {
-    if (with_delta || F == Form::velocity) e.v_old = load_at(in.v_old);
+  if (needs.old) {
+    if constexpr (F == Form::mean) e.m = load_at.any(in.m);
+    if constexpr (uses_old_velocity(F)) e.v_old = load_at(in.v_old);
   }
   if constexpr (uses_noise(F)) e.noise = load_at.any(in.noise);
   return e;
@@ -170,6 +181,8 @@ Target<R> target(const Operand& to, const Span& at, int64_t j) {
   return {to.row(at.k, at.i) + j * size_of(to.dtype), to.dtype};
 }
 
+constexpr Needs everything{true, true, true};
+
 template <Form F, class R, class D>
 Sums sums_of(const Batch& t, const Step<double>& step, const Span& at, const Direction& direction) {
   Scratch<R> scratch;
@@ -177,16 +190,18 @@ Sums sums_of(const Batch& t, const Step<double>& step, const Span& at, const Dir
   Sums out{0, 0, 0};
   for (int64_t j = at.begin; j < at.end; j += tile) {
     const int64_t n = at.end - j < tile ? at.end - j : tile;
-    const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, true);
+    const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, everything);
     Accumulator<R> s1, s2;
     Target<R> to{};
     if (direction.to) to = target<R>(direction.to, at, j);
     for_each_vector<R, D>(n, [&](int q, auto where) {
-      const Element<Vector<R>> x = element<F, R>(in, true, where);
+      const Element<Vector<R>> x = element<F, R>(in, everything, where);
       const Vector<R> d = delta<F>(coefficients, x), e = residual<F>(coefficients, x);
       if constexpr (F != Form::log_prob) s1.part[q] = fma(d, e, s1.part[q]);
       s2.part[q] = fma(d, d, s2.part[q]);
-      if (to) where.put(to, coefficients.b * (direction.with_delta ? e - d : e));
+      if (!to) return;
+      const bool with_v = direction.shape == Shape::departure;
+      where.put(to, coefficients.b * (with_v ? departure<F>(coefficients, x) : e));
     });
     out.s1 += s1.total();
     out.s2 += s2.total();
@@ -207,14 +222,45 @@ void write_zeros(const Operand& to, const Span& at) {
               (at.end - at.begin) * size_of(to.dtype));
 }
 
-// How c1 e + 2 c2 delta is formed: `general`, or as a multiple of a Direction, to its very bits.
-enum class Shape { general, with_delta, without };
-
-Shape shape_of(const Coefficients& c) {
-  if (c.c2 == 0) return Shape::without;  // delta's operands need not be read
-  return c.c2 == -0.5 * c.c1 ? Shape::with_delta : Shape::general;
+// `shape`: a Shape, or a constant. `plain`: whether it is known that cond is all that there is to
+// write, and that no reference model enters.
+template <Form F, class R, class D, class ShapeOf, class Plain>
+void gradient_as(ShapeOf of, Plain plain, const Batch& t, const Step<double>& step,
+                 const Coefficients& c, const Span& at, const Operand& cond,
+                 const Operand& uncond) {
+  Scratch<R> scratch;
+  const Step<Vector<R>> coefficients = broadcast<R>(step);
+  const Vector<R> b = coefficients.b, factor = splat(R(c.c1));
+  const Factors<double> k = factors_of(step.b, c);
+  const Factors<Vector<R>> factors{splat(R(k.k1)), splat(R(k.k2)), splat(R(k.k3))};
+  const Vector<R> scale = splat(R(t.guidance_scale)), rest = splat(R(1 - t.guidance_scale));
+  const Shape shape = of;
+  const bool with_ref = !plain && c.c3 != 0 && t.ref;
+  Needs needs = needs_of<F>(shape);
+  needs.v = needs.v || with_ref;
+  for (int64_t j = at.begin; j < at.end; j += tile) {
+    const int64_t n = at.end - j < tile ? at.end - j : tile;
+    const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, needs);
+    Target<R> to{}, to_uncond{};
+    if (plain || cond) to = target<R>(cond, at, j);
+    if (!plain && uncond) to_uncond = target<R>(uncond, at, j);
+    for_each_vector<R, D>(n, [&](int, auto where) {
+      const Element<Vector<R>> x = element<F, R>(in, needs, where);
+      Vector<R> g;
+      if (shape == Shape::general) {
+        g = velocity_gradient<F>(factors, coefficients, x);
+      } else {
+        const bool with_v = shape == Shape::departure;
+        g = factor * (b * (with_v ? departure<F>(coefficients, x) : residual<F>(coefficients, x)));
+      }
+      if (with_ref) g = fma(factors.k3, x.v - where.any(in.ref), g);
+      if (plain || to) where.put(to, !plain && t.uncond ? scale * g : g);
+      if (!plain && to_uncond) where.put(to_uncond, rest * g);
+    });
+  }
 }
 
+// Where a Direction could have been scaled, to its very bits.
 template <Form F, class R, class D>
 void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c, const Span& at,
                  const Operand& cond, const Operand& uncond) {
@@ -223,34 +269,19 @@ void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c
     write_zeros(uncond, at);
     return;
   }
-  Scratch<R> scratch;
-  const Step<Vector<R>> coefficients = broadcast<R>(step);
-  const Vector<R> b = coefficients.b, factor = splat(R(c.c1));
-  const Factors<double> k = factors_of(step.b, c);
-  const Factors<Vector<R>> factors{splat(R(k.k1)), splat(R(k.k2)), splat(R(k.k3))};
-  const Vector<R> scale = splat(R(t.guidance_scale)), rest = splat(R(1 - t.guidance_scale));
-  const Shape shape = shape_of(c);
-  const bool with_ref = c.c3 != 0 && t.ref, with_v = shape != Shape::without || with_ref;
-  for (int64_t j = at.begin; j < at.end; j += tile) {
-    const int64_t n = at.end - j < tile ? at.end - j : tile;
-    const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, with_v);
-    Target<R> to{}, to_uncond{};
-    if (cond) to = target<R>(cond, at, j);
-    if (uncond) to_uncond = target<R>(uncond, at, j);
-    for_each_vector<R, D>(n, [&](int, auto where) {
-      const Element<Vector<R>> x = element<F, R>(in, with_v, where);
-      Vector<R> g;
-      if (shape == Shape::general) {
-        g = velocity_gradient<F>(factors, coefficients, x);
-      } else {
-        Vector<R> e = residual<F>(coefficients, x);
-        if (shape == Shape::with_delta) e = e - delta<F>(coefficients, x);
-        g = factor * (b * e);
-      }
-      if (with_ref) g = fma(factors.k3, x.v - where.any(in.ref), g);
-      if (to) where.put(to, t.uncond ? scale * g : g);
-      if (to_uncond) where.put(to_uncond, rest * g);
-    });
+  const auto run = [&](auto shape, auto plain) {
+    gradient_as<F, R, D>(shape, plain, t, step, c, at, cond, uncond);
+  };
+  const Shape shape = shape_of(c.c1, c.c2);
+  const std::true_type plain;
+  if (!cond || t.uncond || (c.c3 != 0 && t.ref)) {
+    run(shape, std::false_type{});
+  } else if (shape == Shape::departure) {
+    run(std::integral_constant<Shape, Shape::departure>{}, plain);
+  } else if (shape == Shape::residual) {
+    run(std::integral_constant<Shape, Shape::residual>{}, plain);
+  } else {
+    run(std::integral_constant<Shape, Shape::general>{}, plain);
   }
 }
 

@@ -16,11 +16,11 @@ struct Span {
   int64_t k, i, begin, end;
 };
 
-// Where sums may also write h = b (e - delta), or h = b e: the gradient up to the factor c1 of
-// every loss whose c2 is -c1 / 2, or 0 (all of them, but for the KL to a reference model).
+// Where sums may also write the gradient up to the factor c1: b times the departure, or the
+// residual.
 struct Direction {
   Operand to;  // of v's dtype, which has to be the compute type; or absent
-  bool with_delta = false;
+  Shape shape = Shape::departure;
 };
 
 constexpr int64_t tile = 1024;        // staged in L1, summed in the compute type

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(stream_threads, 2)
 }  // namespace
 
 void gradient(const Batch& t, const Rows table[5], const Rows coefficients[3], const Operand& cond,
-              const Operand& uncond, const Factor& factor, bool unless_one, Stream stream) {
+              const Operand& uncond, const Factor& factor, bool unless_one, Stream stream,
+              Shape shape) {
   GradientCall call{plan_of(t, table),
                     {coefficients[0], coefficients[1], coefficients[2]},
                     cond,
@@ -43,6 +44,7 @@ void gradient(const Batch& t, const Rows table[5], const Rows coefficients[3], c
                     factor,
                     unless_one,
                     0};
+  expect(call.plan, shape);
   const Launch launch = streaming(call.plan, gradient_of_chunks, &call.slots);
   start(gradient_of_chunks, launch, stream, call);
 }

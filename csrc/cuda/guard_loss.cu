@@ -211,6 +211,8 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
                 0,
                 0};
   workspace_layout(call.plan, t.steps, static_cast<char*>(workspace), &call.workspace);
+  const Shape shape = problem.config.shape();
+  expect(call.plan, shape);
   call.partials = {call.workspace.partials, call.plan.chunks, bool(t.ref)};
   const bool any = result.cond || result.uncond, automatic = wanted == Path::automatic;
   zero(workspace, 256, stream);
@@ -234,7 +236,7 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
   for (int n = 0; n < 3; ++n) {
     coefficients[n] = {result.sum_grads + n * t.steps * t.batch, t.batch, 1};
   }
-  gradient(t, problem.table, coefficients, result.cond, result.uncond, {}, false, stream);
+  gradient(t, problem.table, coefficients, result.cond, result.uncond, {}, false, stream, shape);
   return Path::two_launches;
 }
 

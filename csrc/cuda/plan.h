@@ -15,6 +15,22 @@ constexpr uint32_t lane_elements = 8, warp_size = 32, tile = lane_elements * war
 constexpr uint32_t most_chunk_tiles = 32, chunks_aimed_at = 64;  // of a row
 
 enum Role { role_v, role_uncond, role_ref, role_x, role_y, role_old, role_noise, roles };
+using Roles = uint32_t;  // bit r: role r
+constexpr Roles every_role = (1u << roles) - 1;
+constexpr Roles bit(Role r) { return 1u << r; }
+
+// The operands that a gradient reads whose coefficients are known to be of one shape.
+inline Roles roles_of(Form form, Shape shape, bool with_ref) {
+  const Roles velocity = bit(role_v) | bit(role_uncond), sample = bit(role_x) | bit(role_y);
+  Roles read = with_ref ? velocity | bit(role_ref) : 0;
+  if (shape == Shape::general) return every_role;
+  if (shape == Shape::departure) {
+    return read | velocity | (uses_noise(form) ? bit(role_old) | bit(role_noise) : sample);
+  }
+  if (uses_noise(form)) return read | bit(role_noise);
+  if (form == Form::mean) return read | bit(role_y) | bit(role_old);
+  return form == Form::velocity ? read | sample | bit(role_old) : read;
+}
 
 // n / d for n < 2^31 by a multiplication.
 struct Divisor {
@@ -37,6 +53,8 @@ struct Plan {
   Operand operand[roles];         // absent ones are null
   uint32_t offset[roles];         // of an operand's part of a slot
   uint32_t inputs, input[roles];  // how many are present, and which
+  Shape shape;                    // of every row's coefficients, where it is known; else general
+  Roles again;                    // what a second pass reads
   uint32_t slot_bytes;            // of shared memory that a tile takes
   uint32_t mean_offset;           // where sde_step puts the mean
   uint32_t rows, chunk_tiles, row_chunks, chunks;
@@ -52,6 +70,8 @@ struct Plan {
 inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   Plan p{};
   p.form = t.form;
+  p.shape = Shape::general;
+  p.again = every_role;
   const Operand* const operands[roles] = {
       &t.v, &t.uncond, &t.ref, &t.x, &t.y, t.m ? &t.m : &t.v_old, &t.noise};
   for (int r = 0; r < roles; ++r) {
@@ -79,6 +99,12 @@ inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   p.uncond_scale = float(1 - t.guidance_scale);
   for (int n = 0; n < 3; ++n) p.table[n] = table[n];
   return p;
+}
+
+// For a second pass whose coefficients are all of one shape.
+inline void expect(Plan& p, Shape shape) {
+  p.shape = shape;
+  p.again = roles_of(p.form, shape, bool(p.operand[role_ref]));
 }
 
 // Calls call(std::integral_constant<Form, form>). Once a tile: kernels of one form each would be

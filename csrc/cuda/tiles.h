@@ -66,11 +66,12 @@ __device__ __forceinline__ void copy_rest(char* to, const char* from, uint32_t v
   }
 }
 
-// Starts the copies of a tile's operands; they belong to the group that is committed next.
-__device__ __forceinline__ void load_tile(const Plan& p, char* slot, const At& at) {
+// Starts the copies of a tile's wanted operands; they belong to the group that is committed next.
+__device__ __forceinline__ void load_tile(const Plan& p, Roles wanted, char* slot, const At& at) {
 #pragma unroll 1
   for (uint32_t n = 0; n < p.inputs; ++n) {
     const uint32_t r = p.input[n];
+    if (!(wanted >> r & 1)) continue;
     const Operand& x = p.operand[r];
     const bool wide = x.dtype == DType::f32;
     const char* from = row_of(x, at);
@@ -257,23 +258,32 @@ __device__ __forceinline__ double warp_total(double x) {
   return x;
 }
 
-// The gradient of a tile in place of v, and of uncond, in the slot. Coefficients that are all 0
-// give zeros, whatever the operands hold.
+// The gradient of a tile in place of v, and of uncond, in the slot. Coefficients of 0 give 0, and
+// NaN ones NaN, whatever the operands hold, as some may not have been read.
 template <Form F>
 __device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row,
                                             const Coefficients& c, const At& at, char* slot) {
   const Factors<double> exact = factors_of(row.exact.b, c);
   const Factors<float> k{float(exact.k1), float(exact.k2), float(exact.k3)};
-  const bool none = c.c1 == 0 && c.c2 == 0 && c.c3 == 0;
   const bool with_ref = p.operand[role_ref] && c.c3 != 0;
+  const Shape shape = p.shape == Shape::general ? shape_of(c.c1, c.c2) : p.shape;
+  const bool silent = c.c1 == 0 && c.c2 == 0, nan = c.c1 != c.c1;
   const Elements<F> in = read_tile<F>(p, row, at, slot);
   float g[lane_elements], ref[lane_elements];
   if (with_ref) read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
-    g[e] = velocity_gradient<F>(k, row.step, in.at(e));
+    const Element<float> x = in.at(e);
+    if (silent || nan) {
+      g[e] = nan ? k.k1 : 0;
+    } else if (shape == Shape::departure) {
+      g[e] = k.k1 * departure<F>(row.step, x);
+    } else if (shape == Shape::residual) {
+      g[e] = k.k1 * residual<F>(row.step, x);
+    } else {
+      g[e] = velocity_gradient<F>(k, row.step, x);
+    }
     if (with_ref) g[e] = fma(k.k3, in.v[e] - ref[e], g[e]);
-    if (none) g[e] = 0;
   }
   if (p.operand[role_uncond]) {
     float rest[lane_elements];

@@ -48,7 +48,7 @@ struct Walk {
   }
 
   __device__ __forceinline__ void start(uint32_t t) const {
-    if (t < tiles) load_tile(p, slot(t), at(t));
+    if (t < tiles) load_tile(p, every_role, slot(t), at(t));
     commit_copies();
   }
 
@@ -109,7 +109,7 @@ struct Walk {
       return slots.memory + (slots.resident + (q & (slots.ring - 1))) * p.slot_bytes;
     };
     const auto restart = [&](uint32_t q) {
-      if (q < streamed) load_tile(p, ring_slot(q), at(tiles - 1 - q));
+      if (q < streamed) load_tile(p, p.again, ring_slot(q), at(tiles - 1 - q));
       commit_copies();
     };
     for (uint32_t q = 0; q < slots.ahead(); ++q) restart(q);

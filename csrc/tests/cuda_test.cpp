@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../cuda/kernels.h"
+#include "../cuda/plan.h"
 #include "driver_cases.h"
 #include "emulate_runtime.h"
 
@@ -356,6 +357,41 @@ void test_sums_and_gradient() {
   }
 }
 
+// What a gradient of known shape does not need is not read: here it cannot be.
+void test_unread_operands() {
+  char* const nowhere = reinterpret_cast<char*>(16);
+  for (const Form form : forms) {
+    for (const Shape shape : {Shape::departure, Shape::residual}) {
+      CONTEXT("unread %s shape %d", form_names[int(form)], int(shape));
+      Operands in(dtypes[1], steps, batch, 601, true);
+      const Batch t = in.of(form, false, false);
+      const Problem problem = scalars.problem(config_of(RatioNorm::none, Balance::none), form, 601);
+      std::vector<double> flat(3 * rows, 0.0);
+      std::vector<Coefficients> c(rows);
+      for (int64_t n = 0; n < rows; ++n) {
+        flat[n] = 0.3 + 0.01 * n;
+        flat[rows + n] = shape == Shape::departure ? -flat[n] / 2 : 0;
+        c[n] = {flat[n], flat[rows + n], 0};
+      }
+      const Rows from[3] = {{flat.data(), batch, 1},
+                            {flat.data() + rows, batch, 1},
+                            {flat.data() + 2 * rows, batch, 1}};
+      const Output cond(t.v, t, false), want(t.v, t, false);
+      cpu::gradient(serial, t, problem.table, c.data(), want.operand(), {});
+      const cuda::Roles needed = cuda::roles_of(form, shape, false);
+      Batch less = t;
+      const auto hide = [&](Operand& x, cuda::Role role) {
+        if (x && !(needed & cuda::bit(role))) x.data = nowhere;
+      };
+      hide(less.v, cuda::role_v), hide(less.x, cuda::role_x), hide(less.y, cuda::role_y);
+      hide(less.m, cuda::role_old), hide(less.v_old, cuda::role_old);
+      hide(less.noise, cuda::role_noise);
+      cuda::gradient(less, problem.table, from, cond.operand(), {}, {}, false, nullptr, shape);
+      check_rows(cond.operand(), want.operand(), t);
+    }
+  }
+}
+
 void test_sde_step() {
   for (const int d : {1, 2, 3, 4}) {
     for (const int64_t numel : {5, 601}) {
@@ -393,6 +429,7 @@ void test_sde_step() {
 int main() {
   using namespace guard_ops::test;
   test_sums_and_gradient();
+  test_unread_operands();
   test_sde_step();
   test_choice();
   test_not_finite();

@@ -47,7 +47,8 @@ Results run(const Kernels& kernels, const Operands& in, const Batch& t, const Co
       Sums total{0, 0, 0};
       for_each_chunk(k, i, in.numel, [&](const Span& at) {
         const Sums part = kernels.sums(
-            t, step, at, {with_direction(t) ? out.direction.operand() : Operand{}, true});
+            t, step, at,
+            {with_direction(t) ? out.direction.operand() : Operand{}, Shape::departure});
         const Sums alone = kernels.sums(t, step, at, {});
         CHECK(part.s1 == alone.s1 && part.s2 == alone.s2 && part.ref == alone.ref);
         total.s1 += part.s1;
@@ -153,6 +154,7 @@ void test_closed_form_gradient(const Kernels& kernels) {
       Tensor out(t.v.dtype, 1, 2, 1025);
       const DType dtype = t.v.dtype;
       t.v.data = nullptr;
+      if (form != Form::velocity) t.x.data = nullptr;
       if (uses_noise(form)) t.v_old.data = nullptr;
       kernels.gradient(t, step, c, {0, 1, 0, 1025}, out.operand(), {});
       for (int64_t j = 0; j < 1025; ++j) {
@@ -164,6 +166,27 @@ void test_closed_form_gradient(const Kernels& kernels) {
   }
 }
 
+// With c2 = -c1 / 2 the behaviour policy's mean or velocity is not read where the sample is.
+void test_departure_gradient(const Kernels& kernels) {
+  const Coefficients c{0.7, -0.35, 0};
+  for (const DTypes& d : dtypes) {
+    const Operands in(d, 1, 2, 1025, false);
+    for (const Form form : forms) {
+      CONTEXT("%s departure, %s %s", kernels.name, form_names[int(form)], d.name);
+      Batch t = in.of(form, false, false);
+      Tensor out(t.v.dtype, 1, 2, 1025);
+      t.m.data = nullptr;
+      if (!uses_noise(form)) t.v_old.data = nullptr;
+      kernels.gradient(t, step, c, {0, 1, 0, 1025}, out.operand(), {});
+      for (int64_t j = 0; j < 1025; ++j) {
+        const Terms x = terms_of(in, t, step, 0, 1, j);
+        CHECK_NEAR(out.get(0, 1, j), stored(gradient_of(x, step, c), t.v.dtype));
+      }
+      CHECK(out.guards_intact());
+    }
+  }
+}
+
 // What the sums' pass may leave behind, scaled afterwards, is the gradient bit by bit.
 void test_gradient_is_a_scaled_direction(const Kernels& kernels) {
   for (const DTypes& d : dtypes) {
@@ -171,15 +194,16 @@ void test_gradient_is_a_scaled_direction(const Kernels& kernels) {
     for (const Form form : forms) {
       const Batch t = in.of(form, false, false);
       if (!with_direction(t)) continue;
-      for (const bool with_delta : {true, false}) {
-        CONTEXT("%s direction, %s %s with_delta %d", kernels.name, form_names[int(form)], d.name,
-                with_delta);
+      for (const Shape shape : {Shape::departure, Shape::residual}) {
+        CONTEXT("%s direction, %s %s shape %d", kernels.name, form_names[int(form)], d.name,
+                int(shape));
         const Span at{0, 1, 0, 1047};
         const double c1 = 0.7;
         Tensor scaled(d.v, 1, 2, 1047), gradient(d.v, 1, 2, 1047);
-        kernels.sums(t, step, at, {scaled.operand(), with_delta});
+        kernels.sums(t, step, at, {scaled.operand(), shape});
         kernels.scale(scaled.operand(), c1, at);
-        kernels.gradient(t, step, {c1, with_delta ? -c1 / 2 : 0, 0}, at, gradient.operand(), {});
+        kernels.gradient(t, step, {c1, shape == Shape::departure ? -c1 / 2 : 0, 0}, at,
+                         gradient.operand(), {});
         CHECK(scaled.bytes() == gradient.bytes() && scaled.guards_intact());
       }
     }
@@ -267,6 +291,7 @@ int main() {
     if (kernels == nullptr) continue;
     CHECK(std::string(kernels->name) == isa);
     test::test_closed_form_gradient(*kernels);
+    test::test_departure_gradient(*kernels);
     test::test_gradient_is_a_scaled_direction(*kernels);
     test::test_zero_coefficients_write_zeros(*kernels);
     test::test_scale(*kernels);
