@@ -48,4 +48,22 @@ struct Rows {
   }
 };
 
+// The same of float64 or float32 numbers, read as the caller has them.
+struct Numbers {
+  const void* data = nullptr;
+  int64_t stride_k = 0, stride_b = 0;
+  bool wide = true;
+
+  GUARD_OPS_HD double at(int64_t k, int64_t i) const {
+    const int64_t n = k * stride_k + i * stride_b;
+    return wide ? static_cast<const double*>(data)[n] : double(static_cast<const float*>(data)[n]);
+  }
+  // `into`, having read it, or null where there are none.
+  GUARD_OPS_HD const double* read(int64_t k, int64_t i, double* into) const {
+    if (data == nullptr) return nullptr;
+    *into = at(k, i);
+    return into;
+  }
+};
+
 }  // namespace guard_ops

@@ -41,7 +41,14 @@ inline Rows rows(const Tensor& t) {
   return {t.const_data_ptr<double>(), t.stride(0), t.stride(1)};
 }
 
-inline Rows rows(const MaybeTensor& t) { return t.has_value() ? rows(*t) : Rows{}; }
+inline Numbers numbers(const Tensor& t) {
+  const bool wide = t.scalar_type() == at::kDouble;
+  TORCH_CHECK(t.dim() == 2 && (wide || t.scalar_type() == at::kFloat),
+              "guard_ops: needs float64 or float32 [K, B]");
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), wide};
+}
+
+inline Numbers numbers(const MaybeTensor& t) { return t.has_value() ? numbers(*t) : Numbers{}; }
 
 inline void table_of(const Tensor& coefficients, Rows table[5]) {
   TORCH_CHECK(coefficients.dim() == 3 && coefficients.scalar_type() == at::kDouble,
@@ -132,9 +139,9 @@ inline Problem problem_of(const Batch& t, const Tensor& coefficients, GUARD_OPS_
   problem.batch = t.batch;
   problem.numel = t.numel;
   table_of(coefficients, problem.table);
-  problem.advantages = rows(advantages);
-  problem.old_log_prob = rows(old_log_prob);
-  problem.step_weights = rows(step_weights);
+  problem.advantages = numbers(advantages);
+  problem.old_log_prob = numbers(old_log_prob);
+  problem.step_weights = numbers(step_weights);
   if (mean_std) {
     *stats = mean_std->contiguous();
     problem.mean = stats->const_data_ptr<double>();

@@ -14,7 +14,7 @@ struct Problem {
   Config config;
   int64_t steps, batch, numel;
   Rows table[5];  // a, b, s, kappa, dt
-  Rows advantages, old_log_prob, step_weights;
+  Numbers advantages, old_log_prob, step_weights;
   const double* mean = nullptr;  // [K] statistics from elsewhere, or null
   const double* std = nullptr;
 
@@ -35,14 +35,17 @@ struct Problem {
     return mean == nullptr ? Statistics{0, 1} : Statistics{mean[k], std[k]};
   }
   GUARD_OPS_HD Ratio ratio(int64_t k, int64_t i, const Sums& sums) const {
-    return ratio_of(config, scalars(k, i), sums, *advantages.at(k, i), old_log_prob.at(k, i));
+    double old;
+    return ratio_of(config, scalars(k, i), sums, advantages.at(k, i),
+                    old_log_prob.read(k, i, &old));
   }
   // A row's coefficients, if every transition of the batch is finite.
   GUARD_OPS_HD Coefficients assume(int64_t k, int64_t i, const Sums& sums) const {
     const Ratio r = ratio(k, i, sums);
     if (!r.finite) return nonfinite_coefficients(config);
-    return own_coefficients(config, scalars(k, i), r, statistics(k), *advantages.at(k, i),
-                            step_weights.at(k, i), double(steps), double(batch));
+    double weight;
+    return own_coefficients(config, scalars(k, i), r, statistics(k), advantages.at(k, i),
+                            step_weights.read(k, i, &weight), double(steps), double(batch));
   }
 };
 
@@ -138,7 +141,7 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
       r.weight = 0;
       if (!r.ratio.finite) continue;
       if (problem.step_weights.data != nullptr) {
-        r.weight = *problem.step_weights.at(k, i);
+        r.weight = problem.step_weights.at(k, i);
       } else if (c.balance == Balance::inverse_ratio) {
         r.weight = inverse_rho(c, r.excess) / total;
       } else {
@@ -155,7 +158,7 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
   team.each(rows, [&](int64_t n) {
     RowState& r = state[n];
     if (!r.ratio.finite) return;
-    r.surrogate = surrogate_of(c, r.excess, *problem.advantages.at(n / batch, n % batch));
+    r.surrogate = surrogate_of(c, r.excess, problem.advantages.at(n / batch, n % batch));
     r.d_excess = r.weight * r.surrogate.slope / samples;
   });
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import GuardConfig
-from .transitions import Transitions
+from .transitions import Transitions, flatten
 
 Context = Any  # torch.autograd.function.FunctionCtx, with what forward put on it
 
@@ -67,32 +67,27 @@ def transition_sums(backend: ModuleType, t: Transitions) -> Tensor:
     return sums
 
 
-class Call(NamedTuple):
-    """A fused call but for its tensors."""
+class Problem(NamedTuple):
+    """The [K, B] side of a fused call."""
 
-    backend: ModuleType
-    guidance_scale: float
+    advantages: Tensor  # [K, B] float64 or float32, like the next two
+    old_log_prob: Tensor | None  # [K, B]
+    step_weights: Tensor | None  # [K, B]
+    mean_std: Tensor | None  # [2, K] float64
     config: GuardConfig
     gaussian: bool
-    cond: bool  # whether to compute the gradient of model_output
-    uncond: bool  # and of model_output_uncond
-
-    def __call__(self, *tensors: Any) -> Any:
-        """The backend's ``guard_loss`` of Transitions' tensors and the four [K, B] ones."""
-        t = Transitions._make([*tensors[:-4], self.guidance_scale])
-        return self.backend.guard_loss(t, *tensors[-4:], *self[2:])
 
 
-def _transitions(ctx: Context, tensors: Any) -> Transitions:
-    return Transitions._make([*tensors[: len(Transitions._fields) - 1], ctx.call.guidance_scale])
-
-
-def _scaled(ctx: Context, grad_output: Tensor, tensors: Any) -> tuple[Tensor | None, ...]:
+def _scaled(
+    backend: ModuleType,
+    t: Transitions,
+    sum_grads: Tensor,  # [3, K, B] float64
+    grad_output: Tensor,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, ...]:
     """The gradients for ``grad_output`` from the coefficients: one rounding, whatever the dtype."""
-    coefficients = ctx.sum_grads * grad_output.detach().double()
-    grads: tuple[Tensor | None, ...] = ctx.call.backend.gradient(
-        _transitions(ctx, tensors), coefficients, *ctx.wanted
-    )
+    coefficients = sum_grads * grad_output.detach().double()
+    grads: tuple[Tensor | None, ...] = backend.gradient(t, coefficients, *wanted)
     return grads
 
 
@@ -106,75 +101,93 @@ class GuardLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Context, call: Call, *tensors: Any) -> Any:
-        ctx.call, ctx.wanted = call, (call.cond, call.uncond)
-        if tensors[0].dtype == torch.float16:
-            call = call._replace(cond=False, uncond=False)
-        loss, *buffers, per_row, metrics, ctx.sum_grads = call(*tensors)
-        ctx.buffers = buffers if call.cond or call.uncond else None
-        ctx.save_for_backward(*tensors)
+    def forward(
+        ctx: Context,
+        backend: ModuleType,
+        t: Transitions,  # of detached operands
+        problem: Problem,
+        wanted: tuple[bool, bool],
+        model_output: Tensor,  # [K, B, *latent] or [B, *latent], like the next
+        model_output_uncond: Tensor | None,
+    ) -> Any:
+        ctx.backend, ctx.wanted, ctx.guidance_scale = backend, wanted, t.guidance_scale
+        now = (False, False) if model_output.dtype == torch.float16 else wanted
+        loss, *buffers, per_row, metrics, ctx.sum_grads = backend.guard_loss(t, *problem, *now)
+        ctx.buffers = buffers if any(now) else None
+        ctx.save_for_backward(model_output, model_output_uncond, *t[2:-1])
         ctx.mark_non_differentiable(per_row, metrics)
         return loss, per_row, metrics
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor, *_: Any) -> Any:
-        tensors = ctx.saved_tensors
+        outputs, rest = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+        rows = ctx.sum_grads.shape[1:]
+        flat = [None if x is None else flatten(x.detach(), *rows) for x in outputs]
+        t = Transitions._make([*flat, *rest, ctx.guidance_scale])
         buffers, ctx.buffers = ctx.buffers, None
         if buffers is None:
-            grads = _scaled(ctx, grad_output, tensors)
+            grads = _scaled(ctx.backend, t, ctx.sum_grads, grad_output, ctx.wanted)
         else:
-            t = _transitions(ctx, tensors)
-            grads = ctx.call.backend.scaled(
-                t, ctx.sum_grads, buffers, grad_output.detach(), *ctx.wanted
-            )
-        name = ctx.call.backend.NAME
+            grads = ctx.backend.scaled(t, ctx.sum_grads, buffers, grad_output.detach(), *ctx.wanted)
         handed = [
-            _once(name, grad if wanted else None, grad_output, *tensors[:2])
-            for grad, wanted in zip(grads, ctx.wanted, strict=True)
+            _once(ctx.backend.NAME, grad.view(output.shape), grad_output, *outputs)
+            if wanted and grad is not None
+            else None
+            for grad, output, wanted in zip(grads, outputs, ctx.wanted, strict=True)
         ]
-        return (None, *handed) + (None,) * (len(tensors) - 2)
+        return (None,) * 4 + tuple(handed)
 
 
 class TracedGuardLoss(torch.autograd.Function):
     """:class:`GuardLoss` without buffers that outlive a call: what ``torch.compile`` can trace."""
 
     @staticmethod
-    def forward(ctx: Context, call: Call, *tensors: Any) -> Any:
-        ctx.call, ctx.wanted = call, (call.cond, call.uncond)
+    def forward(
+        ctx: Context,
+        backend: ModuleType,
+        guidance_scale: float,
+        config: GuardConfig,
+        gaussian: bool,
+        wanted: tuple[bool, bool],
+        *tensors: Any,  # Transitions' and Problem's
+    ) -> Any:
+        ctx.backend, ctx.wanted, ctx.guidance_scale = backend, wanted, guidance_scale
         ctx.deferred = tensors[0].dtype in (torch.float16, torch.bfloat16)
-        if ctx.deferred:
-            call = call._replace(cond=False, uncond=False)
-        loss, *buffers, per_row, metrics, sum_grads = call(*tensors)
+        t, rows = Transitions._make([*tensors[:-4], guidance_scale]), tensors[-4:]
+        now = (False, False) if ctx.deferred else wanted
+        loss, *buffers, per_row, metrics, sum_grads = backend.guard_loss(
+            t, *rows, config, gaussian, *now
+        )
         ctx.rest = len(tensors) - 2
-        ctx.save_for_backward(*([sum_grads, *tensors] if ctx.deferred else buffers))
+        ctx.save_for_backward(*([sum_grads, *t[:-1]] if ctx.deferred else buffers))
         ctx.mark_non_differentiable(per_row, metrics)
         return loss, per_row, metrics
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor, *_: Any) -> Any:
         if ctx.deferred:
-            ctx.sum_grads, *tensors = ctx.saved_tensors
-            grads = _scaled(ctx, grad_output, tensors)
+            sum_grads, *tensors = ctx.saved_tensors
+            t = Transitions._make([*tensors, ctx.guidance_scale])
+            grads = _scaled(ctx.backend, t, sum_grads, grad_output, ctx.wanted)
         else:
             grads = tuple(grad * grad_output for grad in ctx.saved_tensors)
         handed = [g if wanted else None for g, wanted in zip(grads, ctx.wanted, strict=True)]
-        return (None, *handed) + (None,) * ctx.rest
+        return (None,) * 5 + (*handed,) + (None,) * ctx.rest
 
 
 def guard_loss(
     backend: ModuleType,
-    t: Transitions,
-    advantages: Tensor,  # [K, B]
-    old_log_prob: Tensor | None,  # [K, B]
-    step_weights: Tensor | None,  # [K, B]
-    mean_std: Tensor | None,  # [2, K] float64
-    config: GuardConfig,
-    gaussian: bool,
+    t: Transitions,  # of what requires no grad, but for compiling
+    problem: Problem,
+    model_output: Tensor,  # [K, B, *latent] or [B, *latent], like the next
+    model_output_uncond: Tensor | None,
 ) -> Any:
     """(loss [], per_row [4, K, B], metrics [10, K]) of a fused backend."""
-    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in t[:2]]
-    call = Call(backend, t.guidance_scale, config, gaussian, *wanted)
-    tensors = (*t[:-1], advantages, old_log_prob, step_weights, mean_std)
+    outputs = (model_output, model_output_uncond)
+    cond, uncond = (x is not None and x.requires_grad and torch.is_grad_enabled() for x in outputs)
     if torch.compiler.is_compiling():
-        return TracedGuardLoss.apply(call, *tensors)
-    return GuardLoss.apply(call, *tensors)
+        *rows, config, gaussian = problem
+        return TracedGuardLoss.apply(
+            backend, t.guidance_scale, config, gaussian, (cond, uncond), *t[:-1], *rows
+        )
+    return GuardLoss.apply(backend, t, problem, (cond, uncond), *outputs)

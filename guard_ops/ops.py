@@ -142,11 +142,13 @@ def log_ratio(
         LogRatio, [K, B] each ([B] for one step), float32 (float64 if an input is). ``kl_old`` is
         NaN in the log-prob form, which cannot know it.
     """
-    shape, t, full, old = _prepare(
-        model_output, coeffs, sample, prev_sample, old_mean, old_model_output, noise, seed,
+    shape = transitions.check_shape(model_output, coeffs)
+    t, full, old = _prepare(
+        shape, model_output, coeffs, sample, prev_sample, old_mean, old_model_output, noise, seed,
         old_log_prob, None, model_output_uncond, guidance_scale,
     )  # fmt: skip
     _check_reduction(reduction)
+    old = None if old is None else old.double()
     sums = autograd.transition_sums(select(model_output.device), t)
     log_r, kl_old, _ = objective.log_ratio_and_kl(sums, full, t[0].shape[-1], reduction, old)
     out = [x.to(t.compute_dtype).reshape(shape.leading) for x in (log_r, kl_old)]
@@ -225,44 +227,90 @@ def guard_loss(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
     """
-    config = _ARTICLE if config is None else config
-    shape, t, full, old = _prepare(
-        model_output, coeffs, sample, prev_sample, old_mean, old_model_output, noise, seed,
-        old_log_prob, ref_model_output, model_output_uncond, guidance_scale,
+    call = _check_loss(
+        model_output, model_output_uncond, advantages, coeffs, config, sample, prev_sample,
+        old_mean, old_model_output, noise, seed, old_log_prob, ref_model_output, guidance_scale,
+        step_weights, statistics, process_group,
     )  # fmt: skip
-    device = model_output.device
-    adv = transitions.per_transition("advantages", advantages, shape, device, per_sample=True)
-    if step_weights is not None:
-        step_weights = transitions.per_transition("step_weights", step_weights, shape, device)
-        step_weights = step_weights.double()
-    mean_std = _check_objective(config, t, full, shape, statistics, process_group)
-    backend = select(device)
-    if backend.FUSED and process_group is None and shape.batch <= backends.max_batch(backend):
+    if call.fused:
         loss, per_row, rows = autograd.guard_loss(
-            backend, t, adv.double(), old, step_weights, mean_std, config, full.gaussian
+            call.backend, call.t, call.problem, model_output, model_output_uncond
         )
     else:
         loss, per_row, rows = _composed(
-            backend, t, adv.double(), old, step_weights, mean_std, config, full, process_group
+            call.backend, call.t, call.problem, call.coeffs, process_group
         )
-    if shape.one_step:
+    if call.shape.one_step:
         per_row, rows = per_row.squeeze(1), rows.squeeze(1)
     log_r, excess, weights, kl = per_row.unbind(0)
     return GuardLossOutput(loss, log_r, excess, weights, kl, Metrics(*rows.unbind(0)))
 
 
+class _LossCall(NamedTuple):
+    """A loss whose arguments are checked."""
+
+    backend: ModuleType
+    fused: bool  # whether one call of the backend does it all
+    shape: Shape
+    t: Transitions  # of the outputs without their history where `fused` can do without
+    problem: autograd.Problem
+    coeffs: StepCoefficients  # [K, B]
+
+
+def _check_loss(
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    advantages: Tensor,
+    coeffs: StepCoefficients,
+    config: GuardConfig | None,
+    sample: Tensor | None,
+    prev_sample: Tensor | None,
+    old_mean: Tensor | None,
+    old_model_output: Tensor | None,
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    old_log_prob: Tensor | None,
+    ref_model_output: Tensor | None,
+    guidance_scale: float | None,
+    step_weights: Tensor | None,
+    statistics: RatioStatistics | None,
+    process_group: ProcessGroup | None,
+) -> _LossCall:
+    """Every argument of :func:`guard_loss`, checked; raises as it says."""
+    config = _ARTICLE if config is None else config
+    shape = transitions.check_shape(model_output, coeffs)
+    device = model_output.device
+    backend = select(device)
+    fused = backend.FUSED and process_group is None and shape.batch <= backends.max_batch(backend)
+    if fused and not torch.compiler.is_compiling():  # the views below need no autograd node each
+        model_output = model_output.detach()
+        if model_output_uncond is not None:
+            transitions.check_tensor("model_output_uncond", model_output_uncond)
+            model_output_uncond = model_output_uncond.detach()
+    t, full, old = _prepare(
+        shape, model_output, coeffs, sample, prev_sample, old_mean, old_model_output, noise, seed,
+        old_log_prob, ref_model_output, model_output_uncond, guidance_scale,
+    )  # fmt: skip
+    adv = transitions.per_transition("advantages", advantages, shape, device, per_sample=True)
+    if step_weights is not None:
+        step_weights = transitions.per_transition("step_weights", step_weights, shape, device)
+    mean_std = _check_objective(config, t, full, shape, statistics, process_group)
+    problem = autograd.Problem(adv, old, step_weights, mean_std, config, full.gaussian)
+    return _LossCall(backend, fused, shape, t, problem, full)
+
+
 def _composed(
     backend: ModuleType,
     t: Transitions,
-    advantages: Tensor,  # [K, B] float64
-    old_log_prob: Tensor | None,
-    step_weights: Tensor | None,
-    mean_std: Tensor | None,
-    config: GuardConfig,
+    problem: autograd.Problem,
     coeffs: StepCoefficients,
     process_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a fused backend's ``guard_loss`` returns, from its sums and objective.py."""
+    advantages, old_log_prob = problem.advantages.double(), problem.old_log_prob
+    old_log_prob = None if old_log_prob is None else old_log_prob.double()
+    step_weights = None if problem.step_weights is None else problem.step_weights.double()
+    mean_std, config = problem.mean_std, problem.config
     sums = autograd.transition_sums(backend, t)
     numel = t.model_output.shape[-1]
     log_r, kl_old, kl = objective.log_ratio_and_kl(
@@ -322,25 +370,31 @@ def guard_loss_and_grad(
         (loss, d loss / d model_output), or (loss, (d / d model_output, d / d model_output_uncond))
         with classifier-free guidance; nothing is left to run backward through.
     """
-    transitions.check_shape(model_output, coeffs)
-    v = model_output.detach().requires_grad_()
-    uncond = None
+    transitions.check_tensor("model_output", model_output)
+    outputs = [model_output.detach()]
     if model_output_uncond is not None:
         transitions.check_tensor("model_output_uncond", model_output_uncond)
-        uncond = model_output_uncond.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = guard_loss(
-            v, advantages=advantages, coeffs=coeffs, config=config, sample=sample,
-            prev_sample=prev_sample, old_mean=old_mean, old_model_output=old_model_output,
-            noise=noise, seed=seed, old_log_prob=old_log_prob, ref_model_output=ref_model_output,
-            model_output_uncond=uncond, guidance_scale=guidance_scale, step_weights=step_weights,
-            statistics=statistics, process_group=process_group,
-        ).loss  # fmt: skip
-    grads = torch.autograd.grad(loss, [v] if uncond is None else [v, uncond])
-    return LossAndGrad(loss.detach(), grads[0] if uncond is None else (grads[0], grads[1]))
+        outputs.append(model_output_uncond.detach())
+    with torch.enable_grad():  # which forbids constants that require grad
+        call = _check_loss(
+            *(outputs[0], outputs[1] if len(outputs) > 1 else None), advantages, coeffs, config,
+            sample, prev_sample, old_mean, old_model_output, noise, seed, old_log_prob,
+            ref_model_output, guidance_scale, step_weights, statistics, process_group,
+        )  # fmt: skip
+        if call.fused:
+            loss, *grads = call.backend.guard_loss(call.t, *call.problem, True, len(outputs) > 1)[
+                :3
+            ]
+        else:
+            flat = [x.requires_grad_() for x in call.t[:2] if x is not None]
+            loss, *_ = _composed(call.backend, call.t, call.problem, call.coeffs, process_group)
+            grads = torch.autograd.grad(loss, flat)
+    shaped = [grad.view(x.shape) for grad, x in zip(grads, outputs, strict=False)]
+    return LossAndGrad(loss.detach(), shaped[0] if len(outputs) == 1 else tuple(shaped))
 
 
 def _prepare(
+    shape: Shape,
     model_output: Tensor,
     coeffs: StepCoefficients,
     sample: Tensor | None,
@@ -353,9 +407,8 @@ def _prepare(
     ref_model_output: Tensor | None,
     model_output_uncond: Tensor | None,
     guidance_scale: float | None,
-) -> tuple[Shape, Transitions, StepCoefficients, Tensor | None]:
-    """Check the operands of a loss; (shape, transitions, coefficients [K, B], old_log_prob)."""
-    shape = transitions.check_shape(model_output, coeffs)
+) -> tuple[Transitions, StepCoefficients, Tensor | None]:
+    """Check the operands of a loss; (transitions, coefficients [K, B], old_log_prob [K, B])."""
     transitions.check_stochastic(coeffs)
     transitions.check_form(
         {
@@ -385,8 +438,8 @@ def _prepare(
     )
     old = None
     if old_log_prob is not None:
-        old = transitions.per_transition("old_log_prob", old_log_prob, shape, t[0].device).double()
-    return shape, t, full, old
+        old = transitions.per_transition("old_log_prob", old_log_prob, shape, t[0].device)
+    return t, full, old
 
 
 _warned_single = False

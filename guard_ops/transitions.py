@@ -160,7 +160,12 @@ def latents(name: str, value: Tensor, shape: Shape, device: torch.device) -> Ten
         raise ValueError(f"`{name}` has shape {tuple(value.shape)} but `model_output` {shape.full}")
     if value.device != device:
         raise ValueError(f"`{name}` is on {value.device} but `model_output` on {device}")
-    value = value.reshape(shape.steps, shape.batch, -1)  # a view when the latent is dense
+    return flatten(value, shape.steps, shape.batch)
+
+
+def flatten(value: Tensor, steps: int, batch: int) -> Tensor:
+    """[K, B, D] with dense D; a view when the latent is dense."""
+    value = value.reshape(steps, batch, -1)
     return value if value.stride(2) == 1 or value.shape[2] == 1 else value.contiguous()
 
 
@@ -180,7 +185,10 @@ def check_constant(name: str, value: Tensor) -> None:
 def per_transition(
     name: str, value: Tensor, shape: Shape, device: torch.device, *, per_sample: bool = False
 ) -> Tensor:
-    """[K, B] of a floating tensor of that shape ([B] for one step, or ``per_sample``)."""
+    """[K, B] float64 or float32 of a floating tensor of that shape.
+
+    ([B] for one step, or ``per_sample``). 16-bit numbers become float32, which holds them.
+    """
     check_tensor(name, value)
     check_constant(name, value)
     ok = tuple(value.shape) == shape.leading
@@ -194,7 +202,8 @@ def per_transition(
         )
     if value.device != device:
         raise ValueError(f"`{name}` is on {value.device} but `model_output` on {device}")
-    return value.reshape(shape.steps, shape.batch)
+    value = value.reshape(shape.steps, shape.batch)
+    return value if value.element_size() > 2 else value.float()
 
 
 def seeds(seed: int | Tensor, shape: Shape, device: torch.device) -> Tensor:

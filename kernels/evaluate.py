@@ -35,7 +35,10 @@ def steps_at_once(steps: int, batch: int) -> tuple[int, int]:
 
 
 class Given(NamedTuple):
-    """[K, B] float64 inputs, pointers (None where absent) or strides; mean_std is [2, K]."""
+    """[K, B] float64 or float32 inputs, pointers (None where absent) or strides.
+
+    ``mean_std`` is [2, K] float64.
+    """
 
     advantages: Any
     old_log_prob: Any
@@ -56,7 +59,8 @@ class Results(NamedTuple):
 
 @triton.jit
 def given_at(pointer, strides, k, i, mask):
-    return tl.load(pointer + k * strides[0] + i * strides[1], mask=mask, other=0.0)
+    x = tl.load(pointer + k * strides[0] + i * strides[1], mask=mask, other=0.0)
+    return x.to(tl.float64)
 
 
 @triton.jit

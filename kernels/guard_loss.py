@@ -196,9 +196,9 @@ def rows_kernel(
 class Objective(NamedTuple):
     """The [K, B] side of a call: its operands, and GuardConfig's choices and numbers."""
 
-    advantages: Tensor  # [K, B] float64
-    old_log_prob: Tensor | None  # [K, B] float64
-    step_weights: Tensor | None  # [K, B] float64
+    advantages: Tensor  # [K, B] float64 or float32, like the next two
+    old_log_prob: Tensor | None  # [K, B]
+    step_weights: Tensor | None  # [K, B]
     mean_std: Tensor | None  # [2, K] float64
     ratio_norm: str
     balance: str

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problems import FORMS, arguments, problem, relative, run, truth, without_advantages
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import guard_ops as go
 
@@ -181,6 +182,61 @@ def test_loss_and_grad_is_guard_loss_and_backward(form, config, guided, backend)
     for name, grad in zip(names, grads, strict=True):
         assert torch.equal(grad, leaves[name].grad)
         assert not grad.requires_grad
+
+
+class CountOperators(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket._qualified_op_name.split("::")[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_loss_and_grad_of_a_fused_backend_is_one_operator(fused_backend):
+    """No autograd, no conversion kernels: what a GPU would have to launch besides."""
+    given = problem("mean", dtype=torch.float32)
+    given["advantages"] = given["advantages"].float()
+    with CountOperators() as count:
+        go.guard_loss_and_grad(**given)
+    views = {"detach", "view", "expand", "select", "slice", "unsqueeze", "_reshape_alias", "alias"}
+    assert [name for name in count.names if name not in views] == ["guard_loss"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["mean", "log-prob"])
+def test_narrow_advantages_and_weights_are_read_as_they_are(form, dtype, backend):
+    given = problem(form, dtype=torch.float32)
+    rows = given["model_output"].shape[:2]
+    names = ["advantages"] + ["old_log_prob"] * (form == "log-prob")
+    narrow = {name: given[name].to(dtype) for name in names}
+    narrow["step_weights"] = torch.linspace(0.5, 1.5, rows.numel()).view(rows).to(dtype)
+    wide = {name: value.double() for name, value in narrow.items()}
+    config = CONFIGS["article"]
+    got = go.guard_loss_and_grad(**{**given, **narrow}, config=config)
+    expected = go.guard_loss_and_grad(**{**given, **wide}, config=config)
+    assert torch.equal(got.loss, expected.loss)
+    assert torch.equal(got.grad, expected.grad)
+
+
+def test_gradient_of_a_model_output_that_is_not_dense(backend):
+    """Channels last, as convolutions return it: the gradient has its shape all the same."""
+    given = problem("velocity", dtype=torch.float32, latent=(3, 4, 5))
+    turned = given["model_output"].movedim(2, -1).contiguous().movedim(-1, 2)
+    grads = []
+    for v in (given["model_output"], turned):
+        v = v.detach().requires_grad_()
+        assert v.is_contiguous() == (v.stride(-1) == 1)
+        for factor in (1.0, 3.0):
+            v.grad = None
+            (factor * go.guard_loss(**{**given, "model_output": v}).loss).backward()
+            assert v.grad.shape == v.shape
+            grads.append(v.grad)
+    assert torch.equal(grads[0], grads[2])
+    assert torch.equal(grads[1], grads[3])
 
 
 def test_double_backward_on_a_fused_backend_says_what_to_do(fused_backend):

@@ -114,6 +114,19 @@ def test_guard_loss_compiles_into_one_graph(form, config, dtype, backend):
         assert relative(got, expected) < (1e-12 if dtype == torch.float64 else 1e-6)
 
 
+def test_guard_loss_and_grad_compiles_into_one_graph(fused_backend):
+    given = problem("mean", latent=(9, 4), dtype=torch.bfloat16)
+    v, coeffs = given.pop("model_output"), given.pop("coeffs")
+
+    def step(v, rest):
+        return go.guard_loss_and_grad(v, coeffs=coeffs, **rest)
+
+    torch.compiler.reset()
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(v, given)
+    for compiled, eager in zip(got, step(v, given), strict=True):
+        assert torch.equal(compiled, eager)
+
+
 def test_guard_loss_compiles_with_inductor(fused_backend):
     given = problem("noise", latent=(9, 4), dtype=torch.float32, guided=True)
     compiled, eager = compiled_and_eager(given, go.GuardConfig.article(), "inductor")

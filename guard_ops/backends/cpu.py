@@ -75,9 +75,9 @@ def sde_step(
 
 def guard_loss(
     t: Transitions,
-    advantages: Tensor,  # [K, B] float64
-    old_log_prob: Tensor | None,  # [K, B] float64
-    step_weights: Tensor | None,  # [K, B] float64
+    advantages: Tensor,  # [K, B] float64 or float32, like the next two
+    old_log_prob: Tensor | None,  # [K, B]
+    step_weights: Tensor | None,  # [K, B]
     mean_std: Tensor | None,  # [2, K] float64
     config: GuardConfig,
     gaussian: bool,
