@@ -175,6 +175,17 @@ def test_an_op_shows_its_bytes_and_what_is_left_of_a_backward(repository):
     assert "| backward, mean, flow_grpo | 0.001 ms | none left |  |  |" in text
 
 
+def test_rows_of_a_gpu_show_its_own_time_too():
+    more = {"gpu_milliseconds": 0.2, "gpu_percent_of_copy": 88.0}
+    on_gpu = [{**row, **more} if row["contender"] == "cpu" else row for row in WORKLOADS]
+    text = report.markdown("workloads")(on_gpu)
+    assert "| contender | float32 | times | GPU time | of copy | peak memory |" in text
+    assert "| cpu, mean form | 0.4 ms | 1 | 0.2 ms | 88% | 1.0 MiB |" in text
+    assert "| eager | 6 ms | 15.1x |  | 92% | 1.0 MiB |  |  |  |  |  |" in text
+    text = report.markdown("ops")([{**row, **more} for row in OPS])
+    assert "| both, mean, flow_grpo | 0.4 ms | 0.2 ms | 20 | 88% | 1.0 MiB |" in text
+
+
 def test_accuracy_details_show_every_clip(repository):
     text = report.render(results.load(repository / "results"))["accuracy_details"]
     assert "share of 32 clip decisions that are wrong, at 2e-6, 1e-4, 0.2" in text

@@ -184,15 +184,15 @@ def test_a_job_is_measured_hot_and_cold_and_as_called(monkeypatch):
     """All that does not need a device: what is called how often on which tensors."""
     job = Job(device.SMALL.name, "bfloat16", "triton", "noise", "paper", "rows")
     made, called, paths = [], [], []
+    variable = "GUARD_OPS_TRITON_PATH"
     monkeypatch.setattr(device.gpu_timing, "sets_beyond_cache", lambda nbytes: 3)
     monkeypatch.setattr(device, "rollout", lambda workload, dtype, seed: seed)
     monkeypatch.setattr(device.go, "use_backend", lambda name: device.nullcontext())
 
     def call_of(job, inputs):
         made.append(inputs)
-        return lambda: called.append((inputs, paths.append(device.os.environ[VARIABLE])))
+        return lambda: called.append((inputs, paths.append(device.os.environ[variable])))
 
-    VARIABLE = "GUARD_OPS_TRITON_PATH"  # noqa: N806
     monkeypatch.setattr(device, "call_of", call_of)
     monkeypatch.setattr(device.gpu_timing, "timed", lambda call: call() or 5e-5)
     times = {1: 1e-5, 3: 2e-5}
@@ -208,7 +208,7 @@ def test_a_job_is_measured_hot_and_cold_and_as_called(monkeypatch):
     assert made == [0, 1, 2]
     assert [seed for seed, _ in called] == [0, 0, 0, 1, 2]
     assert set(paths) == {"rows"}
-    assert VARIABLE not in device.os.environ
+    assert variable not in device.os.environ
 
 
 def test_what_was_measured_before_a_failure_is_kept(monkeypatch):
