@@ -89,7 +89,7 @@ def run_case(
         torch._dynamo.reset()  # a limit of recompilations would turn compiled chains eager
     races: list[measure.Race] = []
     peaks: dict[str, int] = {}
-    gpu: dict[str, float] = {}
+    gpu: dict[str, float | None] = {}
     rounds = 0
     with warnings.catch_warnings():
         # a batch of one is degenerate under standardize, which changes no time
