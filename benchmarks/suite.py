@@ -111,10 +111,15 @@ def run_case(
 
 
 def _rollouts(case: Case, block: int, device: torch.device) -> list[contenders.Inputs]:
-    """One, or on a GPU as many as it takes for a call in turn to find none in the cache."""
+    """One, or on a GPU as many as it takes for a call in turn to find none in the cache.
+
+    A backward alone is not called in turn: it finds what its own forward left there.
+    """
     sets = 1
-    if device.type == "cuda":
-        sets = gpu_timing.sets_beyond_cache(_copy_bytes(case), device)
+    if device.type == "cuda" and case.stage != "backward":
+        forms = (case.form, *BESIDE) if case.chains else (case.form,)
+        least = min(floor_bytes(case, form) for form in forms)
+        sets = gpu_timing.sets_beyond_cache(least, device)
     seeds = range(block, block + BLOCKS * sets, BLOCKS)
     return [
         contenders.make_inputs(case.workload, case.dtype, seed=seed, device=device)
@@ -123,10 +128,7 @@ def _rollouts(case: Case, block: int, device: torch.device) -> list[contenders.I
 
 
 def _in_turn(calls: Sequence[Any], device: torch.device) -> Call | stages.Prepared:
-    """What is raced: on a GPU each call on the next rollout's tensors, and waited for.
-
-    A backward alone finds what its own forward left in the cache, as in training.
-    """
+    """What is raced: on a GPU each call on the next rollout's tensors, and waited for."""
     if device.type != "cuda" or isinstance(calls[0], stages.Prepared):
         first: Call | stages.Prepared = calls[0]
         return first

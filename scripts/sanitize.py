@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.calls:
         calls(*options.calls)
         return 0
-    end = time.monotonic() + options.seconds - 3 * bounded.GRACE_SECONDS
+    end = time.monotonic() + options.seconds - 2 * bounded.GRACE_SECONDS
     import torch
 
     import guard_ops as go

@@ -133,7 +133,7 @@ def test_outcomes_say_what_failed_and_what_counts(check):
         fake(check, "fails", "raise SystemExit(3)", required=False),
         fake(check, "counts", "raise SystemExit(4)"),
         fake(check, "left out", "raise SystemExit(5)", wanted=lambda: "no compiler"),
-        check.Step("knows", [*python("import sys; sys.exit(int(sys.argv[1]) != 30)"),
+        check.Step("knows", [*python("import sys; sys.exit(int(sys.argv[1]) != 15)"),
                              check.SECONDS], 30, 5, True),
     ]  # fmt: skip
     outcomes = check.run_steps(steps, os.environ)

@@ -1,11 +1,12 @@
 """benchmarks/device.py, as far as it goes without a GPU."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from benchmarks import device, device_bounds, results
+from benchmarks import contenders, device, device_bounds, results
 from benchmarks.device import COPIED, Job
 
 SLOW = {"eager": 20.0, "torch.compile": 2.5}
@@ -209,6 +210,32 @@ def test_a_job_is_measured_hot_and_cold_and_as_called(monkeypatch):
     assert [seed for seed, _ in called] == [0, 0, 0, 1, 2]
     assert set(paths) == {"rows"}
     assert variable not in device.os.environ
+
+
+@pytest.mark.parametrize(
+    "contender, form", [("reference", "mean"), ("reference", "seeded"), ("eager", "mean")]
+)
+@pytest.mark.parametrize("objective", device.OBJECTIVES)
+def test_a_job_computes_the_loss_and_its_gradient(contender, form, objective, monkeypatch):
+    """On the CPU, which is all that is made up here."""
+    tiny = dataclasses.replace(device.SMALL, latent=(16, 8))
+    monkeypatch.setitem(device.WORKLOADS, tiny.name, tiny)
+    honest = contenders.make_inputs
+    monkeypatch.setattr(
+        device.contenders, "make_inputs", lambda *given, device, **more: honest(*given, **more)
+    )
+    monkeypatch.setattr(device.gpu_timing, "sets_beyond_cache", lambda nbytes: 2)
+    monkeypatch.setattr(device.gpu_timing, "timed", lambda call: call() or 1e-6)
+    monkeypatch.setattr(device.gpu_timing, "replayed", lambda calls: [c() for c in calls] and 1e-6)
+    device.rollout.cache_clear()
+    try:
+        job = Job(tiny.name, "float32", contender, form, objective)
+        assert "error" not in device.measured(job)
+        gradients = [device.rollout(tiny.name, "float32", n).model_output.grad for n in range(2)]
+    finally:
+        device.rollout.cache_clear()
+    assert all(grad.abs().max() > 0 for grad in gradients)
+    assert not torch.equal(*gradients)
 
 
 def test_what_was_measured_before_a_failure_is_kept(monkeypatch):
