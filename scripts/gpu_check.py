@@ -133,7 +133,7 @@ def backends(environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]
     )
     status, text = bounded.run([PYTHON, "-c", code], 60, ROOT, environment, output=subprocess.PIPE)
     lines = text.strip().splitlines() or [""]
-    if status:
+    if status != 0:
         return [], dict.fromkeys(("triton", "cuda"), f"guard_ops: {lines[-1]}")
     available, unavailable = json.loads(lines[-1])
     return available, unavailable

@@ -179,6 +179,8 @@ def test_backends_are_asked_of_a_new_process(check, monkeypatch):
     assert set(available) | set(unavailable) == {"cuda", "triton", "cpu", "reference"}
     monkeypatch.setattr(check, "PYTHON", "/bin/false")
     assert check.backends(environment) == ([], {"triton": "guard_ops: ", "cuda": "guard_ops: "})
+    monkeypatch.setattr(check.bounded, "run", lambda *_, **__: (None, "importing\n"))
+    assert check.backends(environment)[1]["triton"] == "guard_ops: importing"
 
 
 def test_outcomes_that_cannot_be_saved_are_no_failure(check, monkeypatch):
