@@ -32,6 +32,7 @@ class Case:
     objective: str  # a constructor of GuardConfig; "-" for an op that has none
     dtype: torch.dtype
     chains: tuple[str | None, ...] = ()  # plain PyTorch beside it: None is eager, else a mode
+    plain: bool = False  # ``reference`` beside the fused backends, as beside every chain
 
     @property
     def name(self) -> str:
@@ -74,16 +75,23 @@ def workload_cases(
 
 
 def op_cases(recipe: Workload, elements: int) -> Iterator[Case]:
-    """Every op on one workload: forms and stages, objectives, dtypes."""
+    """Every op on one workload: forms and stages, objectives, dtypes.
+
+    ``reference``, which takes the time of fifty kernels, runs beside each op's first form in
+    float32.
+    """
     workload = recipe.within(elements)
     for dtype in DTYPES:
+        wide = dtype == torch.float32
         for form in ("noise", "seeded"):
-            yield Case(workload, recipe, "sde_step", "forward", form, "-", dtype)
+            plain = wide and form == "noise"
+            yield Case(workload, recipe, "sde_step", "forward", form, "-", dtype, plain=plain)
         for op in ("log_ratio", "guard_loss"):
             objective = "article" if op == "guard_loss" else "-"
             for form in FORMS:
+                plain = wide and form == FORMS[0]
                 for stage in STAGES:
-                    yield Case(workload, recipe, op, stage, form, objective, dtype)
+                    yield Case(workload, recipe, op, stage, form, objective, dtype, plain=plain)
         for objective in OBJECTIVES[1:]:
             for form in ("mean", "noise"):
                 yield Case(workload, recipe, "guard_loss", "both", form, objective, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -141,12 +142,37 @@ def chain(
         kind: of the SDE that ``inputs`` were rolled out with.
     """
     v, step = inputs.model_output, inputs.step
+    old = inputs.old_mean if recompute else inputs.old_log_prob
+    run = _loss_of_chain(objective, compiled, recompute, kind)
+
+    def call() -> None:
+        v.grad = None
+        run(
+            v, inputs.sample, inputs.prev_sample, old, inputs.old_mean, inputs.advantages, *step[:3]
+        ).backward()
+
+    return call
+
+
+@functools.cache
+def _loss_of_chain(
+    objective: str, compiled: bool | str, recompute: bool, kind: str
+) -> Callable[..., Tensor]:
+    """A chain as a function of tensors alone: compiled once, whichever rollout it is called on."""
     loss_of = CHAINS[objective]
-    extra = {"old_mean": inputs.old_mean} if objective == "paper" else {}
 
     def forward(
-        v: Tensor, sample: Tensor, prev_sample: Tensor, old: Tensor, advantages: Tensor
+        v: Tensor,
+        sample: Tensor,
+        prev_sample: Tensor,
+        old: Tensor,
+        old_mean: Tensor,
+        advantages: Tensor,
+        sigma: Tensor,
+        sigma_next: Tensor,
+        sigma_max: Tensor,
     ) -> Tensor:
+        step = baselines.Step(sigma, sigma_next, sigma_max, NOISE_LEVEL)
         if recompute:
             log_prob = baselines.stored_log_prob(
                 prev_sample.flatten(0, 1), old.flatten(0, 1), step, kind
@@ -160,20 +186,13 @@ def chain(
             advantages=advantages,
             step=step,
             kind=kind,
-            **extra,
+            **({"old_mean": old_mean} if objective == "paper" else {}),
         )
 
-    run: Callable[..., Tensor] = forward
-    if compiled:
-        mode = compiled if isinstance(compiled, str) else None
-        run = torch.compile(forward, mode=mode, dynamic=False)
-    old = inputs.old_mean if recompute else inputs.old_log_prob
-
-    def call() -> None:
-        v.grad = None
-        run(v, inputs.sample, inputs.prev_sample, old, inputs.advantages).backward()
-
-    return call
+    if not compiled:
+        return forward
+    mode = compiled if isinstance(compiled, str) else None
+    return torch.compile(forward, mode=mode, dynamic=False)
 
 
 def memory_copy(nbytes: int, device: torch.device | str = "cpu") -> Call:

@@ -2,105 +2,155 @@
 
     python -m benchmarks.device     # prints the table, writes benchmarks/results/<device>.json
 
-Every call computes the loss of a batch and its gradient, as in ``test_speed.py``. It is captured in
-a CUDA graph and replayed between two events: the GPU's own time, without Python's. The plain chain
-and ``torch.compile`` of it are timed so too, and as they are called, which is what a trainer waits
-for. Bytes are the floor of design section 6: every operand read once, the gradient written once.
+Every call computes the loss of a batch and its gradient, as in ``test_speed.py``. It is timed as
+graph replay (the GPU's own time, without Python's), on the same tensors and, where those would stay
+in the cache, on tensors in turn that do not; and as it is called, which is what a trainer waits
+for. The plain chain and ``torch.compile`` of it are timed alike. Bytes are the floor of design
+section 6: every operand read once, the gradient written once.
+
+What the bounds look at comes first, each number is saved as soon as it is there, and what fails or
+hangs takes nothing with it but its own row (:mod:`benchmarks.isolated`).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
+import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import guard_ops as go
 from guard_ops.backends import select
 
-from . import contenders, measure, results
-from .workloads import Workload, bytes_per_element
+from . import contenders, gpu_timing, isolated, measure, results
+from .cases import COPY
+from .device_bounds import DTYPES, LARGE, OBJECTIVES, SMALL, bounds
+from .measure import Call
+from .workloads import bytes_per_element
 
-Call = Callable[[], object]
-LARGE = Workload("wan21_480p_step", "Wan2.1 480p, 81 frames", (16, 21, 60, 104), 16, 1, "one step")
-SMALL = Workload("sd35_512_step", "SD3.5-M 512", (16, 64, 64), 8, 1, "one step")
+WORKLOADS = {workload.name: workload for workload in (LARGE, SMALL)}
 FORMS = ("mean", "velocity", "noise", "seeded")
-OBJECTIVES = ("article", "paper")
-PATHS = ("two_launches", "one_launch", "rows")  # of the Triton backend
+CHAINS = ("eager", "torch.compile")
+PATHS = {  # of a backend, and which of them only objectives whose rows are independent can take
+    "triton": ("two_launches", "one_launch", "rows"),
+    "cuda": ("two_launches", "cooperative", "cluster"),
+}
+INDEPENDENT = ("rows", "cluster")
 COPY_BYTES = 2 << 30  # read and written
-# What issue 3 asks of loss plus gradient in bf16, mean form: see `bounds`.
-SHARE_OF_COPY, MICROSECONDS, TIMES_EAGER, TIMES_COMPILED = 0.85, 12.0, 20.0, 2.5
+JOB_SECONDS = 90.0  # at most, compilation included
+FAILURES = 3  # of a contender, after which no more of it is tried
+MARGIN_SECONDS = 5.0  # left for the end of the table
 
 
-def device_backends() -> list[str]:
-    """Backends with kernels for the GPU, the preferred one first."""
-    found = []
-    for name in go.available_backends():
-        with go.use_backend(name):
-            try:
-                select(torch.device("cuda"))
-            except ValueError:
-                continue
-        if name != "reference":
-            found.append(name)
-    return found
+class Job(NamedTuple):
+    """One row: who computes what. ``path`` is a backend's, chosen by itself if not named."""
+
+    workload: str
+    dtype: str
+    contender: str
+    form: str
+    objective: str
+    path: str = "chosen"
 
 
-def on_gpu(inputs: contenders.Inputs) -> contenders.Inputs:
-    """The same rollout on the GPU."""
-    moved = {
-        field.name: getattr(inputs, field.name).detach().to("cuda")
-        for field in dataclasses.fields(inputs)
-        if field.name != "coeffs"
-    }
-    moved["model_output"].requires_grad_()
-    return contenders.Inputs(**moved, coeffs=inputs.coeffs.to("cuda"))
+COPIED = Job("-", "-", COPY, "-", "-")
 
 
-def replayed(call: Call, repeats: int = 20) -> float:
-    """Median seconds of GPU time of one call, replayed from a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return timed(graph.replay, repeats)
+def jobs(backends: Sequence[str]) -> list[Job]:
+    """Everything that is measured, what the bounds look at first."""
+    kinds = [(w, d, o) for w in WORKLOADS for d in DTYPES for o in OBJECTIVES]
+    bounded, forms, paths = [], [], []
+    for workload, dtype, objective in kinds:
+        for backend in backends:
+            bounded.append(Job(workload, dtype, backend, "mean", objective))
+            forms += [Job(workload, dtype, backend, form, objective) for form in FORMS[1:]]
+            paths += [
+                Job(workload, dtype, backend, "mean", objective, path)
+                for path in PATHS.get(backend, ())
+                if objective == "paper" or path not in INDEPENDENT
+            ]
+        if dtype == "bfloat16":
+            bounded += [Job(workload, dtype, chain, "mean", objective) for chain in CHAINS]
+    return [*bounded, *forms, *paths]
 
 
-def timed(call: Call, repeats: int = 20) -> float:
-    """Median seconds of one call between two events, of batches of calls that last about 5 ms."""
+def measured(job: Job) -> isolated.Answer:
+    """The numbers of a row, without what follows from its bytes; in a process of its own."""
+    if job == COPIED:
+        source = torch.ones(COPY_BYTES // 2, dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+        return {"bandwidth": COPY_BYTES / gpu_timing.timed(lambda: target.copy_(source))}
+    workload, dtype = WORKLOADS[job.workload], DTYPES[job.dtype]
+    sets = gpu_timing.sets_beyond_cache(workload.floor_bytes(job.form, dtype))
+    answer: isolated.Answer = {}
+    try:
+        with running(job):
+            calls = [call_of(job, rollout(job.workload, job.dtype, seed)) for seed in range(sets)]
+            answer["as_called_microseconds"] = gpu_timing.timed(calls[0]) * 1e6
+            answer["microseconds"] = gpu_timing.replayed(calls[:1]) * 1e6
+            if job.contender == "cuda":
+                answer["ran"] = _last_cuda_path()
+            if sets > 1:
+                answer["cold_microseconds"] = gpu_timing.replayed(calls) * 1e6
+    except Exception as error:  # what was measured before it is kept
+        answer["error"] = isolated.first_line(error)
+    return answer
 
-    def batch(count: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(count):
-            call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / count
 
-    batch(2)
-    count = max(1, min(500, round(5e-3 / max(batch(2), 1e-6))))
-    return statistics.median(batch(count) for _ in range(repeats))
+@functools.lru_cache(maxsize=gpu_timing.SETS)
+def rollout(workload: str, dtype: str, seed: int) -> contenders.Inputs:
+    """Tensors on the GPU, by plain PyTorch: no kernel is timed on what another got wrong."""
+    with go.use_backend("reference"):
+        return contenders.make_inputs(WORKLOADS[workload], DTYPES[dtype], seed=seed, device="cuda")
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a device-to-device copy."""
-    source = torch.ones(COPY_BYTES // 2, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return COPY_BYTES / timed(lambda: target.copy_(source))
+def call_of(job: Job, inputs: contenders.Inputs) -> Call:
+    """Loss and gradient, as :mod:`benchmarks.contenders` has them."""
+    if job.contender in CHAINS:
+        return contenders.chain(
+            inputs, job.objective, compiled=job.contender == "torch.compile", recompute=False
+        )
+    return contenders.ours(inputs, job.form, job.objective)
+
+
+@contextmanager
+def running(job: Job) -> Iterator[None]:
+    """The job's backend and path, in use inside the block."""
+    path = None if job.path == "chosen" else job.path
+    forced = job.contender == "cuda" and path is not None
+    if forced:
+        _force_cuda_path(job.path)
+    try:
+        with (
+            nullcontext() if job.contender in CHAINS else go.use_backend(job.contender),
+            environment_variable("GUARD_OPS_TRITON_PATH", path),
+        ):
+            yield
+    finally:
+        if forced:
+            _force_cuda_path("automatic")
+
+
+def _force_cuda_path(name: str) -> None:
+    from guard_ops import _C
+
+    _C.force_cuda_path(name)
+
+
+def _last_cuda_path() -> str:
+    from guard_ops import _C
+
+    return _C.last_cuda_path()
 
 
 @contextmanager
@@ -117,88 +167,35 @@ def environment_variable(name: str, value: str | None) -> Iterator[None]:
             os.environ[name] = before
 
 
-def rows_of(
-    workload: Workload, dtype: torch.dtype, copy: float, *, chains: bool
-) -> list[results.Row]:
-    """Every backend, form, objective and path, and the chains, on one workload."""
-    inputs = on_gpu(contenders.make_inputs(workload, dtype))
-    out: list[results.Row] = []
-
-    def row(contender: str, form: str, objective: str, seconds: float, **more: Any) -> None:
-        nbytes = workload.floor_bytes(form, dtype)
-        out.append(
-            {
-                "workload": workload.name,
-                "shape": list(workload.shape),
-                "dtype": str(dtype).removeprefix("torch."),
-                "contender": contender,
-                "form": form,
-                "objective": objective,
-                "microseconds": seconds * 1e6,
-                "bytes_per_element": bytes_per_element(form, dtype),
-                "share_of_copy": nbytes / seconds / copy,
-                **more,
-            }
-        )
-
-    for backend in device_backends():
-        for form in FORMS:
-            for objective in OBJECTIVES:
-                for path in (None, *(PATHS if backend == "triton" and form == "mean" else ())):
-                    if path == "rows" and objective == "article":
-                        continue  # its rows need each other
-                    variable = environment_variable("GUARD_OPS_TRITON_PATH", path)
-                    with go.use_backend(backend), variable:
-                        seconds = replayed(ours(inputs, form, objective))
-                    row(backend, form, objective, seconds, path=path or "chosen")
-    for objective in OBJECTIVES if chains else ():
-        for name, compiled in (("eager", False), ("torch.compile", True)):
-            call = contenders.chain(inputs, objective, compiled=compiled, recompute=False)
-            called = timed(call)
-            row(name, "mean", objective, replayed(call), as_called_microseconds=called * 1e6)
+def row(job: Job, answer: isolated.Answer, copy: float | None) -> results.Row:
+    """A job's row: what it is, what was measured, and how far that is from a copy's bandwidth."""
+    workload, dtype = WORKLOADS[job.workload], DTYPES[job.dtype]
+    out = {
+        **job._asdict(),
+        "shape": list(workload.shape),
+        "bytes_per_element": bytes_per_element(job.form, dtype),
+        **answer,
+    }
+    if job.contender in CHAINS:
+        del out["path"]
+    if copy and "microseconds" in answer:
+        seconds = answer["microseconds"] / 1e6
+        out["share_of_copy"] = workload.floor_bytes(job.form, dtype) / seconds / copy
     return out
 
 
-def ours(inputs: contenders.Inputs, form: str, objective: str) -> Call:
-    """``guard_loss`` and its backward; the seeded form's seeds are a tensor, as trainers keep."""
-    if form != "seeded":
-        return contenders.ours(inputs, form, objective)
-    seeds = go.philox_seed(1, tuple(inputs.sample.shape[:2]), inputs.sample.device)
-    v, config = inputs.model_output, getattr(go.GuardConfig, objective)()
-
-    def call() -> None:
-        v.grad = None
-        out = go.guard_loss(
-            v, advantages=inputs.advantages, coeffs=inputs.coeffs, config=config,
-            old_model_output=inputs.old_model_output, seed=seeds,
-        )  # fmt: skip
-        out.loss.backward()
-
-    return call
-
-
-def bounds(rows: list[results.Row]) -> list[str]:
-    """What is asked and not met, in words; of the preferred backend, mean form, article, bf16."""
-    missed = []
-    for workload in (LARGE, SMALL):
-        mine = [
-            r
-            for r in rows
-            if (r["workload"], r["form"], r["objective"]) == (workload.name, "mean", "article")
-            and r["dtype"] == "bfloat16"
-        ]
-        best = next(r for r in mine if r.get("path") == "chosen")
-        name = f"{list(workload.shape)} bf16 on {best['contender']}"
-        if workload is LARGE and best["share_of_copy"] < SHARE_OF_COPY:
-            missed.append(f"{name}: {best['share_of_copy']:.2f} of a copy, not {SHARE_OF_COPY}")
-        if workload is SMALL and best["microseconds"] > MICROSECONDS:
-            missed.append(f"{name}: {best['microseconds']:.1f} microseconds, not {MICROSECONDS}")
-        for contender, wanted in (("eager", TIMES_EAGER), ("torch.compile", TIMES_COMPILED)):
-            other = next(r for r in mine if r["contender"] == contender)
-            times = other["microseconds"] / best["microseconds"]
-            if times < wanted:
-                missed.append(f"{name}: {times:.1f} times {contender} (graph replay), not {wanted}")
-    return missed
+def device_backends() -> list[str]:
+    """Backends with kernels for the GPU, the preferred one first."""
+    found = []
+    for name in go.available_backends():
+        with go.use_backend(name):
+            try:
+                select(torch.device("cuda"))
+            except ValueError:
+                continue
+        if name != "reference":
+            found.append(name)
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -225,44 +222,84 @@ def environment() -> dict[str, Any]:
     }
 
 
-def save(rows: list[results.Row], copy: float, folder: Path = results.FOLDER) -> Path:
-    """``<device>.json``, in the form of :mod:`benchmarks.results`."""
-    here = environment()
+def save(
+    rows: list[results.Row],
+    copy: float | None,
+    here: dict[str, Any],  # of :func:`environment`
+    backends: Sequence[str],
+    folder: Path = results.FOLDER,
+) -> Path:
+    """``<device>.json``, in the form of :mod:`benchmarks.results`; its other sections stay."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{results.machine_label('cuda')}.json"
     machine = json.loads(path.read_text()) if path.exists() else {}
-    section = {
-        "environment": {**here, "copy_gigabytes_per_second": copy / 1e9},
-        "rows": rows,
-        "bounds_missed": bounds(rows),
-    }
+    known = {**here, "copy_gigabytes_per_second": copy / 1e9 if copy else None}
+    section = {"environment": known, "rows": rows, "bounds_missed": bounds(rows, backends)}
     results.write(path, machine | {"device": section})
     return path
 
 
-def main() -> int:
-    """Measure and write; 1 where a bound is missed."""
+def line(found: results.Row) -> str:
+    """A row as it is printed."""
+    text = (
+        f"{found['workload']:16} {found['dtype']:9} {found['contender']:13} {found['form']:9}"
+        f" {found['objective']:8} {found.get('path', ''):13}"
+    )
+    if "microseconds" in found:
+        text += f" {found['microseconds']:10.1f} us"
+    if "share_of_copy" in found:
+        text += f" {found['share_of_copy']:6.2f} of copy"
+    if "cold_microseconds" in found:
+        text += f" {found['cold_microseconds']:10.1f} us cold"
+    if "as_called_microseconds" in found:
+        text += f" {found['as_called_microseconds']:10.1f} us as called"
+    return text + (f" FAILED {found['error']}" if "error" in found else "")
+
+
+def measure_all(
+    todo: Sequence[Job],
+    worker: isolated.Worker,
+    deadline: float,  # of time.monotonic
+) -> Iterator[tuple[Job, isolated.Answer]]:
+    """The answers, one after the other, until the deadline; not of a contender that only fails."""
+    failures: Counter[str] = Counter()
+    for job in todo:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
+        if failures[job.contender] >= FAILURES:
+            yield job, {"error": f"not tried: {job.contender} failed {FAILURES} times"}
+            continue
+        answer = worker.ask(job, min(JOB_SECONDS, left))
+        failures[job.contender] += "error" in answer
+        yield job, answer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write; 1 where a bound is missed, or a number that it needs."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600, help="stop after these; default 600")
+    deadline = time.monotonic() + parser.parse_args(arguments).seconds - MARGIN_SECONDS
     if not torch.cuda.is_available():
         print("no GPU: nothing measured", file=sys.stderr)
         return 0
-    copy = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: copy {copy / 1e9:.0f} GB/s, read and written")
-    rows: list[results.Row] = []
-    for workload in (LARGE, SMALL):
-        for dtype in (torch.bfloat16, torch.float32):
-            rows += rows_of(workload, dtype, copy, chains=dtype == torch.bfloat16)
-            torch.cuda.empty_cache()
-    for r in rows:
-        called = r.get("as_called_microseconds")
-        print(
-            f"{r['workload']:16} {r['dtype']:9} {r['contender']:13} {r['form']:9}"
-            f" {r['objective']:8} {r.get('path', ''):13} {r['microseconds']:10.1f} us"
-            f" {r['share_of_copy']:6.2f} of copy"
-            + (f" ({called:.1f} us as called)" if called else "")
-        )
-    print(f"wrote {save(rows, copy)}")
-    missed = bounds(rows)
-    print("\n".join(f"MISSED {line}" for line in missed) or "every bound met")
+    backends, here = device_backends(), environment()
+    todo, rows, copy = [COPIED, *jobs(backends)], [], None
+    with isolated.Worker(measured) as worker:
+        for job, answer in measure_all(todo, worker, deadline):
+            if job == COPIED:
+                copy = answer.get("bandwidth")
+                speed = f"{copy / 1e9:.0f} GB/s" if copy else f"not measured, {answer['error']}"
+                print(f"{here['device']}: copy, read and written: {speed}", flush=True)
+                continue
+            rows.append(row(job, answer, copy))
+            print(line(rows[-1]), flush=True)
+            path = save(rows, copy, here, backends)
+    print(f"wrote {path}" if rows else "wrote nothing")
+    if len(rows) < len(todo) - 1:
+        print(f"{len(todo) - 1 - len(rows)} of {len(todo) - 1} rows not measured: no time left")
+    missed = bounds(rows, backends)
+    print("\n".join(f"MISSED {text}" for text in missed) or "every bound met")
     return 1 if missed else 0
 
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from . import plots, results, tables
+from .device_bounds import bounds
 from .tables import Table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
 PLOTS = "docs/benchmarks"
+COMMANDS = {"device": "make gpu-check"}  # of a section; the others' is
 COMMAND = "make bench"
 
 Rows = list[dict[str, Any]]
@@ -65,7 +67,9 @@ def render(machines: dict[str, results.Machine]) -> dict[str, str]:
         for label, machine in machines.items():
             found = [(name, table) for name, table in sections if name in machine]
             if found:
-                parts.append(_heading(label, machine[found[0][0]]["environment"]))
+                first = found[0][0]
+                command = COMMANDS.get(first, COMMAND)
+                parts.append(_heading(label, machine[first]["environment"], command))
             parts += [table(machine[name]["rows"]) for name, table in found]
             pictures = PICTURES.get(place, ()) if found else ()
             parts += [
@@ -165,6 +169,46 @@ def accuracy_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def device_table(rows: Rows) -> str:
+    """Loss and gradient on a GPU: a table for each shape and dtype, then what is not as asked."""
+    groups: dict[tuple[str, str], Rows] = {}
+    for row in rows:
+        shape = "[" + ", ".join(map(str, row["shape"])) + "]"
+        groups.setdefault((shape, row["dtype"]), []).append(row)
+    columns = ["contender", "form", "objective", "path", "graph replay", "on cold inputs"]
+    columns += ["as called", "of copy"]
+    parts = []
+    for (shape, dtype), found in groups.items():
+        lines = [f"**{shape}, {dtype}**", "", _line(*columns)]
+        lines.append(_line(*["---"] * 4, *["---:"] * 4))
+        lines += [_line(*_device_cells(row)) for row in found]
+        parts.append("\n".join(lines))
+    backends = [n for n in ("triton", "cuda") if any(row["contender"] == n for row in rows)]
+    missed = bounds(rows, backends)
+    parts.append("\n".join(f"- Not as asked: {text}" for text in missed) or "All is as asked.")
+    return "\n\n".join(parts)
+
+
+def _device_cells(row: dict[str, Any]) -> list[str]:
+    def microseconds(name: str) -> str:
+        return f"{row[name]:.1f} us" if name in row else ""
+
+    path = row.get("path", "")
+    if "ran" in row and path == "chosen":
+        path = f"chosen: {row['ran']}"
+    share = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
+    replay = microseconds("microseconds")
+    if "error" in row:
+        replay = f"{replay} failed: {row['error'].replace('|', '/')}".strip()
+    cells = [row["contender"], row["form"], row["objective"], path, replay]
+    return [
+        *cells,
+        microseconds("cold_microseconds"),
+        microseconds("as_called_microseconds"),
+        share,
+    ]
+
+
 def markdown(section: str) -> Callable[[Rows], str]:
     """A section's tables of :mod:`benchmarks.tables`, with titles and notes."""
     return lambda rows: "\n\n".join(_markdown(table) for table in tables.TABLES[section](rows))
@@ -187,16 +231,26 @@ PLACES: dict[str, tuple[tuple[str, Callable[[Rows], str]], ...]] = {
     "ops": (("ops", markdown("ops")),),
     "accuracy_details": (("accuracy", markdown("accuracy")),),
     "share": (("share", markdown("share")),),
+    "device": (("device", device_table),),
 }
 PICTURES = {"workloads": ("speed_up", "roofline"), "accuracy_details": ("accuracy",)}
 
 
-def _heading(label: str, environment: dict[str, Any]) -> str:
+def _heading(label: str, environment: dict[str, Any], command: str) -> str:
     e = environment
+    what = f"{e['cpu']}, {e['cores']} cores, {e['threads']} threads, {e['isa']}"
+    if e.get("device", "cpu") != "cpu":
+        what = ", ".join([e["device"], *_versions(e)])
     return (
-        f"**{label}**: {e['cpu']}, {e['cores']} cores, {e['threads']} threads, {e['isa']}, "
-        f"torch {e['torch']}, commit {e['commit']}, {e['date']} (`{COMMAND}`)"
+        f"**{label}**: {what}, torch {e['torch']}, commit {e['commit']}, {e['date']} (`{command}`)"
     )
+
+
+def _versions(environment: dict[str, Any]) -> list[str]:
+    """A GPU's, as far as the section has them."""
+    named = [f"{n} {environment[n]}" for n in ("driver", "triton") if environment.get(n)]
+    copy = environment.get("copy_gigabytes_per_second")
+    return [*named, *([f"a copy {copy:.0f} GB/s"] if copy else [])]
 
 
 def _line(*cells: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from guard_ops.backends import available_backends, unavailable_backends
 
-from . import contenders, measure, stages
+from . import contenders, gpu_timing, measure, stages
 from .cases import COPY, Case, dtype_name, floor_bytes
 from .measure import Call
 from .results import Row
@@ -81,27 +81,83 @@ def run_case(
         A row for each contender: median ``milliseconds``, ``spread`` (interquartile range over
         median), ``ratio`` (how many times the first backend's time, median of the rounds' ratios),
         ``noise`` (the first backend against itself), ``scatter`` (range of the blocks' medians over
-        the median: what another run may differ by), bytes, ``percent_of_copy`` and peak memory.
+        the median: what another run may differ by), bytes, ``percent_of_copy`` and peak memory. On
+        a GPU ``milliseconds`` is wall time, and ``gpu_milliseconds`` that between events, where
+        possible of a graph's replay; every call is on tensors that the cache no longer holds.
     """
     if case.chains:
         torch._dynamo.reset()  # a limit of recompilations would turn compiled chains eager
     races: list[measure.Race] = []
     peaks: dict[str, int] = {}
+    gpu: dict[str, float | None] = {}
     rounds = 0
     with warnings.catch_warnings():
         # a batch of one is degenerate under standardize, which changes no time
         warnings.filterwarnings("ignore", message="guard_ops:", category=RuntimeWarning)
         for block in range(BLOCKS):
-            inputs = contenders.make_inputs(case.workload, case.dtype, seed=block, device=device)
-            calls = case_calls(case, inputs, backends, device)
-            base = next(iter(calls))
+            rollouts = _rollouts(case, block, device)
+            calls = [case_calls(case, inputs, backends, device) for inputs in rollouts]
+            turns = {name: _in_turn([one[name] for one in calls], device) for name in calls[0]}
+            base = next(iter(turns))
             settle = SETTLE[bool(case.chains)]
             if block == 0:
-                rounds = _rounds(calls, seconds / BLOCKS, settle)
-            races.append(_race(calls, base, rounds, settle, block))
+                rounds = _rounds(turns, seconds / BLOCKS, settle)
+            races.append(_race(turns, base, rounds, settle, block))
             if memory and block == 0 and case.stage != "backward":
-                peaks = _peaks(case, calls, base, inputs, device)
-    return _rows(case, races, base, peaks)
+                peaks = _peaks(case, calls[0], base, rollouts[0], device)
+            if device.type == "cuda" and block == 0:
+                gpu = {name: _gpu_seconds(name, [one[name] for one in calls]) for name in turns}
+    return _rows(case, races, base, peaks, gpu)
+
+
+def _rollouts(case: Case, block: int, device: torch.device) -> list[contenders.Inputs]:
+    """One, or on a GPU as many as it takes for a call in turn to find none in the cache.
+
+    A backward alone is not called in turn: it finds what its own forward left there.
+    """
+    sets = 1
+    if device.type == "cuda" and case.stage != "backward":
+        forms = (case.form, *BESIDE) if case.chains else (case.form,)
+        least = min(floor_bytes(case, form) for form in forms)
+        sets = gpu_timing.sets_beyond_cache(least, device)
+    seeds = range(block, block + BLOCKS * sets, BLOCKS)
+    return [
+        contenders.make_inputs(case.workload, case.dtype, seed=seed, device=device)
+        for seed in seeds
+    ]
+
+
+def _in_turn(calls: Sequence[Any], device: torch.device) -> Call | stages.Prepared:
+    """What is raced: on a GPU each call on the next rollout's tensors, and waited for."""
+    if device.type != "cuda" or isinstance(calls[0], stages.Prepared):
+        first: Call | stages.Prepared = calls[0]
+        return first
+    return waited(gpu_timing.Rotation(calls), device)
+
+
+def waited(call: Call, device: torch.device) -> Call:
+    """The call, over when the device is done with it."""
+    if device.type == "cpu":
+        return call
+
+    def whole() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return whole
+
+
+def _gpu_seconds(name: str, calls: Sequence[Any]) -> float | None:
+    """Time between events of a contender's calls on each rollout; None where it cannot be had."""
+    try:
+        if isinstance(calls[0], stages.Prepared):
+            return gpu_timing.part(calls[0].prepare, calls[0].run)
+        if "max-autotune" in name:  # it replays graphs of its own
+            return gpu_timing.timed(gpu_timing.Rotation(calls))
+        return gpu_timing.replayed(calls)
+    except RuntimeError as error:
+        warnings.warn(f"{name} has no GPU time: {error}", RuntimeWarning, stacklevel=2)
+        return None
 
 
 def case_calls(
@@ -111,8 +167,8 @@ def case_calls(
     wait = torch.cuda.synchronize if device.type == "cuda" else _nothing
     calls: dict[str, Any] = {}
     fused = [backend for backend in backends if backend != "reference"]
-    if fused and not case.chains:
-        backends = fused  # plain PyTorch beside an op would take the time of fifty kernels
+    if fused and not (case.chains or case.plain):
+        backends = fused
     for backend in backends:
         if case.stage == "backward":
             calls[_label(backend, case.form)] = stages.backward_alone(case, inputs, backend, wait)
@@ -135,8 +191,6 @@ def case_calls(
             inputs, case.objective, compiled=mode or False, kind=case.workload.kind
         )
     calls[COPY] = contenders.memory_copy(_copy_bytes(case), device)
-    if device.type == "cuda":
-        calls = {name: _waited(call, wait) for name, call in calls.items()}
     return calls
 
 
@@ -154,14 +208,6 @@ def _no_state() -> Tensor:
 
 def _ignoring_state(call: Call) -> Any:
     return lambda state: call()
-
-
-def _waited(call: Call, wait: Call) -> Call:
-    def waited() -> None:
-        call()
-        wait()
-
-    return waited
 
 
 def _copy_bytes(case: Case) -> int:
@@ -231,11 +277,16 @@ def peak_bytes(call: Call, inputs: contenders.Inputs, device: torch.device) -> i
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
+    torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
 def _rows(
-    case: Case, races: Sequence[measure.Race], base: str, peaks: Mapping[str, int]
+    case: Case,
+    races: Sequence[measure.Race],
+    base: str,
+    peaks: Mapping[str, int],
+    gpu: Mapping[str, float | None],
 ) -> list[Row]:
     merged = measure.Race(
         {name: [s for race in races for s in race.seconds[name]] for name in races[0].seconds},
@@ -270,6 +321,19 @@ def _rows(
                 "gigabytes_per_second": round(moved / seconds / 1e9, 3),
                 "percent_of_copy": round(100 * moved / seconds / copy_rate, 1),
                 "peak_bytes": peaks.get(label),
+                **_gpu_columns(gpu.get(label), gpu.get(COPY), moved, _copy_bytes(case)),
             }
         )
     return rows
+
+
+def _gpu_columns(
+    seconds: float | None, copy: float | None, moved: int, copied: int
+) -> dict[str, float]:
+    """What a row has more on a GPU: the time there, and bandwidth against the copy's there."""
+    if seconds is None:
+        return {}
+    more = {"gpu_milliseconds": round(seconds * 1e3, 5)}
+    if copy is not None:
+        more["gpu_percent_of_copy"] = round(100 * (moved / seconds) / (copied / copy), 1)
+    return more

@@ -33,21 +33,22 @@ def workloads(rows: Rows) -> list[Table]:
 
 def _workload(rows: Rows) -> Table:
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    gpu = _on_gpu(rows)
     columns = ["contender"]
     for dtype in dtypes:
-        columns += [dtype, "times", "of copy", "peak memory"]
+        columns += [dtype, "times", *gpu, "of copy", "peak memory"]
     lines = []
     for label in _labels(rows):
         line = [label]
         for dtype in dtypes:
             found = next((r for r in rows if _label(r) == label and r["dtype"] == dtype), None)
             if found is None:
-                line += ["", "", "", ""]
+                line += ["", "", *("" for _ in gpu), "", ""]
                 continue
             noise = found["noise"]
             times = "1" if found["base"] else _ratio(found["ratio"], noise)
-            line += [_milliseconds(found), times, f"{found['percent_of_copy']:.0f}%"]
-            line += [mebibytes(found["peak_bytes"])]
+            line += [_milliseconds(found), times, *(_gpu_time(found) for _ in gpu)]
+            line += [_of_copy(found), mebibytes(found["peak_bytes"])]
         lines.append(line)
     first = rows[0]
     noises = dict.fromkeys(f"{r['dtype']} {r['noise']:.0%}" for r in rows)
@@ -76,7 +77,9 @@ def ops(rows: Rows) -> list[Table]:
 def _op(op: str, dtype: str, cases: list[dict[str, Row]]) -> Table:
     names = list(dict.fromkeys(r["contender"] for found in cases for r in found.values()))
     backends = [name for name in names if name != COPY]
-    columns = ["stage, form, mode", backends[0], "bytes", "of copy", *backends[1:], "peak memory"]
+    gpu = _on_gpu([row for found in cases for row in found.values()])
+    columns = ["stage, form, mode", backends[0], *gpu, "bytes", "of copy", *backends[1:]]
+    columns += ["peak memory"]
     lines = []
     for found in cases:
         by_name = {row["contender"]: row for row in found.values()}
@@ -84,7 +87,8 @@ def _op(op: str, dtype: str, cases: list[dict[str, Row]]) -> Table:
         moved = first["floor_bytes"] // math.prod(first["shape"])
         parts = (first["stage"], first["form"], first["objective"])
         line = [", ".join(part for part in parts if part != "-"), _milliseconds(first)]
-        line += [str(moved), f"{first['percent_of_copy']:.0f}%"] if moved else ["none left", ""]
+        line += [_gpu_time(first) for _ in gpu]
+        line += [str(moved), _of_copy(first)] if moved else ["none left", ""]
         line += [_versus(by_name.get(name), first["noise"]) for name in backends[1:]]
         lines.append([*line, mebibytes(first["peak_bytes"])])
     shape = next(iter(cases[0].values()))["shape"]
@@ -174,6 +178,20 @@ def _labels(rows: Rows) -> list[str]:
 
 def _milliseconds(row: Row) -> str:
     return f"{row['milliseconds']:.3g} ms"
+
+
+def _on_gpu(rows: Rows) -> list[str]:
+    """The column that rows of a GPU have more: the device's own time."""
+    return ["GPU time"] if any("gpu_milliseconds" in row for row in rows) else []
+
+
+def _gpu_time(row: Row) -> str:
+    return f"{row['gpu_milliseconds']:.3g} ms" if "gpu_milliseconds" in row else ""
+
+
+def _of_copy(row: Row) -> str:
+    """Of the bandwidth of the race's copy; on a GPU that of the device's own times."""
+    return f"{row.get('gpu_percent_of_copy', row['percent_of_copy']):.0f}%"
 
 
 def _versus(row: Row | None, noise: float) -> str:

@@ -1,22 +1,32 @@
 """Everything that needs a GPU, unattended, in at most ten minutes: ``make gpu-check``.
 
 Needs no network: torch, triton, numpy, pytest, pytest-benchmark and, for the C++ extension, a
-compiler. Without a GPU it says what it did not run and exits with 0.
+compiler. Without a GPU it says what it did not run and exits with 0. Whatever a step does, the ones
+after it have their time, and what was found so far is in ``benchmarks/results/<device>.json``.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TOTAL_SECONDS = 600
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import bounded  # noqa: E402
+
+TOTAL_SECONDS = 570  # ten minutes, less what it takes to end
+SECONDS = "{seconds}"  # in a command: how long the step may take, less
+START_SECONDS = 15  # what importing torch takes, and ending
 
 
 class Step(NamedTuple):
@@ -25,14 +35,25 @@ class Step(NamedTuple):
     name: str
     command: list[str]
     seconds: int  # at most
+    least: int  # kept for it, whatever the steps before it take
     required: bool  # whether the check fails with it
     wanted: Callable[[], str] = lambda: ""  # why not to run it, or nothing
 
 
+class Outcome(NamedTuple):
+    """What became of a step; a failure that counts is in ``failed``."""
+
+    step: str
+    text: str
+    seconds: float
+    failed: bool
+
+    def __str__(self) -> str:
+        return f"{self.step}: {self.text}" + (f", {self.seconds:.0f} s" if self.seconds else "")
+
+
 def no_build() -> str:
     """Why the C++ extension is not built here, or nothing."""
-    import importlib.util
-
     compiler = os.environ.get("CXX", "c++").split(" ")[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler})"
@@ -41,15 +62,100 @@ def no_build() -> str:
     return f"{', '.join(missing)} not found" if missing else ""
 
 
+def workers() -> list[str]:
+    """pytest's options to run in several processes, where xdist is there."""
+    return ["-n", "4"] if importlib.util.find_spec("xdist") else []
+
+
 PYTHON = sys.executable
+# What a hung test was doing is printed before the step is ended.
+PYTEST = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-o", "faulthandler_timeout=100", *workers()]
 GPU_TESTS = ["tests/device", "tests/kernels"]  # the trainer's tests would want its packages
-STEPS = [
-    Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 240, False, no_build),
-    Step("doctor", [PYTHON, "-m", "guard_ops", "doctor"], 60, True),
-    Step("tests", [PYTHON, "-m", "pytest", "-m", "gpu", "-q", *GPU_TESTS], 360, True),
-    Step("benchmarks", [PYTHON, "-m", "benchmarks.device"], 300, True),
-    Step("sanitizer", [PYTHON, "scripts/sanitize.py"], 180, True),
+STEPS = [  # the benchmarks' numbers are had nowhere else, so they come before what takes long
+    Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 200, 0, False, no_build),
+    Step("doctor", [PYTHON, "-m", "guard_ops", "doctor"], 60, 30, True),
+    Step("benchmarks", [PYTHON, "-m", "benchmarks.device", "--seconds", SECONDS], 200, 140, True),
+    Step("tests", [*PYTEST, *GPU_TESTS], 300, 120, True),
+    Step("sanitizer", [PYTHON, "scripts/sanitize.py", "--seconds", SECONDS], 115, 70, True),
 ]
+
+
+def command_of(step: Step, seconds: float) -> list[str]:
+    """The step's command, which may say how long it may take."""
+    known = f"{max(1.0, seconds - START_SECONDS):.0f}"
+    return [known if word == SECONDS else word for word in step.command]
+
+
+def limit(steps: Sequence[Step], index: int, left: float) -> float:
+    """Seconds that a step may take of those that are left: all but the least of the later ones."""
+    later = sum(step.least for step in steps[index + 1 :])
+    return max(1.0, min(steps[index].seconds, left - later))
+
+
+def run_steps(
+    steps: Sequence[Step],
+    environment: Mapping[str, str],
+    total: float = TOTAL_SECONDS,
+    after: Callable[[Step, list[Outcome]], None] = lambda step, outcomes: None,
+) -> list[Outcome]:
+    """One step after the other, none of which takes another's least time.
+
+    ``after`` is called when a step is over, and may add outcomes of its own.
+    """
+    start = time.monotonic()
+    outcomes: list[Outcome] = []
+    for index, step in enumerate(steps):
+        if why := step.wanted():
+            outcomes.append(Outcome(step.name, f"not run: {why}", 0.0, False))
+        else:
+            began = time.monotonic()
+            seconds = limit(steps, index, total - (began - start))
+            print(f"gpu-check: {step.name}, at most {seconds:.0f} s", flush=True)
+            status, _ = bounded.run(command_of(step, seconds), seconds, ROOT, environment)
+            text = "passed"
+            if status is None:
+                text = f"FAILED: more than {seconds:.0f} s"
+            elif status:
+                text = f"FAILED with {status}"
+            failed = step.required and status != 0
+            outcomes.append(Outcome(step.name, text, time.monotonic() - began, failed))
+        known = len(outcomes) - 1
+        after(step, outcomes)
+        print("\n".join(f"gpu-check: {outcome}" for outcome in outcomes[known:]), flush=True)
+    return outcomes
+
+
+def backends(environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The backends that guard_ops has now, and why not the others; asked of a new process."""
+    code = (
+        "import json, guard_ops.backends as b;"
+        "print(json.dumps([b.available_backends(), b.unavailable_backends()]))"
+    )
+    status, text = bounded.run([PYTHON, "-c", code], 60, ROOT, environment, output=subprocess.PIPE)
+    lines = text.strip().splitlines() or [""]
+    if status != 0:
+        return [], dict.fromkeys(("triton", "cuda"), f"guard_ops: {lines[-1]}")
+    available, unavailable = json.loads(lines[-1])
+    return available, unavailable
+
+
+def judge_backends(
+    available: Sequence[str], unavailable: Mapping[str, str], build: str
+) -> list[Outcome]:
+    """triton must be there where there is a GPU; that cuda is missing from a build is said."""
+    found = []
+    for name, needed in (("triton", True), ("cuda", False)):
+        why = unavailable.get(name, "unknown")
+        if name in available:
+            text = "available"
+        elif needed:
+            text = f"FAILED: torch sees a GPU but guard_ops has no {name} backend: {why}"
+        elif build == "passed":
+            text = f"MISSING: the build passed but has no {name} backend: {why}"
+        else:
+            text = f"missing, build {build}: {why}"
+        found.append(Outcome(f"backend {name}", text, 0.0, needed and name not in available))
+    return found
 
 
 def without_a_gpu() -> str:
@@ -69,36 +175,43 @@ def architecture() -> str:
     return f"{major}{minor}-real"
 
 
+def save(outcomes: Sequence[Outcome], environment: Mapping[str, str]) -> str:
+    """To the benchmarks' file of this device, in a section of their own; the file, or why not.
+
+    In another process: guard_ops may be what does not work.
+    """
+    code = (
+        "import json, sys; from benchmarks import results;"
+        "print(results.save('gpu_check', json.loads(sys.argv[1]), device='cuda').name)"
+    )
+    rows = json.dumps([outcome._asdict() for outcome in outcomes])
+    command = [PYTHON, "-c", code, rows]
+    status, text = bounded.run(command, 20, ROOT, environment, output=subprocess.PIPE)
+    last = (text.strip().splitlines() or [""])[-1]
+    return f"not saved: {last}" if status != 0 else f"benchmarks/results/{last}"
+
+
 def main() -> int:
     """Run the steps; 0 when every required one passed, or there is no GPU."""
     if reason := without_a_gpu():
         print(f"gpu-check: skipped, {reason}. Not run:")
         for step in STEPS:
-            print(f"  {step.name}: {' '.join(['python', *step.command[1:]])}")
+            print(f"  {step.name}: {' '.join(['python', *command_of(step, step.seconds)[1:]])}")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu-check: terminated"))  # steps too
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     env.setdefault("CMAKE_CUDA_ARCHITECTURES", architecture())
-    start, outcomes = time.monotonic(), {}
-    for step in STEPS:
-        if why := step.wanted():
-            outcomes[step.name] = f"not run: {why}"
-            continue
-        left = TOTAL_SECONDS - (time.monotonic() - start)
-        began = time.monotonic()
-        print(f"gpu-check: {step.name}", flush=True)
-        try:
-            limit = max(1.0, min(step.seconds, left))
-            done = subprocess.run(step.command, cwd=ROOT, env=env, check=False, timeout=limit)
-            outcome = "passed" if done.returncode == 0 else f"FAILED with {done.returncode}"
-        except subprocess.TimeoutExpired:
-            outcome = f"FAILED: more than {limit:.0f} s"
-        outcomes[step.name] = f"{outcome}, {time.monotonic() - began:.0f} s"
-    print(f"gpu-check: {time.monotonic() - start:.0f} s")
-    for name, outcome in outcomes.items():
-        print(f"  {name}: {outcome}")
-    required = [step.name for step in STEPS if step.required]
-    return 1 if any("FAILED" in outcomes[name] for name in required) else 0
+
+    def after(step: Step, outcomes: list[Outcome]) -> None:
+        if step.name == "build":
+            outcomes += judge_backends(*backends(env), outcomes[-1].text)
+
+    start = time.monotonic()
+    outcomes = run_steps(STEPS, env, after=after)
+    print(f"gpu-check: {time.monotonic() - start:.0f} s; also in {save(outcomes, env)}")
+    print("\n".join(f"  {outcome}" for outcome in outcomes))
+    return 1 if any(outcome.failed for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":

@@ -1,90 +1,188 @@
-"""The CUDA kernels under compute-sanitizer: ``python scripts/sanitize.py``.
+"""The GPU kernels under compute-sanitizer: ``python scripts/sanitize.py``.
 
-Runs memcheck, racecheck, initcheck and synccheck over one small call of every op by every path.
-Without a GPU, or without the tool, it says so and exits with 0; a finding exits with 1.
+Runs memcheck, racecheck, initcheck and synccheck over small calls of every op by every path of the
+``cuda`` and ``triton`` backends, all of them side by side and each for a limited time. Without a
+GPU, or without the tool, it says so and exits with 0; a finding, or a run that did not end, exits
+with 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+sys.path[:0] = [str(ROOT / "scripts")]
+
+import bounded  # noqa: E402
+
+TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
+SLOW = ("racecheck", "synccheck")  # follow every access to shared memory: of tiny latents
+BACKENDS = ("cuda", "triton")
+PATHS = {
+    "cuda": ("two_launches", "cooperative", "cluster"),
+    "triton": ("two_launches", "one_launch", "rows"),
+}
+INDEPENDENT = ("cluster", "rows")  # only for objectives whose transitions need no other
+# Elements of a latent and dtype: not a multiple of a vector; several tiles and chunks.
+SIZES = {"tiny": ((601, "float32"),), "small": ((601, "float32"), (9000, "bfloat16"))}
+SECONDS = 100  # of everything
+FIRST_SHARE = 0.4  # of that, for a run without a tool, in which Triton compiles
 
 
-def calls() -> None:
-    """What is run under the tools."""
+class Run(NamedTuple):
+    """One process: a backend's calls, under a tool or under none."""
+
+    backend: str
+    tool: str | None
+
+    def __str__(self) -> str:
+        return f"{self.tool or 'the calls alone'} on {self.backend}"
+
+    def command(self, sanitizer: str) -> list[str]:
+        """Under a tool only our kernels of CUDA are looked at; Triton's share no name."""
+        size = "tiny" if self.tool in SLOW else "small"
+        calls = [sys.executable, __file__, "--calls", self.backend, size]
+        if self.tool is None:
+            return calls
+        options = ["--tool", self.tool, "--error-exitcode", "1", "--launch-timeout", "0"]
+        options += ["--target-processes", "application-only"]  # not the assembler
+        if self.backend == "cuda":
+            options += ["--kernel-name", "kns=guard_ops"]
+        return [sanitizer, *options, *calls]
+
+
+def calls(backend: str, size: str, device: str = "cuda") -> None:
+    """What is run under the tools: a backend's ops by every path, at a size of SIZES.
+
+    Three steps of four samples, as in the tests of ``tests/device``: Triton has compiled for these.
+    """
     import torch
 
     import guard_ops as go
-    from guard_ops import _C
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    schedule = go.SdeSchedule([1.0, 0.8, 0.5, 0.2, 0.0], noise_level=0.7).to("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    schedule = go.SdeSchedule([1.0, 0.9, 0.75, 0.5, 0.2, 0.0], noise_level=0.7).to(device)
+    coeffs, seeds = schedule[1:4], go.philox_seed(7, (3, 4), device)
+    advantages = torch.tensor([1.0, -0.5, 0.2, 0.7], device=device)
     article, paper = go.GuardConfig.article(), go.GuardConfig.paper()
-    for numel, dtype in ((601, torch.float32), (2048, torch.bfloat16)):
+    for index, (numel, dtype) in enumerate(SIZES[size]):
 
-        def latents(numel: int = numel, dtype: torch.dtype = dtype) -> torch.Tensor:
-            wide = torch.randn(2, 3, numel, device="cuda", generator=generator)
-            return wide.to(dtype)
+        def latents(numel: int = numel, dtype: str = dtype) -> torch.Tensor:
+            wide = torch.randn(3, 4, numel, device=device, generator=generator)
+            return wide.to(getattr(torch, dtype))
 
-        coeffs, x, old = schedule[1:3], latents(), latents()
-        seeds = go.philox_seed(7, (2, 3), "cuda")
-        steps = [go.sde_step(old[k], x[k], schedule[1 + k], seed=seeds[k]) for k in range(2)]
-        y = torch.stack([step.prev_sample for step in steps])
+        x, old = latents(), latents()
+        step = go.sde_step(old, x, coeffs, seed=seeds)
         v = (old + 0.1 * latents()).requires_grad_()
-        forms = (
-            {"sample": x, "prev_sample": y, "old_mean": torch.stack([s.mean for s in steps])},
-            {"sample": x, "prev_sample": y, "old_model_output": old},
-            {"old_model_output": old, "noise": latents()},
+        forms = [
             {"old_model_output": old, "seed": seeds},
-        )
-        advantages = torch.tensor([1.0, -0.5, 0.2], device="cuda")
-        for form in forms:
-            t = go.log_ratio(v, coeffs=coeffs, **form)
-            t.log_ratio.sum().backward()
-            for path in ("two_launches", "cooperative", "cluster"):
-                config = paper if path == "cluster" else article
-                _C.force_cuda_path(path)
+            {"sample": x, "prev_sample": step.prev_sample, "old_mean": step.mean},
+            {"sample": x, "prev_sample": step.prev_sample, "old_model_output": old},
+            {"old_model_output": old, "noise": latents()},
+        ]
+        # To cuda a form is an argument, to Triton one more kernel to compile: one each.
+        for form in forms if backend == "cuda" else forms[index : index + 1]:
+            go.log_ratio(v, coeffs=coeffs, **form).log_ratio.sum().backward()
+            for path in PATHS[backend]:
+                force(backend, path)
+                config = paper if path in INDEPENDENT else article
                 out = go.guard_loss(v, advantages=advantages, coeffs=coeffs, config=config, **form)
                 (3 * out.loss).backward()
-            _C.force_cuda_path("automatic")
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def main() -> int:
+def force(backend: str, path: str) -> None:
+    """Make the backend's next losses go by a path."""
+    if backend == "triton":
+        os.environ["GUARD_OPS_TRITON_PATH"] = path
+        return
+    from guard_ops import _C
+
+    _C.force_cuda_path(path)
+
+
+def sanitizer() -> str | None:
+    """compute-sanitizer: on PATH, or where a CUDA toolkit has it."""
+    folders = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    beside = [f"{folder}/{inside}" for folder in folders if folder
+              for inside in ("bin", "compute-sanitizer")]  # fmt: skip
+    return shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path=os.pathsep.join(beside)
+    )
+
+
+def run_all(
+    runs: Sequence[Run], tool: str, seconds: float, start: Callable[..., Any] = bounded.run
+) -> list[Run]:
+    """Do them side by side, for so many seconds at most; those with a finding, or without end."""
+
+    def one(run: Run) -> tuple[int | None, str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "GUARD_OPS_BACKEND": run.backend,
+        }
+        if run.tool is not None:
+            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # a tensor is an allocation
+        command = run.command(tool)
+        result: tuple[int | None, str] = start(
+            command, seconds, ROOT, environment, output=subprocess.PIPE
+        )
+        return result
+
+    failed = []
+    with ThreadPoolExecutor(len(runs) or 1) as pool:
+        for run, (status, text) in zip(runs, pool.map(one, runs), strict=True):
+            what = f"not ended after {seconds:.0f} s" if status is None else f"status {status}"
+            print(f"sanitize: {run}: {'clean' if status == 0 else what}", flush=True)
+            if status != 0:
+                failed.append(run)
+                print("\n".join(f"  {line}" for line in text.splitlines()[-40:]), flush=True)
+    return failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"default {SECONDS}")
+    parser.add_argument("--calls", nargs=2, metavar=("BACKEND", "SIZE"), help="only the calls")
+    options = parser.parse_args(arguments)
+    if options.calls:
+        calls(*options.calls)
+        return 0
+    end = time.monotonic() + options.seconds - 2 * bounded.GRACE_SECONDS
+    import torch
+
     import guard_ops as go
 
-    tool = shutil.which("compute-sanitizer")
-    if "cuda" not in go.available_backends():
-        print("sanitize: nothing was run, the cuda backend is not available here")
+    here = [name for name in BACKENDS if name in go.available_backends()]
+    if not torch.cuda.is_available() or torch.version.cuda is None or not here:
+        print("sanitize: nothing was run, there is no NVIDIA GPU that a backend runs on here")
         return 0
+    tool = sanitizer()
     if tool is None:
         print("sanitize: nothing was run, compute-sanitizer is not on PATH")
         return 0
-    failed = []
-    for name in TOOLS:
-        print(f"sanitize: {name}", flush=True)
-        options = ["--tool", name, "--error-exitcode", "1", "--kernel-name", "kns=guard_ops"]
-        environment = {
-            **os.environ,
-            "GUARD_OPS_BACKEND": "cuda",
-            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
-        }
-        command = [tool, *options, sys.executable, __file__, "--calls"]
-        if subprocess.run(command, cwd=ROOT, env=environment).returncode:
-            failed.append(name)
-    print(f"sanitize: {'failed: ' + ', '.join(failed) if failed else 'clean'}")
+    failed = run_all([Run(name, None) for name in here], tool, FIRST_SHARE * options.seconds)
+    left = [name for name in here if Run(name, None) not in failed]
+    tools = [Run(name, kind) for name in left for kind in TOOLS]
+    failed += run_all(tools, tool, max(1.0, end - time.monotonic()))
+    if len(left) < len(BACKENDS):
+        rest = [name for name in BACKENDS if name not in left]
+        print(f"sanitize: not under any tool: {', '.join(rest)}")
+    print(f"sanitize: {'failed: ' + ', '.join(map(str, failed)) if failed else 'clean'}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    if "--calls" in sys.argv:
-        calls()
-    else:
-        sys.exit(main())
+    sys.exit(main())

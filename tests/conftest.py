@@ -12,6 +12,7 @@ import torch
 import guard_ops as go
 from guard_ops.backends import select, use_backend
 
+pytest.register_assert_rewrite("goldens")
 DATA = Path(__file__).parent / "data"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # `make test`'s second run of some files
 collect_ignore = [] if INTERPRETED or torch.cuda.is_available() else ["device"]

@@ -157,6 +157,36 @@ def test_missing_gpu_results_are_said_to_be_missing(repository):
     assert report._machines(saved) == f"Results of: {label}, h100."
 
 
+def test_a_gpu_check_is_a_table_with_its_failures_and_what_is_not_as_asked():
+    base = {"workload": "sd35_512_step", "shape": [1, 8, 16, 64, 64], "dtype": "bfloat16"}
+    base |= {"form": "mean", "objective": "article"}
+    ours = {"path": "chosen", "microseconds": 7.04, "cold_microseconds": 11.0, "ran": "cluster"}
+    rows = [
+        {**base, "contender": "cuda", **ours, "as_called_microseconds": 60.0, "share_of_copy": 0.3},
+        {**base, "contender": "eager", "error": "RuntimeError: a|b"},
+    ]
+    machine = {
+        "environment": {
+            "device": "NVIDIA H100", "cpu": "x", "cores": 16, "threads": 16, "isa": "avx512",
+            "driver": "580", "triton": "3.6.0", "torch": "2.11", "commit": "abc", "date": "today",
+            "copy_gigabytes_per_second": 2800.0,
+        },
+        "rows": rows,
+    }  # fmt: skip
+    text = report.render({"h100": {"device": machine}})["device"]
+    assert "**h100**: NVIDIA H100, driver 580, triton 3.6.0, a copy 2800 GB/s, torch 2.11" in text
+    assert "(`make gpu-check`)" in text
+    assert "**[1, 8, 16, 64, 64], bfloat16**" in text
+    line = "| cuda | mean | article | chosen: cluster | 7.0 us | 11.0 us | 60.0 us | 30% |"
+    assert line in text
+    assert "| eager | mean | article |  | failed: RuntimeError: a/b |  |  |  |" in text
+    assert (
+        "- Not as asked: [1, 16, 16, 21, 60, 104] bf16 on cuda: share of a copy not measured"
+        in text
+    )
+    assert "triton" not in text.partition("Not as asked")[2]
+
+
 def test_a_workload_is_a_table_of_contenders(repository):
     text = report.render(results.load(repository / "results"))["workloads"]
     assert "**flux_512, latents [2, 3, 8, 64], flow_grpo**" in text
@@ -173,6 +203,17 @@ def test_an_op_shows_its_bytes_and_what_is_left_of_a_backward(repository):
     assert "**guard_loss, float32, latents [2, 3, 8, 64]**" in text
     assert "| both, mean, flow_grpo | 0.4 ms | 20 | 92% | 1.0 MiB |" in text
     assert "| backward, mean, flow_grpo | 0.001 ms | none left |  |  |" in text
+
+
+def test_rows_of_a_gpu_show_its_own_time_too():
+    more = {"gpu_milliseconds": 0.2, "gpu_percent_of_copy": 88.0}
+    on_gpu = [{**row, **more} if row["contender"] == "cpu" else row for row in WORKLOADS]
+    text = report.markdown("workloads")(on_gpu)
+    assert "| contender | float32 | times | GPU time | of copy | peak memory |" in text
+    assert "| cpu, mean form | 0.4 ms | 1 | 0.2 ms | 88% | 1.0 MiB |" in text
+    assert "| eager | 6 ms | 15.1x |  | 92% | 1.0 MiB |  |  |  |  |  |" in text
+    text = report.markdown("ops")([{**row, **more} for row in OPS])
+    assert "| both, mean, flow_grpo | 0.4 ms | 0.2 ms | 20 | 88% | 1.0 MiB |" in text
 
 
 def test_accuracy_details_show_every_clip(repository):

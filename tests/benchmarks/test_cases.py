@@ -21,6 +21,14 @@ def test_every_op_form_stage_mode_and_dtype_is_timed():
         assert ("sde_step", "forward", "seeded", "-", dtype) in found
 
 
+def test_reference_is_timed_beside_every_op_once():
+    plain = {(c.op, c.stage) for c in cases.op_cases(CI, CI.numel) if c.plain}
+    stages = [("log_ratio", stage) for stage in cases.STAGES]
+    stages += [("guard_loss", stage) for stage in cases.STAGES]
+    assert plain == {("sde_step", "forward"), *stages}
+    assert sum(c.plain for c in cases.op_cases(CI, CI.numel)) == len(plain)
+
+
 def test_the_chain_of_a_workload_is_its_recipes():
     found = {c.workload.name: c for c in cases.workload_cases(named(None), 2**20)}
     assert set(found) == set(WORKLOADS)

@@ -1,58 +1,260 @@
-"""benchmarks/device.py and make gpu-check, as far as they go without a GPU."""
+"""benchmarks/device.py, as far as it goes without a GPU."""
 
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
+import json
 
 import pytest
 import torch
 
-from benchmarks import device
+from benchmarks import contenders, device, device_bounds, results
+from benchmarks.device import COPIED, Job
 
-ROOT = Path(__file__).parents[2]
+SLOW = {"eager": 20.0, "torch.compile": 2.5}
+OF = {"triton": (0.85, 12.0), "cuda": (0.90, 8.0)}
 
 
-def rows(large_share, small_microseconds, eager, compiled):
-    """The rows that the bounds look at; chains as many times slower as said."""
+def rows(backends=("triton", "cuda"), **changed):
+    """Rows that just meet the bounds; ``changed`` maps "triton_share" and the like to numbers."""
     out = []
-    for workload, share, us in (
-        (device.LARGE, large_share, 100.0),
-        (device.SMALL, 0.1, small_microseconds),
-    ):
-        base = {"workload": workload.name, "dtype": "bfloat16", "form": "mean"}
-        base |= {"objective": "article", "share_of_copy": share}
-        out += [
-            base | {"contender": "triton", "path": "two_launches", "microseconds": us / 2},
-            base | {"contender": "triton", "path": "chosen", "microseconds": us},
-            base | {"contender": "eager", "microseconds": us * eager},
-            base | {"contender": "torch.compile", "microseconds": us * compiled},
-        ]
+    for workload in (device.LARGE, device.SMALL):
+        for dtype in device.DTYPES:
+            for objective in device.OBJECTIVES:
+                base = {"workload": workload.name, "dtype": dtype, "objective": objective}
+                base |= {"form": "mean", "path": "chosen"}
+                for name in backends:
+                    share, us = OF[name]
+                    us = changed.get(f"{name}_us", us)
+                    share = changed.get(f"{name}_share", share)
+                    ours = {"contender": name, "microseconds": us, "share_of_copy": share}
+                    out += [base | ours, base | ours | {"path": "forced", "microseconds": us / 9}]
+                triton = changed.get("triton_us", 12.0)
+                for name, times in SLOW.items():
+                    chain = {"contender": name, "microseconds": triton * changed.get(name, times)}
+                    out.append({k: x for k, x in (base | chain).items() if k != "path"})
     return out
 
 
 def test_bounds_that_are_met_say_nothing():
-    assert device.bounds(rows(0.85, 12.0, 20.0, 2.5)) == []
+    assert device.bounds(rows()) == []
+    assert device.bounds(rows(["triton"]), ["triton"]) == []
 
 
 @pytest.mark.parametrize(
-    "numbers, words",
+    "changed, words",
     [
-        ((0.8, 12.0, 20.0, 2.5), ["0.80 of a copy, not 0.85"]),
-        ((0.9, 13.0, 20.0, 2.5), ["13.0 microseconds, not 12.0"]),
-        ((0.9, 11.0, 19.0, 2.5), ["19.0 times eager", "19.0 times eager"]),
-        ((0.9, 11.0, 21.0, 2.0), ["2.0 times torch.compile", "2.0 times torch.compile"]),
+        ({"triton_share": 0.8}, ["on triton: 0.80 of a copy, not 0.85"]),
+        ({"cuda_share": 0.87}, ["on cuda: 0.87 of a copy, not 0.9"]),
+        ({"triton_us": 13.0}, ["on triton: 13.0 microseconds, not 12.0"]),
+        ({"cuda_us": 8.5}, ["on cuda: 8.5 microseconds, not 8.0"]),
+        ({"eager": 19.0}, ["19.0 times eager (graph replay), not 20"] * 2),
+        ({"torch.compile": 2.0}, ["2.0 times torch.compile"] * 2),
+        ({"triton_us": 7.5, "cuda_us": 8.0}, ["takes 1.07 of triton's time, not 1.05"] * 8),
     ],
 )
-def test_a_bound_that_is_missed_is_named(numbers, words):
-    missed = device.bounds(rows(*numbers))
+def test_a_bound_that_is_missed_is_named(changed, words):
+    missed = device.bounds(rows(**changed))
     assert len(missed) == len(words)
     assert all(word in line for word, line in zip(words, missed, strict=True))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run the check itself")
-def test_gpu_check_says_what_it_did_not_run():
-    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    for step in ("build", "doctor", "tests", "benchmarks", "sanitizer"):
-        assert f"  {step}: python" in done.stdout
+def test_what_is_not_measured_is_said_to_be_so():
+    assert len(device.bounds([])) == 2 * 2 + 2 * 2 + 8
+    assert all("not measured" in line for line in device.bounds([]))
+    failed = [
+        {k: x for k, x in r.items() if k not in ("microseconds", "share_of_copy")} | {"error": "no"}
+        if r["contender"] == "eager"
+        else r
+        for r in rows()
+    ]
+    assert device.bounds(failed) == [
+        f"{list(w.shape)} bf16 on triton: times eager not measured (asked: 20.0)"
+        for w in (device.LARGE, device.SMALL)
+    ]
+    assert device.bounds([], []) == ["no backend here has kernels for the device"]
+
+
+def test_what_the_bounds_look_at_is_measured_first():
+    todo = device.jobs(["cuda", "triton"])
+    assert len(todo) == len(set(todo))
+    first = [job for job in todo if job.form == "mean" and job.path == "chosen"]
+    assert todo[: len(first)] == first
+    made = [device.row(job, {"microseconds": 1.0}, copy=1e12) for job in first]
+    assert not any("not measured" in line for line in device.bounds(made))
+    assert {job.form for job in todo} == set(device.FORMS)
+    paths = {(job.contender, job.objective, job.path) for job in todo}
+    assert ("triton", "article", "one_launch") in paths
+    assert ("cuda", "paper", "cluster") in paths
+    assert not paths & {("triton", "article", "rows"), ("cuda", "article", "cluster")}
+
+
+def test_a_row_knows_its_share_of_the_copy():
+    job = Job(device.LARGE.name, "bfloat16", "triton", "mean", "article")
+    made = device.row(job, {"microseconds": 200.0}, copy=4e12)
+    assert made["share_of_copy"] == pytest.approx(12 * device.LARGE.numel / 200e-6 / 4e12)
+    assert "share_of_copy" not in device.row(job, {"microseconds": 200.0}, copy=None)
+    failed = device.row(job, {"error": "RuntimeError: no"}, copy=4e12)
+    assert "RuntimeError: no" in device.line(failed)
+    assert "path" not in device.row(job._replace(contender="eager"), {}, None)
+
+
+class FakeWorker:
+    """Answers at once, or fails for the contenders it is told."""
+
+    def __init__(self, failing=()):
+        self.failing, self.asked = failing, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, job, seconds):
+        assert 0 < seconds <= device.JOB_SECONDS
+        self.asked.append(job)
+        if job.contender in self.failing:
+            return {"error": "its process ended with -9"}
+        return {"bandwidth": 4e12} if job == COPIED else {"microseconds": 7.0}
+
+
+def test_a_contender_that_only_fails_does_not_stop_the_others():
+    todo = device.jobs(["cuda", "triton"])
+    worker = FakeWorker(["cuda"])
+    got = dict(device.measure_all(todo, worker, deadline=float("inf")))
+    assert list(got) == todo
+    failed = [answer for job, answer in got.items() if job.contender == "cuda"]
+    assert all("ended with -9" in answer["error"] for answer in failed[:3])
+    assert all("not tried" in answer["error"] for answer in failed[3:])
+    assert sum(job.contender == "cuda" for job in worker.asked) == 3
+    assert all("error" not in x for job, x in got.items() if job.contender != "cuda")
+
+
+def test_nothing_is_begun_after_the_deadline():
+    assert list(device.measure_all(device.jobs(["triton"]), FakeWorker(), deadline=0.0)) == []
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A device that is not there; results go to a folder of the test's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Fake GPU")
+    monkeypatch.setattr(device, "device_backends", lambda: ["cuda", "triton"])
+    monkeypatch.setattr(device, "environment", lambda: {"device": "Fake GPU"})
+    honest = device.save
+    monkeypatch.setattr(device, "save", lambda *given: honest(*given, folder=tmp_path))
+    return tmp_path
+
+
+def test_every_number_is_saved_as_soon_as_it_is_there(machine, monkeypatch, capsys):
+    class Interrupted(FakeWorker):
+        def ask(self, job, seconds):
+            if len(self.asked) == 3:
+                raise KeyboardInterrupt
+            return super().ask(job, seconds)
+
+    (machine / "fake-gpu.json").write_text('{"ops": {"rows": []}}')
+    monkeypatch.setattr(device.isolated, "Worker", lambda work: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        device.main([])
+    saved = json.loads((machine / "fake-gpu.json").read_text())
+    assert set(saved) == {"ops", "device"}
+    assert len(saved["device"]["rows"]) == 2
+    assert saved["device"]["environment"]["copy_gigabytes_per_second"] == 4000.0
+    assert any("not measured" in line for line in saved["device"]["bounds_missed"])
+
+
+def test_failures_are_rows_and_the_status_says_what_is_missing(machine, monkeypatch, capsys):
+    monkeypatch.setattr(device.isolated, "Worker", lambda work: FakeWorker(["eager"]))
+    assert device.main([]) == 1
+    saved = results.load(machine)["fake-gpu"]["device"]["rows"]
+    assert {r["contender"] for r in saved if "error" in r} == {"eager"}
+    assert len(saved) == len(device.jobs(["cuda", "triton"]))
+    text = capsys.readouterr().out
+    assert "FAILED its process ended with -9" in text
+    assert "MISSED [1, 16, 16, 21, 60, 104] bf16 on triton: times eager not measured" in text
+
+
+def test_when_the_time_is_up_it_says_how_much_is_missing(machine, monkeypatch, capsys):
+    monkeypatch.setattr(device.isolated, "Worker", lambda work: FakeWorker())
+    assert device.main(["--seconds", "0"]) == 1
+    count = len(device.jobs(["cuda", "triton"]))
+    assert f"{count} of {count} rows not measured: no time left" in capsys.readouterr().out
+
+
+def test_a_job_is_measured_hot_and_cold_and_as_called(monkeypatch):
+    """All that does not need a device: what is called how often on which tensors."""
+    job = Job(device.SMALL.name, "bfloat16", "triton", "noise", "paper", "rows")
+    made, called, paths = [], [], []
+    variable = "GUARD_OPS_TRITON_PATH"
+    monkeypatch.setattr(device.gpu_timing, "sets_beyond_cache", lambda nbytes: 3)
+    monkeypatch.setattr(device, "rollout", lambda workload, dtype, seed: seed)
+    monkeypatch.setattr(device.go, "use_backend", lambda name: device.nullcontext())
+
+    def call_of(job, inputs):
+        made.append(inputs)
+        return lambda: called.append((inputs, paths.append(device.os.environ[variable])))
+
+    monkeypatch.setattr(device, "call_of", call_of)
+    monkeypatch.setattr(device.gpu_timing, "timed", lambda call: call() or 5e-5)
+    times = {1: 1e-5, 3: 2e-5}
+    monkeypatch.setattr(
+        device.gpu_timing, "replayed", lambda calls: [c() for c in calls] and times[len(calls)]
+    )
+    answer = device.measured(job)
+    assert answer == {
+        "as_called_microseconds": pytest.approx(50),
+        "microseconds": pytest.approx(10),
+        "cold_microseconds": pytest.approx(20),
+    }
+    assert made == [0, 1, 2]
+    assert [seed for seed, _ in called] == [0, 0, 0, 1, 2]
+    assert set(paths) == {"rows"}
+    assert variable not in device.os.environ
+
+
+@pytest.mark.parametrize(
+    "contender, form", [("reference", "mean"), ("reference", "seeded"), ("eager", "mean")]
+)
+@pytest.mark.parametrize("objective", device.OBJECTIVES)
+def test_a_job_computes_the_loss_and_its_gradient(contender, form, objective, monkeypatch):
+    """On the CPU, which is all that is made up here."""
+    tiny = dataclasses.replace(device.SMALL, latent=(16, 8))
+    monkeypatch.setitem(device.WORKLOADS, tiny.name, tiny)
+    honest = contenders.make_inputs
+    monkeypatch.setattr(
+        device.contenders, "make_inputs", lambda *given, device, **more: honest(*given, **more)
+    )
+    monkeypatch.setattr(device.gpu_timing, "sets_beyond_cache", lambda nbytes: 2)
+    monkeypatch.setattr(device.gpu_timing, "timed", lambda call: call() or 1e-6)
+    monkeypatch.setattr(device.gpu_timing, "replayed", lambda calls: [c() for c in calls] and 1e-6)
+    device.rollout.cache_clear()
+    try:
+        job = Job(tiny.name, "float32", contender, form, objective)
+        assert "error" not in device.measured(job)
+        gradients = [device.rollout(tiny.name, "float32", n).model_output.grad for n in range(2)]
+    finally:
+        device.rollout.cache_clear()
+    assert all(grad.abs().max() > 0 for grad in gradients)
+    assert not torch.equal(*gradients)
+
+
+def test_what_was_measured_before_a_failure_is_kept(monkeypatch):
+    job = Job(device.SMALL.name, "bfloat16", "eager", "mean", "paper")
+    monkeypatch.setattr(device.gpu_timing, "sets_beyond_cache", lambda nbytes: 1)
+    monkeypatch.setattr(device, "rollout", lambda *_: None)
+    monkeypatch.setattr(device, "call_of", lambda *_: None)
+    monkeypatch.setattr(device.gpu_timing, "timed", lambda call: 5e-5)
+
+    def refused(calls):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(device.gpu_timing, "replayed", refused)
+    answer = device.measured(job)
+    assert answer["as_called_microseconds"] == pytest.approx(50)
+    assert answer["error"] == "RuntimeError: operation not permitted"
+    assert "microseconds" not in answer
+
+
+def test_the_bounds_are_those_that_are_asked():
+    assert device_bounds.ASKED == OF
+    assert device_bounds.TIMES == SLOW

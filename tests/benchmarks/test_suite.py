@@ -112,3 +112,90 @@ def test_a_backend_that_is_not_there_is_refused_with_those_that_are():
 def test_backends_keep_the_order_of_preference():
     assert suite.choose_backends(list(reversed(BACKENDS))) == BACKENDS
     assert suite.choose_backends(["reference"]) == ["reference"]
+
+
+def test_reference_runs_beside_the_ops_that_ask_for_it():
+    names = {
+        plain: {r["contender"] for r in suite.run_case(one, BACKENDS, CPU, 0.0, memory=False)}
+        for plain, one in (
+            (False, case()),
+            (True, dataclasses.replace(case(), plain=True)),
+        )
+    }
+    fused = {name for name in BACKENDS if name != "reference"}
+    assert names[False] == (fused or {"reference"}) | {cases.COPY}
+    assert names[True] == fused | {"reference", cases.COPY}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The CPU in a GPU's place, with a cache that three rollouts of TINY overflow; [events]."""
+    events = []
+    monkeypatch.setattr(suite.gpu_timing, "sets_beyond_cache", lambda nbytes, device: 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: events.append("synchronize"))
+    honest = contenders.make_inputs
+
+    def make_inputs(workload, dtype=torch.float32, *, seed=0, device=None, **more):
+        events.append(f"rollout {seed}")
+        return honest(workload, dtype, seed=seed, device="cpu", **more)
+
+    copy = contenders.memory_copy
+    monkeypatch.setattr(suite.contenders, "make_inputs", make_inputs)
+    monkeypatch.setattr(suite.contenders, "memory_copy", lambda nbytes, device: copy(nbytes, "cpu"))
+    return events
+
+
+@pytest.mark.parametrize("stage", ["both", "backward"])
+def test_on_a_gpu_a_row_has_its_time_between_events_too(stage, gpu, monkeypatch):
+    timed = []
+    monkeypatch.setattr(
+        suite.gpu_timing, "replayed", lambda calls: timed.append(len(calls)) or 1e-3
+    )
+    monkeypatch.setattr(suite.gpu_timing, "part", lambda *_: timed.append("part") or 1e-3)
+    one = case(stage=stage, op="log_ratio", objective="-")
+    rows = suite.run_case(one, BACKENDS, torch.device("cuda"), 0.0, memory=False)
+    assert all(set(row) == KEYS | {"gpu_milliseconds", "gpu_percent_of_copy"} for row in rows)
+    assert set(timed) == ({3} if stage == "both" else {"part"})
+    assert rows[0]["gpu_milliseconds"] == 1.0
+    assert rows[-1]["gpu_percent_of_copy"] == 100.0
+    made = [event for event in gpu if event != "synchronize"]
+    count = suite.BLOCKS * (3 if stage == "both" else 1)
+    assert sorted(made) == [f"rollout {seed}" for seed in range(count)]  # none is made twice
+
+
+def test_a_contender_that_cannot_be_captured_has_no_gpu_time(gpu, monkeypatch):
+    def refused(calls):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(suite.gpu_timing, "replayed", refused)
+    with pytest.warns(RuntimeWarning, match="has no GPU time: operation not permitted"):
+        rows = suite.run_case(case(), BACKENDS, torch.device("cuda"), 0.0, memory=False)
+    assert all(set(row) == KEYS for row in rows)
+
+
+def test_on_a_gpu_a_race_goes_over_rollouts_and_waits(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: made.append("wait"))
+    calls = [lambda i=i: made.append(i) for i in range(2)]
+    turn = suite._in_turn(calls, torch.device("cuda"))
+    for _ in range(3):
+        turn()
+    assert made == [0, "wait", 1, "wait", 0, "wait"]
+    assert suite._in_turn(calls, CPU) is calls[0]
+
+
+def test_peak_memory_of_a_gpu_is_read_when_it_is_done(monkeypatch):
+    order = []
+    for name, value in {
+        "synchronize": None,
+        "memory_allocated": 100,
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 150,
+    }.items():
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *_, name=name, value=value: order.append(name) or value
+        )
+    inputs = contenders.make_inputs(TINY)
+    peak = suite.peak_bytes(lambda: order.append("call"), inputs, torch.device("cuda"))
+    assert peak == 50
+    assert order[-3:] == ["call", "synchronize", "max_memory_allocated"]

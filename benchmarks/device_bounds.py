@@ -1,0 +1,88 @@
+"""What loss plus gradient is asked to reach on a GPU, and what of it a run missed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .cases import dtype_name
+from .results import Row
+from .workloads import Workload
+
+LARGE = Workload("wan21_480p_step", "Wan2.1 480p, 81 frames", (16, 21, 60, 104), 16, 1, "one step")
+SMALL = Workload("sd35_512_step", "SD3.5-M 512", (16, 64, 64), 8, 1, "one step")
+DTYPES = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
+OBJECTIVES = ("article", "paper")
+
+
+class Asked(NamedTuple):
+    """Bounds of a backend: loss plus gradient in bfloat16, mean form, the article's objective."""
+
+    share_of_copy: float  # of LARGE, at least
+    microseconds: float  # of SMALL, at most
+
+
+ASKED = {"triton": Asked(0.85, 12.0), "cuda": Asked(0.90, 8.0)}
+TIMES = {"eager": 20.0, "torch.compile": 2.5}  # as fast as these chains Triton is, at least
+SLOWER = 1.05  # times Triton's time that cuda may take, in any row of the mean form
+
+
+def bounds(rows: Sequence[Row], backends: Sequence[str] = tuple(ASKED)) -> list[str]:
+    """What is asked and not met, or not measured, in words."""
+    if not backends:
+        return ["no backend here has kernels for the device"]
+    found = {
+        tuple(r[name] for name in ("workload", "dtype", "contender", "form", "objective")): r
+        for r in rows
+        if r.get("path", "chosen") == "chosen"
+    }
+
+    def number(
+        name: str, workload: Workload, contender: str, dtype: str, objective: str
+    ) -> float | None:
+        known = found.get((workload.name, dtype, contender, "mean", objective), {})
+        return known.get(name)
+
+    missed = []
+    of = ("bfloat16", "article")
+    for backend in backends:
+        share, us = ASKED[backend]
+        name = f"{list(LARGE.shape)} bf16 on {backend}"
+        got = number("share_of_copy", LARGE, backend, *of)
+        if got is None:
+            missed.append(f"{name}: share of a copy not measured (asked: {share})")
+        elif got < share:
+            missed.append(f"{name}: {got:.2f} of a copy, not {share}")
+        name = f"{list(SMALL.shape)} bf16 on {backend}"
+        got = number("microseconds", SMALL, backend, *of)
+        if got is None:
+            missed.append(f"{name}: time not measured (asked: {us} microseconds)")
+        elif got > us:
+            missed.append(f"{name}: {got:.1f} microseconds, not {us}")
+    if "triton" in backends:
+        for workload in (LARGE, SMALL):
+            ours = number("microseconds", workload, "triton", *of)
+            for chain, wanted in TIMES.items():
+                name = f"{list(workload.shape)} bf16 on triton"
+                theirs = number("microseconds", workload, chain, *of)
+                if ours is None or theirs is None:
+                    missed.append(f"{name}: times {chain} not measured (asked: {wanted})")
+                elif theirs / ours < wanted:
+                    times = f"{theirs / ours:.1f} times {chain}"
+                    missed.append(f"{name}: {times} (graph replay), not {wanted}")
+    if "triton" in backends and "cuda" in backends:
+        for workload, dtype, objective in (
+            (w, d, o) for w in (LARGE, SMALL) for d in DTYPES for o in OBJECTIVES
+        ):
+            cuda, triton = (
+                number("microseconds", workload, name, dtype, objective)
+                for name in ("cuda", "triton")
+            )
+            name = f"{list(workload.shape)} {dtype}, {objective}: cuda"
+            if cuda is None or triton is None:
+                missed.append(f"{name} against triton not measured")
+            elif cuda > SLOWER * triton:
+                missed.append(f"{name} takes {cuda / triton:.2f} of triton's time, not {SLOWER}")
+    return missed

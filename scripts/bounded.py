@@ -1,0 +1,54 @@
+"""A command that ends in time, with every process that it started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+GRACE_SECONDS = 5.0  # to say what was done so far, after an interrupt
+
+
+def run(
+    command: Sequence[str],
+    seconds: float,
+    folder: Path,
+    environment: Mapping[str, str],
+    output: int | None = None,  # as of subprocess: None is this process's own
+) -> tuple[int | None, str]:
+    """Exit status, None when it took longer than ``seconds``; and what it wrote to a pipe.
+
+    In a group of its own: what it started (compilers, test workers, a kernel that never ends) is
+    interrupted, then killed, with it; also when this process is interrupted itself.
+    """
+    stderr = subprocess.STDOUT if output is not None else None
+    process = subprocess.Popen(
+        command, cwd=folder, env=dict(environment), stdout=output, stderr=stderr, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        text, _ = process.communicate(timeout=seconds)
+        return process.returncode, text or ""
+    except subprocess.TimeoutExpired:
+        _signal(process, signal.SIGINT)
+        return None, _rest(process)
+    finally:
+        _signal(process, signal.SIGKILL)
+        _rest(process)
+
+
+def _rest(process: subprocess.Popen[str]) -> str:
+    """What it still writes; not waited for longer, should a driver not let go of it."""
+    try:
+        return process.communicate(timeout=GRACE_SECONDS)[0] or ""
+    except subprocess.TimeoutExpired as error:
+        return error.output.decode(errors="replace") if error.output else ""
+
+
+def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """To the whole group; its id is the process's, and nobody else's while a member lives."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)

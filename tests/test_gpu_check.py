@@ -1,0 +1,197 @@
+"""make gpu-check: who gets how much time, what survives a step that hangs, what fails the check."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def check(monkeypatch):
+    """scripts/gpu_check.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    for name in ("gpu_check", "bounded"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module("gpu_check")
+    for name in ("gpu_check", "bounded"):
+        sys.modules.pop(name, None)
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def fake(check, name, code="", seconds=30, least=5, required=True, **more):
+    return check.Step(name, python(code), seconds, least, required, **more)
+
+
+def test_the_figures_come_before_what_takes_long(check):
+    names = [step.name for step in check.STEPS]
+    assert names == ["build", "doctor", "benchmarks", "tests", "sanitizer"]
+    assert check.TOTAL_SECONDS <= 600
+
+
+def test_a_step_leaves_the_others_their_least(check):
+    steps = [
+        fake(check, "a", seconds=400, least=0),
+        fake(check, "b", seconds=300, least=100),
+        fake(check, "c", seconds=90, least=50),
+    ]
+    assert check.limit(steps, 0, 500) == 350
+    assert check.limit(steps, 0, 1000) == 400
+    assert check.limit(steps, 1, 200) == 150
+    assert check.limit(steps, 2, 30) == 30
+    assert check.limit(steps, 2, -5) == 1
+
+
+def test_steps_that_all_take_all_they_may_end_in_time(check):
+    left = check.TOTAL_SECONDS
+    for index, step in enumerate(check.STEPS):
+        seconds = check.limit(check.STEPS, index, left)
+        assert seconds >= step.least
+        left -= seconds
+    assert left >= 0
+
+
+def test_a_step_that_hangs_is_ended_with_all_it_started(check, tmp_path, monkeypatch):
+    monkeypatch.setattr(check.bounded, "GRACE_SECONDS", 0.5)
+    child = (
+        "import os, signal, time, pathlib;"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()));"
+        "time.sleep(60)"
+    )
+    parent = f"import subprocess, sys;subprocess.run([sys.executable, '-c', {child!r}])"
+    steps = [
+        fake(check, "hangs", parent, seconds=2),
+        fake(check, "works", "print('here')"),
+    ]
+    start = time.monotonic()
+    hangs, works = check.run_steps(steps, os.environ)
+    assert time.monotonic() - start < 20
+    assert hangs.text == "FAILED: more than 2 s"
+    assert hangs.failed
+    assert works.text == "passed"
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def alive(pid):
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_a_step_may_say_what_it_has_when_it_is_interrupted(check):
+    code = (
+        "import sys, time\n"
+        "try:\n    print('begun', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('so far: 3 passed')"
+    )
+    status, text = check.bounded.run(python(code), 2, ROOT, os.environ, output=subprocess.PIPE)
+    assert status is None
+    assert text.split("\n")[:2] == ["begun", "so far: 3 passed"]
+
+
+def test_an_interrupted_check_leaves_no_step_behind(tmp_path):
+    pid = tmp_path / "pid"
+    hangs = f"import os,time;open({str(pid)!r},'w').write(str(os.getpid()));time.sleep(60)"
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+import gpu_check
+gpu_check.without_a_gpu = gpu_check.architecture = lambda: ""
+gpu_check.STEPS = [gpu_check.Step("x", [sys.executable, "-c", {hangs!r}], 60, 5, True)]
+gpu_check.main()
+"""
+    process = subprocess.Popen(python(code), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"terminated" in text
+    assert not alive(int(pid.read_text()))
+
+
+def test_outcomes_say_what_failed_and_what_counts(check):
+    steps = [
+        fake(check, "fails", "raise SystemExit(3)", required=False),
+        fake(check, "counts", "raise SystemExit(4)"),
+        fake(check, "left out", "raise SystemExit(5)", wanted=lambda: "no compiler"),
+        check.Step("knows", [*python("import sys; sys.exit(int(sys.argv[1]) != 15)"),
+                             check.SECONDS], 30, 5, True),
+    ]  # fmt: skip
+    outcomes = check.run_steps(steps, os.environ)
+    assert [(o.text, o.failed) for o in outcomes] == [
+        ("FAILED with 3", False),
+        ("FAILED with 4", True),
+        ("not run: no compiler", False),
+        ("passed", False),
+    ]
+
+
+def test_a_later_step_may_use_what_an_earlier_one_left(check, monkeypatch):
+    steps = [fake(check, "a", seconds=4, least=0), fake(check, "b", seconds=100, least=3)]
+    limits = []
+    run = lambda command, seconds, *rest: limits.append(seconds) or (0, "")  # noqa: E731
+    monkeypatch.setattr(check.bounded, "run", run)
+    check.run_steps(steps, os.environ, total=7)
+    assert limits == [pytest.approx(4, abs=0.1), pytest.approx(7, abs=0.1)]
+
+
+@pytest.mark.parametrize(
+    "available, build, words, failed",
+    [
+        (["cuda", "triton"], "passed", ["available", "available"], False),
+        (["triton"], "passed", ["available", "MISSING: the build passed but has no cuda"], False),
+        (["triton"], "not run: no nvcc", ["available", "missing, build not run: no nvcc"], False),
+        (["cpu"], "passed", ["FAILED: torch sees a GPU but guard_ops has no triton"], True),
+        ([], "passed", ["FAILED: torch sees a GPU"], True),
+    ],
+)
+def test_a_backend_that_is_missing_is_said_to_be(available, build, words, failed, check):
+    outcomes = check.judge_backends(available, {"triton": "not installed", "cuda": "none"}, build)
+    assert [outcome.step for outcome in outcomes] == ["backend triton", "backend cuda"]
+    for word, outcome in zip(words, outcomes, strict=False):
+        assert word in outcome.text
+    assert any(outcome.failed for outcome in outcomes) is failed
+
+
+def test_backends_are_asked_of_a_new_process(check, monkeypatch):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    available, unavailable = check.backends(environment)
+    assert "reference" in available
+    assert set(available) | set(unavailable) == {"cuda", "triton", "cpu", "reference"}
+    monkeypatch.setattr(check, "PYTHON", "/bin/false")
+    assert check.backends(environment) == ([], {"triton": "guard_ops: ", "cuda": "guard_ops: "})
+    monkeypatch.setattr(check.bounded, "run", lambda *_, **__: (None, "importing\n"))
+    assert check.backends(environment)[1]["triton"] == "guard_ops: importing"
+
+
+def test_outcomes_that_cannot_be_saved_are_no_failure(check, monkeypatch):
+    monkeypatch.setattr(check, "PYTHON", "/bin/false")
+    assert check.save([check.Outcome("a", "passed", 1.0, False)], os.environ) == "not saved: "
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run the check itself")
+def test_without_a_gpu_it_says_what_it_did_not_run():
+    command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for step in ("build", "doctor", "tests", "benchmarks", "sanitizer"):
+        assert f"  {step}: python" in done.stdout
