@@ -124,6 +124,15 @@ def ours(inputs: Inputs, form: str, objective: str, backend: str | None = None) 
     return call
 
 
+def loss_and_grad(inputs: Inputs, form: str, objective: str) -> Call:
+    """``guard_loss_and_grad``: the same numbers as :func:`ours`, without autograd."""
+    config = getattr(go.GuardConfig, objective)()
+    operands, v = inputs.form(form), inputs.model_output
+    return lambda: go.guard_loss_and_grad(
+        v, advantages=inputs.advantages, config=config, **operands
+    )
+
+
 def chain(
     inputs: Inputs,
     objective: str,

@@ -5,7 +5,8 @@
 Every call computes the loss of a batch and its gradient, as in ``test_speed.py``. It is timed as
 graph replay (the GPU's own time, without Python's), on the same tensors and, where those would stay
 in the cache, on tensors in turn that do not; and as it is called, which is what a trainer waits
-for. The plain chain and ``torch.compile`` of it are timed alike. Bytes are the floor of design
+for. Ours are also timed as ``guard_loss_and_grad``, which leaves out autograd's own kernels. The
+plain chain and ``torch.compile`` of it are timed alike. Bytes are the floor of design
 section 6: every operand read once, the gradient written once.
 
 What the bounds look at comes first, each number is saved as soon as it is there, and what fails or
@@ -100,6 +101,10 @@ def measured(job: Job) -> isolated.Answer:
             answer["microseconds"] = gpu_timing.replayed(calls[:1]) * 1e6
             if job.contender == "cuda":
                 answer["ran"] = _last_cuda_path()
+            if job.contender not in CHAINS and job.path == "chosen":
+                inputs = rollout(job.workload, job.dtype, 0)
+                alone = contenders.loss_and_grad(inputs, job.form, job.objective)
+                answer["loss_and_grad_microseconds"] = gpu_timing.replayed([alone]) * 1e6
             if sets > 1:
                 answer["cold_microseconds"] = gpu_timing.replayed(calls) * 1e6
     except Exception as error:  # what was measured before it is kept
@@ -249,6 +254,8 @@ def line(found: results.Row) -> str:
         text += f" {found['microseconds']:10.1f} us"
     if "share_of_copy" in found:
         text += f" {found['share_of_copy']:6.2f} of copy"
+    if "loss_and_grad_microseconds" in found:
+        text += f" {found['loss_and_grad_microseconds']:10.1f} us without autograd"
     if "cold_microseconds" in found:
         text += f" {found['cold_microseconds']:10.1f} us cold"
     if "as_called_microseconds" in found:

@@ -175,12 +175,12 @@ def device_table(rows: Rows) -> str:
     for row in rows:
         shape = "[" + ", ".join(map(str, row["shape"])) + "]"
         groups.setdefault((shape, row["dtype"]), []).append(row)
-    columns = ["contender", "form", "objective", "path", "graph replay", "on cold inputs"]
-    columns += ["as called", "of copy"]
+    columns = ["contender", "form", "objective", "path", "graph replay", "without autograd"]
+    columns += ["on cold inputs", "as called", "of copy"]
     parts = []
     for (shape, dtype), found in groups.items():
         lines = [f"**{shape}, {dtype}**", "", _line(*columns)]
-        lines.append(_line(*["---"] * 4, *["---:"] * 4))
+        lines.append(_line(*["---"] * 4, *["---:"] * 5))
         lines += [_line(*_device_cells(row)) for row in found]
         parts.append("\n".join(lines))
     backends = [n for n in ("triton", "cuda") if any(row["contender"] == n for row in rows)]
@@ -203,6 +203,7 @@ def _device_cells(row: dict[str, Any]) -> list[str]:
     cells = [row["contender"], row["form"], row["objective"], path, replay]
     return [
         *cells,
+        microseconds("loss_and_grad_microseconds"),
         microseconds("cold_microseconds"),
         microseconds("as_called_microseconds"),
         share,
