@@ -58,11 +58,8 @@ struct Numbers {
     const int64_t n = k * stride_k + i * stride_b;
     return wide ? static_cast<const double*>(data)[n] : double(static_cast<const float*>(data)[n]);
   }
-  // `into`, having read it, or null where there are none.
-  GUARD_OPS_HD const double* read(int64_t k, int64_t i, double* into) const {
-    if (data == nullptr) return nullptr;
-    *into = at(k, i);
-    return into;
+  GUARD_OPS_HD Maybe read(int64_t k, int64_t i) const {
+    return data == nullptr ? Maybe{false, 0.0} : Maybe{true, at(k, i)};
   }
 };
 

@@ -35,17 +35,14 @@ struct Problem {
     return mean == nullptr ? Statistics{0, 1} : Statistics{mean[k], std[k]};
   }
   GUARD_OPS_HD Ratio ratio(int64_t k, int64_t i, const Sums& sums) const {
-    double old;
-    return ratio_of(config, scalars(k, i), sums, advantages.at(k, i),
-                    old_log_prob.read(k, i, &old));
+    return ratio_of(config, scalars(k, i), sums, advantages.at(k, i), old_log_prob.read(k, i));
   }
   // A row's coefficients, if every transition of the batch is finite.
   GUARD_OPS_HD Coefficients assume(int64_t k, int64_t i, const Sums& sums) const {
     const Ratio r = ratio(k, i, sums);
     if (!r.finite) return nonfinite_coefficients(config);
-    double weight;
     return own_coefficients(config, scalars(k, i), r, statistics(k), advantages.at(k, i),
-                            step_weights.read(k, i, &weight), double(steps), double(batch));
+                            step_weights.read(k, i), double(steps), double(batch));
   }
 };
 

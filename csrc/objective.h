@@ -51,6 +51,11 @@ struct Ratio {
   bool finite;
 };
 
+struct Maybe {  // a number that a call may do without
+  bool given;
+  double value;
+};
+
 struct Statistics {
   double mean, std;
 };
@@ -61,13 +66,13 @@ GUARD_OPS_HD double scale_of(const Config& c, const StepScalars& p) {
   return c.mean_reduction ? p.kappa / p.numel : p.kappa;
 }
 
-// old_log_prob: null except in the log-prob form.
+// old_log_prob: only in the log-prob form.
 GUARD_OPS_HD Ratio ratio_of(const Config& c, const StepScalars& p, const Sums& sums,
-                            double advantage, const double* old_log_prob) {
+                            double advantage, const Maybe& old_log_prob) {
   Ratio r;
   const double scale = scale_of(c, p);
   r.kl = sums.ref / (2 * p.s * p.s * p.numel);
-  if (old_log_prob == nullptr) {
+  if (!old_log_prob.given) {
     r.log_ratio = scale * (2 * sums.s1 - sums.s2);
     r.kl_old = scale * sums.s2;
   } else {
@@ -75,7 +80,7 @@ GUARD_OPS_HD Ratio ratio_of(const Config& c, const StepScalars& p, const Sums& s
     if (c.gaussian) {
       log_prob -= (c.mean_reduction ? 1.0 : p.numel) * (std::log(p.s) + log_sqrt_2pi);
     }
-    r.log_ratio = log_prob - *old_log_prob;
+    r.log_ratio = log_prob - old_log_prob.value;
     r.kl_old = NAN;
   }
   r.u = std::expm1(r.log_ratio);
@@ -157,11 +162,10 @@ GUARD_OPS_HD Coefficients nonfinite_coefficients(const Config& c) {
 // every transition of the batch finite.
 GUARD_OPS_HD Coefficients own_coefficients(const Config& c, const StepScalars& p, const Ratio& r,
                                            const Statistics& stats, double advantage,
-                                           const double* step_weight, double steps,
-                                           double samples) {
+                                           const Maybe& step_weight, double steps, double samples) {
   const double excess = excess_of(c, p, r, stats);
-  double weight = step_weight != nullptr ? *step_weight : own_weight(c, p, steps);
-  if (step_weight == nullptr && c.balance == Balance::inverse_ratio) weight = 1.0;  // one step
+  double weight = step_weight.given ? step_weight.value : own_weight(c, p, steps);
+  if (!step_weight.given && c.balance == Balance::inverse_ratio) weight = 1.0;  // one step
   const double d_excess = weight * surrogate_of(c, excess, advantage).slope / samples;
   const double d_u = c.ratio_norm == RatioNorm::standardize
                          ? d_excess * (c.target_std / denominator(c, stats))

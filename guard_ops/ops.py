@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, backends, objective, transitions
+from . import autograd, backends, callers, objective, transitions
 from .backends import select
 from .blocks import check_config, check_gaussian, check_statistics
 from .config import GuardConfig
@@ -491,7 +491,7 @@ def _check_objective(
             "guard_ops: standardize over a batch of one sample is degenerate; the loss is "
             "plain GRPO's (pass statistics= or process_group= to see more samples)",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=callers.outside(),
         )
     return None
 

@@ -14,7 +14,7 @@ from types import ModuleType, TracebackType
 
 import torch
 
-from .. import extension
+from .. import callers, extension
 
 # Fastest first; each serves the devices it supports.
 ORDER = ("cuda", "triton", "cpu", "reference")
@@ -107,7 +107,7 @@ def _warn_slow(device: torch.device) -> None:
         f"guard_ops: no fused backend for {device.type} tensors, using the plain PyTorch "
         f"reference{f' ({why})' if why else ''}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=callers.outside(),
     )
 
 
