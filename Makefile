@@ -33,7 +33,7 @@ test-cpp: $(VENV)/development
 	$(BIN)/cmake -G Ninja -S . -B build/cpp -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DGUARD_OPS_EXTENSION=OFF -DGUARD_OPS_TESTS=ON
 	$(BIN)/cmake --build build/cpp
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure -j 2
 
 lint: $(VENV)/development
 	$(BIN)/ruff check .
