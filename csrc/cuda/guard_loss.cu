@@ -32,7 +32,6 @@ __device__ __forceinline__ bool evaluated_by_last(const LossCall& call) {
   if (!arrives_last(call.workspace.arrived, &header().arrival)) return false;
   row_sums(call.plan, call.partials, 0, threads() / row_lanes,
            [&](uint32_t row, const Sums& sums) { call.workspace.sums[row] = sums; });
-  fence();
   sync_block();
   evaluate_by_block(call.problem, call.workspace, call.out);
   return true;
@@ -65,9 +64,7 @@ __global__ void __launch_bounds__(cooperative_threads, 1)
   walk.sums([&](const At& at, const Sums& sums) {
     if (lane() == 0) call.partials.put(at.chunk, sums);
   });
-  if (evaluated_by_last(call)) {
-    fence();
-    sync_block();
+  if (evaluated_by_last(call)) {  // it ends with a barrier, and the flag is a release
     if (thread() == 0) raise_flag(call.workspace.evaluated);
   } else if (call.cond || call.uncond) {
     if (thread() == 0) await_flag(call.workspace.evaluated);
