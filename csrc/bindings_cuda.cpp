@@ -34,6 +34,7 @@ Batch checked(const Batch& t, const Tensor& model_output, const Tensor& coeffici
   TORCH_CHECK_TYPE(!t.wide, "guard_ops: the CUDA kernels have no float64");
   TORCH_CHECK(coefficients.device() == model_output.device(),
               "guard_ops: coefficients is on another device");
+  TORCH_CHECK(t.steps > 0 && t.batch > 0 && t.numel > 0, "guard_ops: an operand is empty");
   TORCH_CHECK(t.steps * t.batch < int64_t(1) << 24, "guard_ops: K B has to be below 2^24");
   return t;
 }

@@ -76,15 +76,44 @@ struct FiniteMean {
     return group.sum(batch, [=](int64_t i) { return r[i].ratio.finite ? value(r[i]) : 0.0; }) /
            double(count);
   }
+  // About what (*this)(value) has returned.
   template <class F>
-  GUARD_OPS_HD double std(F value) const {
-    const double mean = (*this)(value);
+  GUARD_OPS_HD double std(F value, double mean) const {
     return sqrt((*this)([=](const RowState& r) {
       const double d = value(r) - mean;
       return d * d;
     }));
   }
 };
+
+// One of a step's metrics, of its finite transitions.
+template <class Mean>
+GUARD_OPS_HD double metric_of(int metric, const Mean& over) {
+  const auto u = [](const RowState& r) { return r.ratio.u; };
+  const auto excess = [](const RowState& r) { return r.excess; };
+  switch (metric) {
+    case 0:
+      return over(u);
+    case 1:
+      return over.std(u, over(u));
+    case 2:
+      return over(excess);
+    case 3:
+      return over.std(excess, over(excess));
+    case 4:
+      return over([](const RowState& r) { return double(r.surrogate.clipped); });
+    case 5:
+      return over([](const RowState& r) { return double(r.surrogate.high); });
+    case 6:
+      return over([](const RowState& r) { return double(r.surrogate.low); });
+    case 7:
+      return over([](const RowState& r) { return r.ratio.kl_old; });
+    case 8:
+      return over([](const RowState& r) { return r.weight; });
+    default:
+      return double(over.batch - over.count);
+  }
+}
 
 // A Team has each(n, f), which calls f(0) ... f(n - 1), groups(n, f), which calls f(group, 0) ...
 // f(group, n - 1), both finished by all before they return, and sum(n, f), which every thread may
@@ -113,7 +142,7 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
       const FiniteMean<std::decay_t<decltype(group)>> over{group, step, batch};
       const auto u = [](const RowState& r) { return r.ratio.u; };
       own.mean = over(u);
-      own.std = over.std(u);
+      own.std = over.std(u, own.mean);
     }
     if (group.leader()) stats[k] = own;
     group.each(batch, [&](int64_t i) {
@@ -159,9 +188,10 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
     r.d_excess = r.weight * r.surrogate.slope / samples;
   });
 
-  // The steps' coefficients and metrics; the loss, sample by sample, as one more group's work.
-  team.groups(steps + 1, [&](const auto& group, int64_t k) {
-    if (k == steps) {
+  // The steps' coefficients; the loss, sample by sample; the metrics. Each is a group's work: side
+  // by side on a device, where the metrics of a step one after another would be the longest part.
+  team.groups(steps + 1 + steps * metric_count, [&](const auto& group, int64_t n) {
+    if (n == steps) {
       const auto at = [=](int64_t j) -> const RowState& {
         return state[j % steps * batch + j / steps];
       };
@@ -177,9 +207,16 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
       if (group.leader()) out.loss(loss);
       return;
     }
+    const int64_t k = n < steps ? n : (n - steps - 1) / metric_count;
     const RowState* const step = state + k * batch;
-    const Statistics own = stats[k];
     const FiniteMean<std::decay_t<decltype(group)>> over{group, step, batch};
+    if (n > steps) {
+      const int metric = int((n - steps - 1) % metric_count);
+      const double value = metric_of(metric, over);
+      if (group.leader()) out.metric(metric, k, value);
+      return;
+    }
+    const Statistics own = stats[k];
     const double gain = c.target_std / denominator(c, own);
     double mean_d = 0, mean_dz = 0;  // the statistics' own gradients
     const bool through = c.ratio_norm == RatioNorm::standardize && !c.detach_stats;
@@ -200,23 +237,6 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
       }
       out.row(k * batch + i, r, row);
     });
-    const auto u = [](const RowState& r) { return r.ratio.u; };
-    const auto excess = [](const RowState& r) { return r.excess; };
-    const double metrics[metric_count] = {
-        over(u),
-        over.std(u),
-        over(excess),
-        over.std(excess),
-        over([](const RowState& r) { return double(r.surrogate.clipped); }),
-        over([](const RowState& r) { return double(r.surrogate.high); }),
-        over([](const RowState& r) { return double(r.surrogate.low); }),
-        over([](const RowState& r) { return r.ratio.kl_old; }),
-        over([](const RowState& r) { return r.weight; }),
-        double(batch - over.count),
-    };
-    if (group.leader()) {
-      for (int m = 0; m < metric_count; ++m) out.metric(m, k, metrics[m]);
-    }
   });
 }
 

@@ -48,14 +48,17 @@ class Run(NamedTuple):
         return f"{self.tool or 'the calls alone'} on {self.backend}"
 
     def command(self, sanitizer: str) -> list[str]:
-        """Under a tool only our kernels of CUDA are looked at; Triton's share no name."""
+        """Under a tool only our kernels of CUDA are looked at; Triton's share no name.
+
+        But initcheck has to see torch's kernels write what ours read.
+        """
         size = "tiny" if self.tool in SLOW else "small"
         calls = [sys.executable, __file__, "--calls", self.backend, size]
         if self.tool is None:
             return calls
         options = ["--tool", self.tool, "--error-exitcode", "1", "--launch-timeout", "0"]
         options += ["--target-processes", "application-only"]  # not the assembler
-        if self.backend == "cuda":
+        if self.backend == "cuda" and self.tool != "initcheck":
             options += ["--kernel-name", "kns=guard_ops"]
         return [sanitizer, *options, *calls]
 

@@ -28,6 +28,8 @@ def test_every_tool_looks_at_both_backends(sanitize):
     command = sanitize.Run("cuda", "memcheck").command("/opt/compute-sanitizer")
     assert "kns=guard_ops" in command
     assert command[-1] == "small"
+    # Its writes by torch would not be seen, and every input be reported as never written.
+    assert "--kernel-name" not in sanitize.Run("cuda", "initcheck").command("")
     assert sanitize.Run("cuda", None).command("")[-3:] == ["--calls", "cuda", "small"]
 
 

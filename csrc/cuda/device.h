@@ -64,9 +64,16 @@ __device__ __forceinline__ uint16_t to_bfloat(float x) {
   return out;
 }
 
-// Integers that blocks tell each other how far they are with.
-__device__ __forceinline__ void fence() { __threadfence(); }
-__device__ __forceinline__ uint32_t count_up(uint32_t* counter) { return atomicAdd(counter, 1u); }
+// Integers that blocks tell each other how far they are with: release what was written, acquire
+// what others have.
+__device__ __forceinline__ uint32_t count_up(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
 __device__ __forceinline__ void raise_flag(uint32_t* flag) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
 }

@@ -32,7 +32,6 @@ __device__ __forceinline__ bool evaluated_by_last(const LossCall& call) {
   if (!arrives_last(call.workspace.arrived, &header().arrival)) return false;
   row_sums(call.plan, call.partials, 0, threads() / row_lanes,
            [&](uint32_t row, const Sums& sums) { call.workspace.sums[row] = sums; });
-  fence();
   sync_block();
   evaluate_by_block(call.problem, call.workspace, call.out);
   return true;
@@ -65,9 +64,7 @@ __global__ void __launch_bounds__(cooperative_threads, 1)
   walk.sums([&](const At& at, const Sums& sums) {
     if (lane() == 0) call.partials.put(at.chunk, sums);
   });
-  if (evaluated_by_last(call)) {
-    fence();
-    sync_block();
+  if (evaluated_by_last(call)) {  // it ends with a barrier, and the flag is a release
     if (thread() == 0) raise_flag(call.workspace.evaluated);
   } else if (call.cond || call.uncond) {
     if (thread() == 0) await_flag(call.workspace.evaluated);
@@ -125,11 +122,23 @@ __global__ void __launch_bounds__(cluster_threads, 1)
   if (!arrives_last(call.workspace.arrived, &header().arrival)) return;
   evaluate_by_block(call.problem, call.workspace, call.out);
   if (!call.cond && !call.uncond) return;
-  for (uint32_t n = 0; n < p.rows; ++n) {
+  const auto corrected = [&](uint32_t n) {
     const Coefficients c = coefficients_at(call.out.sum_grads, p.rows, n);
     const double* const was = reinterpret_cast<const double*>(call.workspace.assumed + n);
     const Coefficients assumed{load_fresh(was), load_fresh(was + 1), load_fresh(was + 2)};
-    if (assumed == c || c.c1 != c.c1) continue;
+    return !(assumed == c) && c.c1 == c.c1;
+  };
+  // All rows at once, as hardly ever one is: row after row this would be the longest part.
+  if (thread() == 0) header().arrival = 0;
+  sync_block();
+  for (uint32_t n = thread(); n < p.rows; n += threads()) {
+    if (corrected(n)) header().arrival = 1;
+  }
+  sync_block();
+  if (header().arrival == 0) return;
+  for (uint32_t n = 0; n < p.rows; ++n) {
+    if (!corrected(n)) continue;
+    const Coefficients c = coefficients_at(call.out.sum_grads, p.rows, n);
     const Walk again(p, slot_memory() + partial_bytes, call.slots, n * p.row_chunks,
                      (n + 1) * p.row_chunks, false);
     again.gradient(call.cond, call.uncond, [&](const At&) { return c; });
@@ -151,6 +160,7 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
   const Plan& p = call.plan;
   bool found = false;
   for (int size = 1; size <= (device().clusters ? most_cluster : 1); size *= 2) {
+    if (uint32_t(size) > p.row_chunks) break;  // blocks without a chunk
     const uint32_t block_chunks = (p.row_chunks + size - 1) / size;
     const uint32_t tiles = tiles_of(block_chunks, cluster_threads, p);
     const int partial_bytes = int((block_chunks * sizeof(Sums) + 15) / 16 * 16);

@@ -49,13 +49,23 @@ const void* address(Kernel* kernel) {
   return reinterpret_cast<const void*>(kernel);
 }
 
-// A launch of blocks that walk through the chunks, as many as run at once or are of use.
+// A launch of blocks that walk through the chunks, as many as run at once or are of use. Slots for
+// copies far ahead, but not so many that a multiprocessor has room for one block alone: it is the
+// other's warps that work while one's wait for each other's instructions.
 template <class Kernel>
 Launch streaming(const Plan& p, Kernel* kernel, uint32_t* slots) {
-  *slots = slots_a_warp(p, stream_threads, ring_slots);
-  Launch launch{0, stream_threads, shared_bytes(p, stream_threads, *slots)};
-  const int most = at_once(address(kernel), launch);
-  if (*slots == 0 || most == 0) throw std::runtime_error("guard_ops: the device runs no block");
+  Launch launch{0, stream_threads, 0};
+  int most = 0;
+  for (uint32_t ring = ring_slots; ring > 0 && most < 2 * device().multiprocessors; ring /= 2) {
+    const uint32_t count = slots_a_warp(p, stream_threads, ring);
+    const Launch candidate{0, stream_threads, shared_bytes(p, stream_threads, count)};
+    const int blocks = count == 0 ? 0 : at_once(address(kernel), candidate);
+    if (blocks <= most) continue;
+    most = blocks;
+    launch = candidate;
+    *slots = count;
+  }
+  if (most == 0) throw std::runtime_error("guard_ops: the device runs no block");
   const int useful =
       int((p.chunks + stream_threads / warp_size - 1) / (stream_threads / warp_size));
   launch.blocks = std::min(most, useful);

@@ -50,13 +50,13 @@ struct Divisor {
 
 struct Plan {
   Form form;
-  Operand operand[roles];         // absent ones are null
-  uint32_t offset[roles];         // of an operand's part of a slot
-  uint32_t inputs, input[roles];  // how many are present, and which
-  Shape shape;                    // of every row's coefficients, where it is known; else general
-  Roles again;                    // what a second pass reads
-  uint32_t slot_bytes;            // of shared memory that a tile takes
-  uint32_t mean_offset;           // where sde_step puts the mean
+  Operand operand[roles];  // absent ones are null
+  uint32_t offset[roles];  // of an operand's part of a slot
+  Roles present, even;     // even: whose rows all begin on 16 bytes
+  Shape shape;             // of every row's coefficients, where it is known; else general
+  Roles again;             // what a second pass reads
+  uint32_t slot_bytes;     // of shared memory that a tile takes
+  uint32_t mean_offset;    // where sde_step puts the mean
   uint32_t rows, chunk_tiles, row_chunks, chunks;
   int64_t numel;
   Divisor by_batch, by_row_chunks, by_chunk_tiles;
@@ -78,7 +78,13 @@ inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
     p.operand[r] = *operands[r];
     p.offset[r] = p.slot_bytes;
     if (!p.operand[r]) continue;
-    p.input[p.inputs++] = r;
+    p.present |= 1u << r;
+    const Operand& x = p.operand[r];
+    const int64_t size = size_of(x.dtype);
+    const uint64_t offsets = reinterpret_cast<uintptr_t>(x.data) |
+                             (t.steps > 1 ? x.stride_k * size : 0) |
+                             (t.batch > 1 ? x.stride_b * size : 0);
+    if (offsets % 16 == 0) p.even |= 1u << r;
     p.slot_bytes += uint32_t(tile * size_of(p.operand[r].dtype));
   }
   p.mean_offset = p.slot_bytes;

@@ -58,6 +58,14 @@ inline std::string why_not(const void* kernel) {
   return cudaGetErrorString(status);
 }
 
+// Whether the kernel's code knows of clusters: PTX for sm_80 that a driver compiles for sm_90 would
+// be launched in clusters and take each of their blocks for a whole one.
+inline bool knows_clusters(const void* kernel) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90;
+}
+
 struct Launch {
   int blocks, threads, shared_bytes;
   bool cooperative = false;
@@ -79,6 +87,7 @@ inline int at_once(const void* kernel, const Launch& launch) {
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
   if (status == cudaSuccess && launch.cluster > 1) {
+    if (!knows_clusters(kernel)) return known.emplace(key, 0).first->second;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(launch.cluster);
     config.blockDim = dim3(launch.threads);

@@ -20,6 +20,10 @@ struct Partials {
     data[chunks + chunk] = sums.s2;
     if (with_ref) data[2 * chunks + chunk] = sums.ref;
   }
+  __device__ __forceinline__ Sums get(uint32_t chunk) const {
+    const double* const at = data + chunk;
+    return {at[0], at[chunks], with_ref ? at[2 * size_t(chunks)] : 0};
+  }
 };
 
 // Lane n of `row_lanes` has added up its chunks; all of the row's lanes get the total. Every path
@@ -34,21 +38,33 @@ __device__ __forceinline__ Sums row_total(Sums own) {
   return own;
 }
 
-// Calls done(row, sums) for the rows `first + n * step`, `row_lanes` threads a row.
+// Calls done(row, sums) for the rows `first + n * step`, `row_lanes` threads a row. A lane has
+// several chunks under way at once: one after another, each would wait for the second-level cache.
 template <class Done>
 __device__ __forceinline__ void row_sums(const Plan& p, const Partials& partials, uint32_t first,
                                          uint32_t step, Done done) {
+  constexpr uint32_t at_once = 4;
   const uint32_t own = thread() % row_lanes;
   for (uint32_t base = first; base < p.rows; base += step) {
     const uint32_t row = base + thread() / row_lanes;
     Sums total{0, 0, 0};
     if (row < p.rows) {
-#pragma unroll 4
-      for (uint32_t n = own; n < p.row_chunks; n += row_lanes) {
-        const double* const at = partials.data + row * p.row_chunks + n;
-        total.s1 += load_fresh(at);
-        total.s2 += load_fresh(at + partials.chunks);
-        if (partials.with_ref) total.ref += load_fresh(at + 2 * partials.chunks);
+      const uint32_t begin = row * p.row_chunks;
+#pragma unroll 1
+      for (uint32_t n = own; n < p.row_chunks; n += at_once * row_lanes) {
+        Sums part[at_once];
+#pragma unroll
+        for (uint32_t j = 0; j < at_once; ++j) {
+          const uint32_t chunk = n + j * row_lanes;
+          part[j] = partials.get(begin + (chunk < p.row_chunks ? chunk : n));
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < at_once; ++j) {
+          const bool there = n + j * row_lanes < p.row_chunks;
+          total.s1 = there ? total.s1 + part[j].s1 : total.s1;
+          total.s2 = there ? total.s2 + part[j].s2 : total.s2;
+          total.ref = there ? total.ref + part[j].ref : total.ref;
+        }
       }
     }
     total = row_total(total);
@@ -147,15 +163,13 @@ __device__ __forceinline__ void evaluate_by_block(const Problem& problem,
 }
 
 // Whether this block is the last to arrive: then it sees what all others wrote before. The whole
-// block calls it; `shared` is a word of its shared memory.
+// block calls it; `shared` is a word of its shared memory. One thread's count is enough, as what
+// the block's barriers order before it is ordered for whoever counts after it.
 __device__ __forceinline__ bool arrives_last(uint32_t* arrived, uint32_t* shared) {
-  fence();
   sync_block();
   if (thread() == 0) *shared = count_up(arrived);
   sync_block();
-  const bool last = *shared == blocks() - 1;
-  if (last) fence();
-  return last;
+  return *shared == blocks() - 1;
 }
 
 // A block's even share of n.

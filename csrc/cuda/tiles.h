@@ -66,23 +66,37 @@ __device__ __forceinline__ void copy_rest(char* to, const char* from, uint32_t v
   }
 }
 
-// Starts the copies of a tile's wanted operands; they belong to the group that is committed next.
-__device__ __forceinline__ void load_tile(const Plan& p, Roles wanted, char* slot, const At& at) {
+// A tile's part of an operand, where it or its row is not whole in units of 16 bytes.
+__device__ __forceinline__ void load_uneven(const Operand& x, char* to, const At& at) {
+  const bool wide = x.dtype == DType::f32;
+  const char* const from = row_of(x, at);
+  const uint32_t vectors = aligned(from) ? at.count / (wide ? 4 : 8) : 0;
 #pragma unroll 1
-  for (uint32_t n = 0; n < p.inputs; ++n) {
-    const uint32_t r = p.input[n];
-    if (!(wanted >> r & 1)) continue;
-    const Operand& x = p.operand[r];
-    const bool wide = x.dtype == DType::f32;
-    const char* from = row_of(x, at);
-    char* const to = slot + p.offset[r];
-    const uint32_t vectors = aligned(from) ? at.count / (wide ? 4 : 8) : 0;
+  for (uint32_t v = lane(); v < vectors; v += warp_size) {
+    copy_async(to + v * sizeof(Bytes16), from + v * sizeof(Bytes16));
+  }
+  if (vectors * (wide ? 4 : 8) < at.count) copy_rest(to, from, vectors, at.count, wide);
+}
+
+// Starts the copies of a tile's wanted operands; they belong to the group that is committed next.
+// Unrolled where it matters: a loop looks each operand up in the arguments, loads that wait for
+// one another.
+__device__ __forceinline__ void load_tile(const Plan& p, Roles wanted, char* slot, const At& at) {
+  const Roles even = at.count == tile ? p.even & wanted : 0, uneven = p.present & wanted & ~even;
 #pragma unroll
-    for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t v = half * warp_size + lane();
-      if (v < vectors) copy_async(to + v * sizeof(Bytes16), from + v * sizeof(Bytes16));
-    }
-    if (vectors * (wide ? 4 : 8) < at.count) copy_rest(to, from, vectors, at.count, wide);
+  for (uint32_t r = 0; r < roles; ++r) {
+    if (!(even >> r & 1)) continue;
+    const Operand& x = p.operand[r];
+    const char* const from = row_of(x, at) + lane() * sizeof(Bytes16);
+    char* const to = slot + p.offset[r] + lane() * sizeof(Bytes16);
+    constexpr uint32_t round = warp_size * sizeof(Bytes16);
+    copy_async(to, from);
+    if (x.dtype == DType::f32) copy_async(to + round, from + round);
+  }
+  if (uneven == 0) return;
+#pragma unroll 1
+  for (uint32_t r = 0; r < roles; ++r) {
+    if (uneven >> r & 1) load_uneven(p.operand[r], slot + p.offset[r], at);
   }
 }
 

@@ -95,7 +95,6 @@ inline uint16_t to_bfloat(float x) {
   return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-inline void fence() {}
 inline uint32_t count_up(uint32_t* counter) { return (*counter)++; }
 inline void raise_flag(uint32_t* flag) { *static_cast<volatile uint32_t*>(flag) = 1; }
 inline void await_flag(const uint32_t* flag) {
