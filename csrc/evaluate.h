@@ -10,6 +10,16 @@ namespace guard_ops {
 
 constexpr int metric_count = 10;  // in the order of guard_ops.objective.Metrics
 
+// Of numbers of rows, steps or samples. A device has no instruction for 64-bit division, and
+// kernels take fewer rows than 2^24.
+GUARD_OPS_HD int64_t quotient(int64_t n, int64_t d) {
+#if defined(__CUDA_ARCH__)
+  return uint32_t(n) / uint32_t(d);
+#else
+  return n / d;
+#endif
+}
+
 struct Problem {
   Config config;
   int64_t steps, batch, numel;
@@ -130,7 +140,8 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
   int64_t* const finite = scratch.finite;
 
   team.each(rows, [&](int64_t n) {
-    state[n].ratio = problem.ratio(n / batch, n % batch, sums(n));
+    const int64_t k = quotient(n, batch);
+    state[n].ratio = problem.ratio(k, n - k * batch, sums(n));
     state[n].surrogate = {0.0, 0.0, false, false, false};
     state[n].d_excess = 0.0;
   });
@@ -184,7 +195,8 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
   team.each(rows, [&](int64_t n) {
     RowState& r = state[n];
     if (!r.ratio.finite) return;
-    r.surrogate = surrogate_of(c, r.excess, problem.advantages.at(n / batch, n % batch));
+    const int64_t k = quotient(n, batch);
+    r.surrogate = surrogate_of(c, r.excess, problem.advantages.at(k, n - k * batch));
     r.d_excess = r.weight * r.surrogate.slope / samples;
   });
 
@@ -193,7 +205,8 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
   team.groups(steps + 1 + steps * metric_count, [&](const auto& group, int64_t n) {
     if (n == steps) {
       const auto at = [=](int64_t j) -> const RowState& {
-        return state[j % steps * batch + j / steps];
+        const int64_t i = quotient(j, steps);
+        return state[(j - i * steps) * batch + i];
       };
       double loss = group.sum(rows, [=](int64_t j) {
         const RowState& r = at(j);
@@ -207,11 +220,11 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
       if (group.leader()) out.loss(loss);
       return;
     }
-    const int64_t k = n < steps ? n : (n - steps - 1) / metric_count;
+    const int64_t k = n < steps ? n : quotient(n - steps - 1, metric_count);
     const RowState* const step = state + k * batch;
     const FiniteMean<std::decay_t<decltype(group)>> over{group, step, batch};
     if (n > steps) {
-      const int metric = int((n - steps - 1) % metric_count);
+      const int metric = int(n - steps - 1 - k * metric_count);
       const double value = metric_of(metric, over);
       if (group.leader()) out.metric(metric, k, value);
       return;

@@ -193,7 +193,8 @@ bool plan_cooperative(LossCall& call, Kernel* kernel, bool forced, Launch* launc
   call.slots = slots_a_warp(p, cooperative_threads, tiles);
   if (call.slots == 0) return false;
   constexpr uint32_t worth = 8;  // an eighth of the batch on chip
-  if (!forced && tiles > worth * call.slots) return false;
+  const uint32_t kept = tiles <= call.slots ? tiles : call.slots - ring_of(call.slots, true);
+  if (!forced && tiles > worth * kept) return false;
   candidate.shared_bytes = shared_bytes(p, cooperative_threads, call.slots);
   candidate.cooperative = true;
   const int most = at_once(address(kernel), candidate);

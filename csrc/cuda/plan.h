@@ -12,7 +12,7 @@
 namespace guard_ops::cuda {
 
 constexpr uint32_t lane_elements = 8, warp_size = 32, tile = lane_elements * warp_size;
-constexpr uint32_t most_chunk_tiles = 32, chunks_aimed_at = 64;  // of a row
+constexpr uint32_t most_chunk_tiles = 32, chunks_aimed_at = 128;  // of a row
 
 enum Role { role_v, role_uncond, role_ref, role_x, role_y, role_old, role_noise, roles };
 using Roles = uint32_t;  // bit r: role r
@@ -65,6 +65,13 @@ struct Plan {
   float guidance_scale, uncond_scale;  // uncond_scale: 1 - guidance_scale
   Rows table[3];                       // a, b, s
 };
+
+// How many of a warp's slots its copies go around in; the rest keep their tiles for a second pass,
+// `keeps`, where not all of them fit.
+GUARD_OPS_HD uint32_t ring_of(uint32_t slots, bool keeps) {
+  const uint32_t most = keeps && slots < 8 ? 2 : 4;
+  return slots >= most ? most : slots >= 2 ? 2 : 1;
+}
 
 // `with_mean`: a slot has room for sde_step's float32 mean.
 inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {

@@ -7,7 +7,7 @@
 
 namespace guard_ops::cuda {
 
-constexpr uint32_t row_lanes = 8;  // add one row's chunks together
+constexpr uint32_t row_lanes = 16;  // add one row's chunks together
 
 // [chunks] of each, float64; a chunk's sums lie apart so that neighbours' loads are one.
 struct Partials {

@@ -32,7 +32,7 @@ struct Walk {
     tiles = first < end ? ((end - first - 1) / warps() + 1) * p.chunk_tiles : 0;
     slots.count = slots_a_warp;
     slots.memory = memory + warp() * slots_a_warp * p.slot_bytes;
-    slots.ring = slots_a_warp >= 4 ? 4 : slots_a_warp >= 2 ? 2 : 1;
+    slots.ring = ring_of(slots_a_warp, keep && tiles > slots_a_warp);
     slots.resident = !keep ? 0 : tiles <= slots_a_warp ? tiles : slots_a_warp - slots.ring;
   }
 

@@ -216,7 +216,7 @@ void test_guard_loss() {
 
 // Rows of more chunks than a cluster has blocks, and of several tiles a chunk.
 void test_long_rows() {
-  constexpr int64_t numel = 256 * 64 * 2 - 1000;
+  constexpr int64_t numel = 256 * 128 * 2 - 1000;
   for (const int d : {1, 2}) {
     Operands in(dtypes[d], steps, batch, numel, true);
     for (const Form form : {Form::velocity, Form::seeded}) {
