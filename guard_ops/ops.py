@@ -371,26 +371,29 @@ def guard_loss_and_grad(
         with classifier-free guidance; nothing is left to run backward through.
     """
     transitions.check_tensor("model_output", model_output)
-    outputs = [model_output.detach()]
-    if model_output_uncond is not None:
-        transitions.check_tensor("model_output_uncond", model_output_uncond)
-        outputs.append(model_output_uncond.detach())
+    v, uncond = model_output.detach(), model_output_uncond
+    if uncond is not None:
+        transitions.check_tensor("model_output_uncond", uncond)
+        uncond = uncond.detach()
     with torch.enable_grad():  # which forbids constants that require grad
         call = _check_loss(
-            *(outputs[0], outputs[1] if len(outputs) > 1 else None), advantages, coeffs, config,
-            sample, prev_sample, old_mean, old_model_output, noise, seed, old_log_prob,
-            ref_model_output, guidance_scale, step_weights, statistics, process_group,
+            v, uncond, advantages, coeffs, config, sample, prev_sample, old_mean, old_model_output,
+            noise, seed, old_log_prob, ref_model_output, guidance_scale, step_weights, statistics,
+            process_group,
         )  # fmt: skip
         if call.fused:
-            loss, *grads = call.backend.guard_loss(call.t, *call.problem, True, len(outputs) > 1)[
-                :3
-            ]
+            loss, grad, grad_uncond, *_ = call.backend.guard_loss(
+                call.t, *call.problem, True, uncond is not None
+            )
         else:
-            flat = [x.requires_grad_() for x in call.t[:2] if x is not None]
+            leaves = [x.requires_grad_() for x in call.t[:2] if x is not None]
             loss, *_ = _composed(call.backend, call.t, call.problem, call.coeffs, process_group)
-            grads = torch.autograd.grad(loss, flat)
-    shaped = [grad.view(x.shape) for grad, x in zip(grads, outputs, strict=False)]
-    return LossAndGrad(loss.detach(), shaped[0] if len(outputs) == 1 else tuple(shaped))
+            grad, *rest = torch.autograd.grad(loss, leaves)
+            grad_uncond = rest[0] if rest else None
+    grad = grad.view(v.shape)
+    return LossAndGrad(
+        loss.detach(), grad if uncond is None else (grad, grad_uncond.view(uncond.shape))
+    )
 
 
 def _prepare(
