@@ -111,6 +111,7 @@ class GuardLoss(torch.autograd.Function):
         model_output_uncond: Tensor | None,
     ) -> Any:
         ctx.backend, ctx.wanted, ctx.guidance_scale = backend, wanted, t.guidance_scale
+        ctx.set_materialize_grads(False)  # the diagnostics get none
         now = (False, False) if model_output.dtype == torch.float16 else wanted
         loss, *buffers, per_row, metrics, ctx.sum_grads = backend.guard_loss(t, *problem, *now)
         ctx.buffers = buffers if any(now) else None
@@ -119,16 +120,24 @@ class GuardLoss(torch.autograd.Function):
         return loss, per_row, metrics
 
     @staticmethod
-    def backward(ctx: Context, grad_output: Tensor, *_: Any) -> Any:
-        outputs, rest = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-        rows = ctx.sum_grads.shape[1:]
-        flat = [None if x is None else flatten(x.detach(), *rows) for x in outputs]
-        t = Transitions._make([*flat, *rest, ctx.guidance_scale])
+    def backward(ctx: Context, grad_output: Tensor | None, *_: Any) -> Any:
+        saved = ctx.saved_tensors  # raises if one has changed, whether it is needed or not
+        outputs = saved[:2]
+        if grad_output is None:
+            return (None,) * 6
+
+        def transitions() -> Transitions:
+            rows = ctx.sum_grads.shape[1:]
+            flat = [None if x is None else flatten(x.detach(), *rows) for x in outputs]
+            return Transitions._make([*flat, *saved[2:], ctx.guidance_scale])
+
         buffers, ctx.buffers = ctx.buffers, None
         if buffers is None:
-            grads = _scaled(ctx.backend, t, ctx.sum_grads, grad_output, ctx.wanted)
+            grads = _scaled(ctx.backend, transitions(), ctx.sum_grads, grad_output, ctx.wanted)
         else:
-            grads = ctx.backend.scaled(t, ctx.sum_grads, buffers, grad_output.detach(), *ctx.wanted)
+            grads = ctx.backend.scaled(
+                transitions, ctx.sum_grads, buffers, grad_output.detach(), *ctx.wanted
+            )
         handed = [
             _once(ctx.backend.NAME, grad.view(output.shape), grad_output, *outputs)
             if wanted and grad is not None

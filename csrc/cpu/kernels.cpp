@@ -11,10 +11,10 @@ namespace guard_ops::cpu::GUARD_OPS_ISA {
 namespace {
 
 template <class R>
-struct Scratch {  // one tile of what is not read in place: converted, combined or generated
+struct Scratch {  // one tile of what is not read or written in place: combined, generated or padded
   alignas(64) R v[tile], uncond[tile], x[tile], y[tile], m[tile], v_old[tile], ref[tile];
   alignas(64) R noise[tile + 4 * width<float>];
-  alignas(64) R out[tile];
+  alignas(64) R out[2][tile];
 };
 
 // The operands of one tile.
@@ -23,17 +23,49 @@ struct Tile {
   Source<R> v, x, y, m, v_old, noise, ref;
 };
 
+// A span is worked off in stretches of whole groups of lanes: a tile, or, where every operand is
+// read in place, all of them. What is left at a row's end is less than a group: it is padded with
+// zeros, which add nothing to any sum, and what is made of them is not copied out.
+template <class R>
+constexpr int64_t padded(int64_t n) {
+  return (n + lanes<R> - 1) / lanes<R> * lanes<R>;
+}
+
+template <class R>
+int64_t stretch(const Span& at, int64_t from, bool in_place) {
+  const int64_t left = at.end - from, most = in_place || left < tile ? left : tile;
+  return most < lanes<R> ? most : most / lanes<R> * lanes<R>;
+}
+
+bool in_place(const Batch& t) { return !t.wide && !t.uncond && t.form != Form::seeded; }
+
+template <class R>
+void pad(R* scratch, DType dtype, int64_t n) {
+  std::memset(reinterpret_cast<char*>(scratch) + n * size_of(dtype), 0,
+              (padded<R>(n) - n) * size_of(dtype));
+}
+
 // float32 arithmetic converts as it loads; float64 arithmetic, which is for checking, beforehand.
-inline Source<float> stage(const Operand& from, const Span& at, int64_t j, int64_t, float*) {
-  return {from.row(at.k, at.i) + j * size_of(from.dtype), from.dtype};
+inline Source<float> stage(const Operand& from, const Span& at, int64_t j, int64_t n,
+                           float* scratch) {
+  const char* row = from.row(at.k, at.i) + j * size_of(from.dtype);
+  if (padded<float>(n) == n) return {row, from.dtype};
+  std::memcpy(scratch, row, n * size_of(from.dtype));
+  pad(scratch, from.dtype, n);
+  return {scratch, from.dtype};
 }
 
 inline Source<double> stage(const Operand& from, const Span& at, int64_t j, int64_t n,
                             double* scratch) {
   const char* row = from.row(at.k, at.i) + j * size_of(from.dtype);
-  if (from.dtype == DType::f64) return {row, DType::f64};
-  const Source<float> source{row, from.dtype};
-  for (int64_t e = 0; e < n; ++e) scratch[e] = load_one(source, e);
+  if (from.dtype == DType::f64 && padded<double>(n) == n) return {row, DType::f64};
+  if (from.dtype == DType::f64) {
+    std::memcpy(scratch, row, n * sizeof(double));
+  } else {
+    const Source<float> source{row, from.dtype};
+    for (int64_t e = 0; e < n; ++e) scratch[e] = load_one(source, e);
+  }
+  pad(scratch, DType::f64, n);
   return {scratch};
 }
 
@@ -43,10 +75,9 @@ Source<R> stage_velocity(const Batch& t, const Span& at, int64_t j, int64_t n, S
   if (!t.uncond) return v;
   const Source<R> uncond = stage(t.uncond, at, j, n, s.uncond);
   const Vector<R> scale = splat(R(t.guidance_scale));
-  constexpr int w = width<R>;
-  for (int64_t e = 0; e < n; e += w) {
-    const int64_t count = n - e < w ? n - e : w;
-    store_some(s.v + e, guided(load_some(uncond, e, count), load_some(v, e, count), scale), count);
+  // backwards: v's padded elements lie in the same scratch, perhaps narrower than what is made
+  for (int64_t e = padded<R>(n) - width<R>; e >= 0; e -= width<R>) {
+    store(s.v + e, guided(load(uncond, e), load(v, e), scale));
   }
   return {s.v};
 }
@@ -55,8 +86,27 @@ template <class R>
 Source<R> stage_noise(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch<R>& s) {
   if (t.noise) return stage(t.noise, at, j, n, s.noise);
   normals(t.seeds.word(at.k, at.i, 0), t.seeds.word(at.k, at.i, 1), j, n, s.noise);
+  pad(s.noise, Source<R>{}.dtype, n);
   return {s.noise};
 }
+
+// Where a tile's results go, in place or, where they are padded, first into scratch.
+template <class R>
+struct Output {
+  const Operand& to;
+  const Span& at;
+  int64_t j, n;
+  Target<R> target;
+
+  Output(const Operand& to, const Span& at, int64_t j, int64_t n, R* scratch)
+      : to(to), at(at), j(j), n(n) {
+    if (to) target = {padded<R>(n) == n ? row() : scratch, to.dtype};
+  }
+  void* row() const { return to.row(at.k, at.i) + j * size_of(to.dtype); }
+  void finish() const {
+    if (to && target.data != row()) std::memcpy(row(), target.data, n * size_of(to.dtype));
+  }
+};
 
 // Which operands a pass reads that not every one does.
 struct Needs {
@@ -89,23 +139,6 @@ Tile<R> stage_tile(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch
   return in;
 }
 
-template <Form F, class R, class Load>
-GUARD_OPS_HD Element<Vector<R>> element(const Tile<R>& in, Needs needs, Load load_at) {
-  // what the form does not use stays as it is: zeroing it costs a third of a pass
-  Element<Vector<R>> e;
-  if (needs.v) e.v = load_at(in.v);
-  if constexpr (uses_sample(F)) {
-    if (needs.x) e.x = load_at(in.x);
-    e.y = load_at(in.y);
-  }
-  if (needs.old) {
-    if constexpr (F == Form::mean) e.m = load_at.any(in.m);
-    if constexpr (uses_old_velocity(F)) e.v_old = load_at(in.v_old);
-  }
-  if constexpr (uses_noise(F)) e.noise = load_at.any(in.noise);
-  return e;
-}
-
 template <class R>
 Step<Vector<R>> broadcast(const Step<double>& step) {
   return {splat(R(step.a)), splat(R(step.b)), splat(R(step.s))};
@@ -116,26 +149,35 @@ template <class R>
 struct Accumulator {
   static constexpr int registers = lanes<R> / width<R>;
   Vector<R> part[registers] = {};
-  double total() const {
-    double lane[lanes<R>];
-    for (int q = 0; q < registers; ++q) {
-      for (int l = 0; l < width<R>; ++l) lane[q * width<R> + l] = part[q][l];
-    }
-    for (int half = lanes<R> / 2; half > 0; half /= 2) {
+  GUARD_OPS_HD double total() const {
+    Vector<double> lane[lanes<R> / width<double>];
+    for (int q = 0; q < registers; ++q) widen(part[q], lane + q * (width<R> / width<double>));
+#pragma GCC unroll 8
+    for (int half = lanes<R> / width<double> / 2; half > 0; half /= 2) {
       for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
     }
-    return lane[0];
+    return sum_of_lanes(lane[0]);
   }
 };
 
-// One vector of a tile: whole, or its last one, shorter. `call` loads an operand of dtype D, `any`
-// one of whichever, `put` stores one of dtype D.
+// Dtypes of a call's operands, each a constant or Any: of what has v's, and of the mean or noise.
+template <class Latents, class Other>
+struct DTypes {
+  using latents = Latents;
+  using other = Other;
+};
+
+// One vector of a tile: loads and stores of what has v's dtype, and loads of others.
 template <class D>
-struct Whole {
+struct At {
   int64_t at;
   template <class R>
   GUARD_OPS_HD Vector<R> operator()(const Source<R>& from) const {
-    return load<D>(from, at);
+    return load<typename D::latents>(from, at);
+  }
+  template <class R>
+  GUARD_OPS_HD Vector<R> other(const Source<R>& from) const {
+    return load<typename D::other>(from, at);
   }
   template <class R>
   GUARD_OPS_HD Vector<R> any(const Source<R>& from) const {
@@ -143,75 +185,94 @@ struct Whole {
   }
   template <class R>
   GUARD_OPS_HD void put(const Target<R>& to, Vector<R> x) const {
-    store<D>(to, at, x);
+    store<typename D::latents>(to, at, x);
   }
 };
 
-template <class D>
-struct Part {
-  int64_t at, count;
-  template <class R>
-  GUARD_OPS_HD Vector<R> operator()(const Source<R>& from) const {
-    return any(from);
-  }
-  template <class R>
-  GUARD_OPS_HD Vector<R> any(const Source<R>& from) const {
-    return load_some(from, at, count);
-  }
-  template <class R>
-  GUARD_OPS_HD void put(const Target<R>& to, Vector<R> x) const {
-    store_some(to, at, x, count);
-  }
-};
-
-// Calls body(q, where) for every vector of a tile; q is its accumulator.
+// Calls body(q, at) for every vector of [begin, end), whole groups; q is its accumulator.
 template <class R, class D, class Body>
-GUARD_OPS_HD void for_each_vector(int64_t n, Body body) {
-  constexpr int w = width<R>, registers = Accumulator<R>::registers;
-  int64_t j = 0;
-  for (; j + lanes<R> <= n; j += lanes<R>) {
+GUARD_OPS_HD void for_each_vector(int64_t begin, int64_t end, Body body) {
+  for (int64_t j = begin; j < end; j += lanes<R>) {
 #pragma GCC unroll 8
-    for (int q = 0; q < registers; ++q) body(q, Whole<D>{j + q * w});
+    for (int q = 0; q < Accumulator<R>::registers; ++q) body(q, At<D>{j + q * width<R>});
   }
-  for (int q = 0; j < n; j += w, ++q) body(q, Part<D>{j, n - j < w ? n - j : w});
 }
 
-template <class R>
-Target<R> target(const Operand& to, const Span& at, int64_t j) {
-  return {to.row(at.k, at.i) + j * size_of(to.dtype), to.dtype};
+template <Form F, class R, class D>
+GUARD_OPS_HD Element<Vector<R>> element(const Tile<R>& in, Needs needs, At<D> load_at) {
+  // what the form does not use stays as it is: zeroing it costs a third of a pass
+  Element<Vector<R>> e;
+  if (needs.v) e.v = load_at(in.v);
+  if constexpr (uses_sample(F)) {
+    if (needs.x) e.x = load_at(in.x);
+    e.y = load_at(in.y);
+  }
+  if (needs.old) {
+    if constexpr (F == Form::mean) e.m = load_at.other(in.m);
+    if constexpr (uses_old_velocity(F)) e.v_old = load_at(in.v_old);
+  }
+  if constexpr (uses_noise(F)) e.noise = load_at.other(in.noise);
+  return e;
 }
 
 constexpr Needs everything{true, true, true};
+
+// What sums also writes: nothing, or b times the departure or the residual.
+enum class Written : int { nothing, departure, residual };
+
+template <Written W, Form F, class R, class D>
+void add_sums(const Step<Vector<R>>& step, const Tile<R>& in, int64_t n, const Target<R>& to,
+              Sums* out) {
+  for (int64_t begin = 0; begin < n; begin += tile) {
+    Accumulator<R> s1, s2;
+    for_each_vector<R, D>(begin, n - begin < tile ? n : begin + tile, [&](int q, auto where) {
+      const Element<Vector<R>> x = element<F, R>(in, everything, where);
+      const Vector<R> d = delta<F>(step, x), e = residual<F>(step, x);
+      if constexpr (F != Form::log_prob) s1.part[q] = fma(d, e, s1.part[q]);
+      s2.part[q] = fma(d, d, s2.part[q]);
+      if constexpr (W == Written::departure) where.put(to, step.b * departure<F>(step, x));
+      if constexpr (W == Written::residual) where.put(to, step.b * e);
+    });
+    out->s1 += s1.total();
+    out->s2 += s2.total();
+  }
+}
+
+template <class R, class D>
+double reference_sum(const Step<Vector<R>>& step, const Tile<R>& in, int64_t n) {
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += tile) {
+    Accumulator<R> ref;
+    for_each_vector<R, D>(begin, n - begin < tile ? n : begin + tile, [&](int q, auto where) {
+      const Vector<R> d = step.b * (where(in.v) - where.any(in.ref));
+      ref.part[q] = fma(d, d, ref.part[q]);
+    });
+    total += ref.total();
+  }
+  return total;
+}
 
 template <Form F, class R, class D>
 Sums sums_of(const Batch& t, const Step<double>& step, const Span& at, const Direction& direction) {
   Scratch<R> scratch;
   const Step<Vector<R>> coefficients = broadcast<R>(step);
   Sums out{0, 0, 0};
-  for (int64_t j = at.begin; j < at.end; j += tile) {
-    const int64_t n = at.end - j < tile ? at.end - j : tile;
+  for (int64_t j = at.begin, n; j < at.end; j += n) {
+    n = stretch<R>(at, j, in_place(t));
+    const int64_t whole = padded<R>(n);
     const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, everything);
-    Accumulator<R> s1, s2;
-    Target<R> to{};
-    if (direction.to) to = target<R>(direction.to, at, j);
-    for_each_vector<R, D>(n, [&](int q, auto where) {
-      const Element<Vector<R>> x = element<F, R>(in, everything, where);
-      const Vector<R> d = delta<F>(coefficients, x), e = residual<F>(coefficients, x);
-      if constexpr (F != Form::log_prob) s1.part[q] = fma(d, e, s1.part[q]);
-      s2.part[q] = fma(d, d, s2.part[q]);
-      if (!to) return;
-      const bool with_v = direction.shape == Shape::departure;
-      where.put(to, coefficients.b * (with_v ? departure<F>(coefficients, x) : e));
-    });
-    out.s1 += s1.total();
-    out.s2 += s2.total();
-    if (!in.ref) continue;
-    Accumulator<R> ref;
-    for_each_vector<R, D>(n, [&](int q, auto where) {
-      const Vector<R> d = coefficients.b * (where(in.v) - where.any(in.ref));
-      ref.part[q] = fma(d, d, ref.part[q]);
-    });
-    out.ref += ref.total();
+    if (!direction.to) {
+      add_sums<Written::nothing, F, R, D>(coefficients, in, whole, {}, &out);
+    } else {
+      const Output<R> to(direction.to, at, j, n, scratch.out[0]);
+      if (direction.shape == Shape::departure) {
+        add_sums<Written::departure, F, R, D>(coefficients, in, whole, to.target, &out);
+      } else {
+        add_sums<Written::residual, F, R, D>(coefficients, in, whole, to.target, &out);
+      }
+      to.finish();
+    }
+    if (in.ref) out.ref += reference_sum<R, D>(coefficients, in, whole);
   }
   return out;
 }
@@ -238,13 +299,11 @@ void gradient_as(ShapeOf of, Plain plain, const Batch& t, const Step<double>& st
   const bool with_ref = !plain && c.c3 != 0 && t.ref;
   Needs needs = needs_of<F>(shape);
   needs.v = needs.v || with_ref;
-  for (int64_t j = at.begin; j < at.end; j += tile) {
-    const int64_t n = at.end - j < tile ? at.end - j : tile;
+  for (int64_t j = at.begin, n; j < at.end; j += n) {
+    n = stretch<R>(at, j, in_place(t));
     const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, needs);
-    Target<R> to{}, to_uncond{};
-    if (plain || cond) to = target<R>(cond, at, j);
-    if (!plain && uncond) to_uncond = target<R>(uncond, at, j);
-    for_each_vector<R, D>(n, [&](int, auto where) {
+    const Output<R> to(cond, at, j, n, scratch.out[0]), to_uncond(uncond, at, j, n, scratch.out[1]);
+    for_each_vector<R, D>(0, padded<R>(n), [&](int, auto where) {
       const Element<Vector<R>> x = element<F, R>(in, needs, where);
       Vector<R> g;
       if (shape == Shape::general) {
@@ -254,9 +313,11 @@ void gradient_as(ShapeOf of, Plain plain, const Batch& t, const Step<double>& st
         g = factor * (b * (with_v ? departure<F>(coefficients, x) : residual<F>(coefficients, x)));
       }
       if (with_ref) g = fma(factors.k3, x.v - where.any(in.ref), g);
-      if (plain || to) where.put(to, !plain && t.uncond ? scale * g : g);
-      if (!plain && to_uncond) where.put(to_uncond, rest * g);
+      if (plain || cond) where.put(to.target, !plain && t.uncond ? scale * g : g);
+      if (!plain && uncond) where.put(to_uncond.target, rest * g);
     });
+    to.finish();
+    to_uncond.finish();
   }
 }
 
@@ -287,11 +348,17 @@ void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c
 
 template <class R>
 void scale_of(const Operand& to, double factor, const Span& at) {
+  Scratch<R> scratch;
   const Vector<R> f = splat(R(factor));
-  const Target<R> out = target<R>(to, at, at.begin);
-  const Source<R> in{out.data, out.dtype};
-  for_each_vector<R, Any>(at.end - at.begin,
-                          [&](int, auto where) { where.put(out, f * where(in)); });
+  using D = DTypes<Any, Any>;
+  for (int64_t j = at.begin, n; j < at.end; j += n) {
+    n = stretch<R>(at, j, true);
+    const Source<R> in = stage(to, at, j, n, scratch.v);
+    const Output<R> out(to, at, j, n, scratch.out[0]);
+    for_each_vector<R, D>(0, padded<R>(n),
+                          [&](int, auto where) { where.put(out.target, f * where(in)); });
+    out.finish();
+  }
 }
 
 void scale(const Operand& to, double factor, const Span& at) {
@@ -310,66 +377,81 @@ double step_of(const Batch& t, const Step<double>& step, const Span& at, const O
   Scratch<R> s;
   const Step<Vector<R>> coefficients = broadcast<R>(step);
   double total = 0;
-  for (int64_t j = at.begin; j < at.end; j += tile) {
-    const int64_t n = at.end - j < tile ? at.end - j : tile;
+  for (int64_t j = at.begin, n; j < at.end; j += n) {
+    n = stretch<R>(at, j, false);
     const Source<R> v = stage(t.v, at, j, n, s.v), x = stage(t.x, at, j, n, s.x);
     const Source<R> noise = stage_noise(t, at, j, n, s);
-    const Target<R> y = target<R>(prev_sample, at, j), m = target<R>(mean_out, at, j);
+    const Output<R> y(prev_sample, at, j, n, s.out[0]), m(mean_out, at, j, n, s.out[1]);
     Accumulator<R> square;
-    for_each_vector<R, Any>(n, [&](int q, auto where) {
+    for_each_vector<R, DTypes<Any, Any>>(0, padded<R>(n), [&](int q, auto where) {
       const Vector<R> mu = mean(coefficients, where(x), where(v));
       const Vector<R> sampled = fma(coefficients.s, where(noise), mu);
-      where.put(m, mu);
-      where.put(y, sampled);
+      where.put(m.target, mu);
+      where.put(y.target, sampled);
       // log_prob is that of the sample as it is stored
-      const Vector<R> d = rounded<R>(sampled, y.dtype) - mu;
+      const Vector<R> d = rounded<R>(sampled, prev_sample.dtype) - mu;
       square.part[q] = fma(d, d, square.part[q]);
     });
+    y.finish();
+    m.finish();
     total += square.total();
   }
   return total;
 }
 
-// The dtype of v, x, y and v_old, if it is one and nothing but conversion stands before them.
-template <class Call>
+// The dtypes, where they are one of the usual sets and nothing but conversion stands before v.
+template <Form F, class Call>
 auto by_dtype(const Batch& t, Call call) {
-  if (t.wide) return call(double{}, Any{});
+  using any = DTypes<Any, Any>;
+  if (t.wide) return call(double{}, any{});
+  const DType v = t.v.dtype, other = t.m ? t.m.dtype : t.noise ? t.noise.dtype : DType::f32;
   bool same = !t.uncond;
-  for (const Operand* x : {&t.x, &t.y, &t.v_old}) same = same && (!*x || x->dtype == t.v.dtype);
-  if (same && t.v.dtype == DType::f32) return call(float{}, Known<DType::f32>{});
-  if (same && t.v.dtype == DType::bf16) return call(float{}, Known<DType::bf16>{});
-  if (same && t.v.dtype == DType::f16) return call(float{}, Known<DType::f16>{});
-  return call(float{}, Any{});
+  for (const Operand* x : {&t.x, &t.y, &t.v_old}) same = same && (!*x || x->dtype == v);
+  using f32 = Known<DType::f32>;
+  const auto of = [&](auto own) {
+    using Own = decltype(own);
+    if (other == DType::f32) return call(float{}, DTypes<Own, f32>{});
+    if constexpr (F == Form::mean || F == Form::noise) {
+      if (other == v) return call(float{}, DTypes<Own, Own>{});
+    }
+    return call(float{}, any{});
+  };
+  if (same && v == DType::f32) return of(f32{});
+  if (same && v == DType::bf16) return of(Known<DType::bf16>{});
+  if (same && v == DType::f16) return of(Known<DType::f16>{});
+  return call(float{}, any{});
 }
 
 template <class Call>
 auto dispatch(const Batch& t, Call call) {
-  return by_dtype(t, [&](auto real, auto dtype) {
-    switch (t.form) {
-      case Form::mean:
-        return call(std::integral_constant<Form, Form::mean>{}, real, dtype);
-      case Form::velocity:
-        return call(std::integral_constant<Form, Form::velocity>{}, real, dtype);
-      case Form::noise:
-      case Form::seeded:
-        return call(std::integral_constant<Form, Form::noise>{}, real, dtype);
-      default:
-        return call(std::integral_constant<Form, Form::log_prob>{}, real, dtype);
-    }
-  });
+  const auto as = [&](auto form) {
+    return by_dtype<decltype(form)::value>(
+        t, [&](auto real, auto dtypes) { return call(form, real, dtypes); });
+  };
+  switch (t.form) {
+    case Form::mean:
+      return as(std::integral_constant<Form, Form::mean>{});
+    case Form::velocity:
+      return as(std::integral_constant<Form, Form::velocity>{});
+    case Form::noise:
+    case Form::seeded:
+      return as(std::integral_constant<Form, Form::noise>{});
+    default:
+      return as(std::integral_constant<Form, Form::log_prob>{});
+  }
 }
 
 Sums sums(const Batch& t, const Step<double>& step, const Span& at, const Direction& direction) {
-  return dispatch(t, [&](auto form, auto real, auto dtype) {
-    return sums_of<decltype(form)::value, decltype(real), decltype(dtype)>(t, step, at, direction);
+  return dispatch(t, [&](auto form, auto real, auto dtypes) {
+    return sums_of<decltype(form)::value, decltype(real), decltype(dtypes)>(t, step, at, direction);
   });
 }
 
 void gradient(const Batch& t, const Step<double>& step, const Coefficients& c, const Span& at,
               const Operand& cond, const Operand& uncond) {
-  dispatch(t, [&](auto form, auto real, auto dtype) {
-    gradient_of<decltype(form)::value, decltype(real), decltype(dtype)>(t, step, c, at, cond,
-                                                                        uncond);
+  dispatch(t, [&](auto form, auto real, auto dtypes) {
+    gradient_of<decltype(form)::value, decltype(real), decltype(dtypes)>(t, step, c, at, cond,
+                                                                         uncond);
   });
 }
 

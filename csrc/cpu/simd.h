@@ -83,6 +83,36 @@ constexpr int width = GUARD_OPS_VECTOR / sizeof(R);
 template <class R>
 constexpr int lanes = 128 / sizeof(R);  // logical accumulators of a sum
 
+// A vector's elements as float64, in their order.
+GUARD_OPS_HD void widen(vd x, vd* to) { *to = x; }
+GUARD_OPS_HD void widen(vf x, vd* to) {
+#if GUARD_OPS_VECTOR == 64
+  to[0] = (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x));
+  to[1] = (vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1));
+#elif GUARD_OPS_VECTOR == 32
+  to[0] = (vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x));
+  to[1] = (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1));
+#else
+  to[0] = (vd)_mm_cvtps_pd((__m128)x);
+  to[1] = (vd)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x));
+#endif
+}
+
+// The upper half added to the lower one until one element is left.
+GUARD_OPS_HD double sum_of_lanes(vd x) {
+#if GUARD_OPS_VECTOR == 64
+  const __m256d four = _mm512_castpd512_pd256((__m512d)x) + _mm512_extractf64x4_pd((__m512d)x, 1);
+#elif GUARD_OPS_VECTOR == 32
+  const __m256d four = (__m256d)x;
+#endif
+#if GUARD_OPS_VECTOR >= 32
+  const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
+#else
+  const __m128d two = (__m128d)x;
+#endif
+  return two[0] + two[1];
+}
+
 template <class R>
 GUARD_OPS_HD Vector<R> splat(R x) {
   return Vector<R>{} + x;

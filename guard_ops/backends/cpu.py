@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def guard_loss(
 
 
 def scaled(
-    t: Transitions,
+    transitions: Callable[[], Transitions],
     sum_grads: Tensor,  # [3, K, B] float64: d loss / d sums
     grads: list[Tensor],
     factor: Tensor,  # []
@@ -119,7 +120,7 @@ def scaled(
     value = factor.item()
     if value != 1.0 and any(grad.element_size() == 2 for grad in grads):
         grads.clear()  # frees the buffers before their successors are allocated
-        return gradient(t, sum_grads * value, cond, uncond)
+        return gradient(transitions(), sum_grads * value, cond, uncond)
     if value != 1.0:
         for grad in grads:
             grad.mul_(value)

@@ -5,6 +5,8 @@ float32, bfloat16 and float16 operands in any mixture; float64 belongs to ``refe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -104,7 +106,7 @@ def guard_loss(
 
 
 def scaled(
-    t: Transitions,
+    transitions: Callable[[], Transitions],
     sum_grads: Tensor,  # [3, K, B] float64: d loss / d sums
     grads: list[Tensor],
     factor: Tensor,  # []
@@ -115,5 +117,5 @@ def scaled(
 
     The host does not wait for ``factor``: where the device finds a 1, the kernel ends at once.
     """
-    _ops.scaled_(*grads, factor, sum_grads, *t, cond, uncond)
+    _ops.scaled_(*grads, factor, sum_grads, *transitions(), cond, uncond)
     return tuple(grads)

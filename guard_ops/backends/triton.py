@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def guard_loss(
 
 
 def scaled(
-    t: Transitions,
+    transitions: Callable[[], Transitions],
     sum_grads: Tensor,  # [3, K, B] float64: d loss / d sums
     grads: list[Tensor],
     factor: Tensor,  # []
@@ -113,7 +114,7 @@ def scaled(
     gradient would be rounded a second time; it is computed anew from the coefficients.
     """
     gradients.rescale(
-        t, sum_grads, grads[0] if cond else None, grads[1] if uncond else None, factor
+        transitions(), sum_grads, grads[0] if cond else None, grads[1] if uncond else None, factor
     )
     return tuple(grads)
 
