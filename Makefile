@@ -12,6 +12,9 @@ SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt s
 demo: $(VENV)/runtime
 	$(BIN)/guard-ops demo
 
+# Two processes of as many threads as there are cores: none may spin while it waits for another.
+test test-triton: export OMP_WAIT_POLICY = passive
+
 test: lint test-cpp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(MAKE) test-triton
