@@ -200,13 +200,15 @@ TORCH_LIBRARY_IMPL(guard_ops, CPU, m) {
 }  // namespace
 }  // namespace guard_ops
 
-#if defined(GUARD_OPS_CUDA_VERSION)
 namespace guard_ops {
+void define_gather(pybind11::module_& m);  // bindings_gather.cpp
+#if defined(GUARD_OPS_CUDA_VERSION)
 void define_cuda(pybind11::module_& m);  // bindings_cuda.cpp
-}
 #endif
+}  // namespace guard_ops
 
 PYBIND11_MODULE(_C, m) {
+  guard_ops::define_gather(m);
 #if defined(GUARD_OPS_CUDA_VERSION)
   guard_ops::define_cuda(m);
 #endif

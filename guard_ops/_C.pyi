@@ -9,6 +9,9 @@ def keep_buffers(bytes: int) -> None:
 def release_buffers() -> int:
     """Gives the kept memory back to the system; returns how many bytes that were."""
 
+def gather(*arguments: Any) -> tuple[Any, ...] | None:
+    """``transitions.gather_plain``; None for arguments that need a closer look."""
+
 # With CUDA kernels only.
 def cuda_unsupported(device: int) -> str:
     """Why this device cannot run the kernels of this build; empty where it can."""

@@ -254,7 +254,7 @@ class _LossCall(NamedTuple):
     shape: Shape
     t: Transitions  # of the outputs without their history where `fused` can do without
     problem: autograd.Problem
-    coeffs: StepCoefficients  # [K, B]
+    coeffs: StepCoefficients  # [K, B] where not `fused`
 
 
 def _check_loss(
@@ -278,11 +278,29 @@ def _check_loss(
 ) -> _LossCall:
     """Every argument of :func:`guard_loss`, checked; raises as it says."""
     config = _ARTICLE if config is None else config
+    compiling = torch.compiler.is_compiling()
+    plain = (
+        None
+        if compiling or process_group is not None
+        else transitions.gather_plain(
+            model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
+            old_model_output, noise, seed, coeffs, guidance_scale, advantages, old_log_prob,
+            step_weights,
+        )
+    )  # fmt: skip
+    if plain is not None:
+        backend = select(model_output.device)
+        if backend.FUSED and plain.shape.batch <= backends.max_batch(backend):
+            mean_std = _check_objective(
+                config, plain.t, coeffs, plain.shape, statistics, process_group
+            )
+            problem = autograd.Problem(*plain.rows, mean_std, config, coeffs.gaussian)
+            return _LossCall(backend, True, plain.shape, plain.t, problem, coeffs)
     shape = transitions.check_shape(model_output, coeffs)
     device = model_output.device
     backend = select(device)
     fused = backend.FUSED and process_group is None and shape.batch <= backends.max_batch(backend)
-    if fused and not torch.compiler.is_compiling():  # the views below need no autograd node each
+    if fused and not compiling:  # the views below need no autograd node each
         model_output = model_output.detach()
         if model_output_uncond is not None:
             transitions.check_tensor("model_output_uncond", model_output_uncond)

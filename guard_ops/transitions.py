@@ -7,7 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import extension
 from .schedule import StepCoefficients, check_coefficients
+
+try:
+    _gather_plain = extension.load().gather
+except ImportError:
+    _gather_plain = None
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -281,6 +287,57 @@ def gather(
         None if seed is None else seeds(seed, shape, device),
         coeffs.table,
         1.0 if guidance_scale is None else float(guidance_scale),
+    )
+
+
+class Plain(NamedTuple):
+    """What a backend's ``guard_loss`` takes of a call that has nothing wrong or unusual."""
+
+    t: Transitions  # without history
+    shape: Shape
+    rows: tuple[Tensor, Tensor | None, Tensor | None]  # advantages, old_log_prob, step_weights
+
+
+def gather_plain(
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    ref_model_output: Tensor | None,
+    sample: Tensor | None,
+    prev_sample: Tensor | None,
+    old_mean: Tensor | None,
+    old_model_output: Tensor | None,
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    coeffs: StepCoefficients,
+    guidance_scale: float | None,
+    advantages: Tensor,
+    old_log_prob: Tensor | None,
+    step_weights: Tensor | None,
+) -> Plain | None:
+    """:func:`gather` and :func:`per_transition` at once, in C++; None where they have to look.
+
+    The checks above cost as much as the kernel on a small latent. This accepts nothing that they
+    refuse and says nothing: what it does not accept is theirs to view, convert or complain about.
+    """
+    if _gather_plain is None or not isinstance(coeffs, StepCoefficients) or coeffs.deterministic:
+        return None
+    if (model_output_uncond is None) != (guidance_scale is None):
+        return None
+    if guidance_scale is not None and type(guidance_scale) not in (float, int):
+        return None
+    found = _gather_plain(
+        model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
+        old_model_output, noise, seed, coeffs.table, advantages, old_log_prob, step_weights,
+    )  # fmt: skip
+    if found is None:
+        return None
+    scale = 1.0 if guidance_scale is None else float(guidance_scale)
+    v, one_step = found[0], coeffs.table.ndim == 1
+    latent = model_output.shape[1 if one_step else 2 :]
+    return Plain(
+        Transitions._make([*found[:10], scale]),
+        Shape(v.shape[0], v.shape[1], latent, one_step),
+        found[10:],
     )
 
 

@@ -1,0 +1,152 @@
+"""The checks in one step of C++ against those of Python: the same views, nothing more accepted."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from problems import FORMS, problem
+
+import guard_ops as go
+from guard_ops import ops, transitions
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in go.available_backends(), reason="the extension is not built"
+)
+ARGUMENTS = ("model_output", "model_output_uncond", "advantages", "coeffs", "config", "sample",
+             "prev_sample", "old_mean", "old_model_output", "noise", "seed", "old_log_prob",
+             "ref_model_output", "guidance_scale", "step_weights", "statistics",
+             "process_group")  # fmt: skip
+
+
+def checked(given):
+    return ops._check_loss(**{name: given.get(name) for name in ARGUMENTS})
+
+
+def in_python(monkeypatch, given):
+    with monkeypatch.context() as patch:
+        patch.setattr(transitions, "_gather_plain", None)
+        return checked(given)
+
+
+def plainly(monkeypatch, given):
+    """What is accepted in one step, or None."""
+    found = []
+    gather = transitions._gather_plain
+    with monkeypatch.context() as patch:
+        patch.setattr(transitions, "_gather_plain", lambda *a: found.append(gather(*a)) or found[0])
+        try:
+            call = checked(given)
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            call = None
+    return call if found and found[0] is not None else None
+
+
+def assert_same(got, want):
+    assert got.fused
+    assert got.backend is want.backend
+    assert got.shape == want.shape
+    assert got.t.guidance_scale == want.t.guidance_scale
+    pairs = [*zip(got.t[:-1], want.t[:-1], strict=True)]
+    pairs += [*zip(got.problem[:4], want.problem[:4], strict=True)]
+    for mine, other in pairs:
+        if other is None:
+            assert mine is None
+            continue
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)
+        assert mine.data_ptr() == other.data_ptr()  # a view of the same memory
+        assert not mine.requires_grad
+        for size, stride, expected in zip(mine.shape, mine.stride(), other.stride(), strict=True):
+            assert size == 1 or stride == expected
+    assert got.problem[4:] == want.problem[4:]
+
+
+def as_trainers_hold_them(tensor):
+    """A [K, B, ...] view of a trajectory stored [B, K, ...]."""
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [None, 1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_usual_calls_are_accepted_with_the_same_views(form, steps, dtype, guided, monkeypatch):
+    given = problem(form, steps=steps, dtype=dtype, guided=guided)
+    given["advantages"] = given["advantages"].float()
+    given["model_output"] = given["model_output"].requires_grad_()
+    if steps == 3:
+        given |= {"step_weights": torch.rand(3, 4), "advantages": torch.randn(3, 4)}
+        for name in ("sample", "prev_sample", "old_model_output", "old_mean", "noise"):
+            if name in given:
+                given[name] = as_trainers_hold_them(given[name])
+    got = plainly(monkeypatch, given)
+    assert got is not None
+    assert_same(got, in_python(monkeypatch, given))
+
+
+def test_coefficients_of_every_shape_are_expanded(monkeypatch):
+    given = problem("noise", dtype=torch.float32)
+    for index in (slice(1, 4), torch.tensor([[1, 2, 3, 4]] * 3)):
+        given["coeffs"] = go.SdeSchedule((1, 0.9, 0.75, 0.55, 0.3, 0.1, 0), 0.7)[index]
+        assert_same(plainly(monkeypatch, given), in_python(monkeypatch, given))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def changes_of(value):
+    """What may be wrong or unusual about one argument."""
+    yield None
+    yield 1.5
+    if not isinstance(value, torch.Tensor):
+        return
+    yield value.tolist()
+    yield value.as_subclass(Subclass)
+    yield value[..., :-1]
+    yield value[None]
+    yield value[:0]
+    yield value.to("meta")
+    yield value.to(torch.int32)
+    yield value.to_sparse()
+    yield value.mT if value.ndim > 1 else value.flip(0)
+    yield value.repeat_interleave(2, -1)[..., ::2]  # not dense
+    yield value[..., :1].expand_as(value)
+    if value.is_floating_point():
+        yield value.to(torch.complex64)
+        yield value.to(torch.float16)
+        yield torch._neg_view(value)
+        yield value.detach().requires_grad_()
+
+
+@pytest.mark.parametrize("steps", [None, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_is_accepted_that_python_would_refuse_or_see_otherwise(form, steps, monkeypatch):
+    given = problem(form, steps=steps, dtype=torch.float32, guided=True, reference=True)
+    given["config"] = go.GuardConfig(kl_beta=0.1)
+    given["advantages"] = given["advantages"].float()
+    given["step_weights"] = torch.rand(given["model_output"].shape[: 1 if steps is None else 2])
+    names = [name for name in ARGUMENTS if name not in ("config", "statistics", "process_group")]
+    cases = [{name: change} for name in names for change in changes_of(given.get(name))]
+    cases += [{name: given["model_output"].detach()} for name in names if name not in given]
+    draw = random.Random(0).sample
+    cases += [a | b for a, b in draw([*itertools.combinations(cases, 2)], 400)]
+    accepted = 0
+    for case in cases:
+        call = {**given, **case}
+        got = plainly(monkeypatch, call)
+        if got is None:
+            continue
+        accepted += 1
+        assert_same(got, in_python(monkeypatch, call))  # raises where Python refuses
+    assert 0 < accepted < len(cases) / 2
+
+
+def test_constants_that_require_grad_are_refused_under_grad_mode_only(monkeypatch):
+    given = problem("velocity", dtype=torch.float32)
+    given["advantages"] = given["advantages"].float()
+    given["sample"] = given["sample"].requires_grad_()
+    assert plainly(monkeypatch, given) is None
+    with torch.no_grad():
+        assert plainly(monkeypatch, given) is not None
