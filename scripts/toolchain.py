@@ -185,7 +185,7 @@ def _disagreement(request: str, torch: Torch, found: list[Nvcc]) -> str:
     how = []
     if torch.cuda != request:
         how.append(
-            f"torch: pip install torch --index-url https://download.pytorch.org/whl/{tag}, or ask "
+            f"torch: the build called {tag} (pytorch.org/get-started gives the command), or ask "
             + (f"for GUARD_OPS_CUDA={torch.cuda}" if torch.cuda else "for GUARD_OPS_CUDA=cpu")
         )
     if not any(n.version == request for n in found):
