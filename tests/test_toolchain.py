@@ -88,13 +88,18 @@ def test_a_version_is_built_where_all_three_agree(toolchain, machine):
         (
             "13.0",
             ["13.0"],
-            ["torch 2.14.1 (CUDA 13.0)", "nvcc: nvcc 13.0", "the build called cu128", "nvcc: CUDA"],
+            [
+                "torch 2.14.1 (CUDA 13.0)",
+                "nvcc: nvcc 13.0",
+                "torch: the build called cu128",
+                "nvcc: CUDA",
+            ],
         ),
         ("12.8", [], ["nvcc: none", "cuda-toolkit-archive"]),
         (
             None,
             ["12.8"],
-            ["torch 2.14.1 (no CUDA)", "the build called cu128", "GUARD_OPS_CUDA=cpu"],
+            ["torch 2.14.1 (no CUDA)", "torch: the build called cu128", "GUARD_OPS_CUDA=cpu"],
         ),
     ],
 )
@@ -102,7 +107,6 @@ def test_a_version_that_does_not_fit_is_refused_with_what_is_there_and_how(
     cuda, nvccs, said, toolchain, machine
 ):
     environ = {**machine(cuda=cuda, nvccs=nvccs), "GUARD_OPS_CUDA": "12.8"}
-    said = [s.replace("the build called cu128", "torch: the build called cu128") for s in said]
     with pytest.raises(toolchain.ToolchainError) as refusal:
         toolchain.choose(environ)
     text = str(refusal.value)
