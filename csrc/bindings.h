@@ -1,5 +1,5 @@
-// What the operators of every device share: torch's tensors as the kernels' operands. Only the files
-// called bindings know torch.
+// What the operators of every device share: torch's tensors as the kernels' operands. Only the
+// files called bindings know torch.
 #pragma once
 
 #include <ATen/ATen.h>
