@@ -279,23 +279,14 @@ def _check_loss(
     """Every argument of :func:`guard_loss`, checked; raises as it says."""
     config = _ARTICLE if config is None else config
     compiling = torch.compiler.is_compiling()
-    plain = (
-        None
-        if compiling or process_group is not None
-        else transitions.gather_plain(
-            model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
-            old_model_output, noise, seed, coeffs, guidance_scale, advantages, old_log_prob,
-            step_weights,
-        )
-    )  # fmt: skip
-    if plain is not None:
-        backend = select(model_output.device)
-        if backend.FUSED and plain.shape.batch <= backends.max_batch(backend):
-            mean_std = _check_objective(
-                config, plain.t, coeffs, plain.shape, statistics, process_group
-            )
-            problem = autograd.Problem(*plain.rows, mean_std, config, coeffs.gaussian)
-            return _LossCall(backend, True, plain.shape, plain.t, problem, coeffs)
+    if not compiling and process_group is None:
+        plain = _plain_call(
+            model_output, model_output_uncond, advantages, coeffs, config, sample, prev_sample,
+            old_mean, old_model_output, noise, seed, old_log_prob, ref_model_output,
+            guidance_scale, step_weights, statistics,
+        )  # fmt: skip
+        if plain is not None:
+            return plain
     shape = transitions.check_shape(model_output, coeffs)
     device = model_output.device
     backend = select(device)
@@ -315,6 +306,42 @@ def _check_loss(
     mean_std = _check_objective(config, t, full, shape, statistics, process_group)
     problem = autograd.Problem(adv, old, step_weights, mean_std, config, full.gaussian)
     return _LossCall(backend, fused, shape, t, problem, full)
+
+
+def _plain_call(
+    model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    advantages: Tensor,
+    coeffs: StepCoefficients,
+    config: GuardConfig,
+    sample: Tensor | None,
+    prev_sample: Tensor | None,
+    old_mean: Tensor | None,
+    old_model_output: Tensor | None,
+    noise: Tensor | None,
+    seed: int | Tensor | None,
+    old_log_prob: Tensor | None,
+    ref_model_output: Tensor | None,
+    guidance_scale: float | None,
+    step_weights: Tensor | None,
+    statistics: RatioStatistics | None,
+) -> _LossCall | None:
+    """A fused backend's call whose operands are as they should be; None for any other."""
+    if not isinstance(model_output, Tensor):
+        return None
+    backend = select(model_output.device)
+    if not backend.FUSED:
+        return None
+    plain = transitions.gather_plain(
+        model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
+        old_model_output, noise, seed, coeffs, guidance_scale, advantages, old_log_prob,
+        step_weights,
+    )  # fmt: skip
+    if plain is None or plain.shape.batch > backends.max_batch(backend):
+        return None
+    mean_std = _check_objective(config, plain.t, coeffs, plain.shape, statistics, None)
+    problem = autograd.Problem(*plain.rows, mean_std, config, coeffs.gaussian)
+    return _LossCall(backend, True, plain.shape, plain.t, problem, coeffs)
 
 
 def _composed(

@@ -11,7 +11,7 @@ from . import extension
 from .schedule import StepCoefficients, check_coefficients
 
 try:
-    _gather_plain = extension.load().gather
+    _gather_plain = getattr(extension.load(), "gather", None)  # None: built before it was there
 except ImportError:
     _gather_plain = None
 

@@ -37,8 +37,13 @@ def plainly(monkeypatch, given):
         patch.setattr(transitions, "_gather_plain", lambda *a: found.append(gather(*a)) or found[0])
         try:
             call = checked(given)
-        except (TypeError, ValueError, AttributeError, RuntimeError):
-            call = None
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            call = error
+    if isinstance(call, Exception):  # of the objective, or what Python says of the operands
+        with pytest.raises(type(call)) as refusal:
+            in_python(monkeypatch, given)
+        assert str(refusal.value) == str(call)
+        return None
     return call if found and found[0] is not None else None
 
 
@@ -100,6 +105,11 @@ def changes_of(value):
     """What may be wrong or unusual about one argument."""
     yield None
     yield 1.5
+    if isinstance(value, go.StepCoefficients):
+        for table in changes_of(value.table):
+            if isinstance(table, torch.Tensor):
+                yield go.StepCoefficients._of(table, True, ())
+        yield go.StepCoefficients._of(value.table, True, (2,))  # deterministic
     if not isinstance(value, torch.Tensor):
         return
     yield value.tolist()
@@ -107,6 +117,8 @@ def changes_of(value):
     yield value[..., :-1]
     yield value[None]
     yield value[:0]
+    yield value[:-1]
+    yield torch.cat([value, value])
     yield value.to("meta")
     yield value.to(torch.int32)
     yield value.to_sparse()
@@ -150,3 +162,14 @@ def test_constants_that_require_grad_are_refused_under_grad_mode_only(monkeypatc
     assert plainly(monkeypatch, given) is None
     with torch.no_grad():
         assert plainly(monkeypatch, given) is not None
+
+
+def test_a_constant_that_changes_before_backward_is_noticed(monkeypatch):
+    given = problem("velocity", dtype=torch.float32)
+    given["advantages"] = given["advantages"].float()
+    given["model_output"] = given["model_output"].requires_grad_()
+    assert plainly(monkeypatch, given) is not None
+    loss = go.guard_loss(**given).loss
+    given["sample"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

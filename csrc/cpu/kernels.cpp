@@ -17,7 +17,7 @@ struct Scratch {  // one tile of what is not read or written in place: combined,
   alignas(64) R out[2][tile];
 };
 
-// The operands of one tile.
+// The operands of one stretch of a span.
 template <class R>
 struct Tile {
   Source<R> v, x, y, m, v_old, noise, ref;
@@ -25,7 +25,7 @@ struct Tile {
 
 // A span is worked off in stretches of whole groups of lanes: a tile, or, where every operand is
 // read in place, all of them. What is left at a row's end is less than a group: it is padded with
-// zeros, which add nothing to any sum, and what is made of them is not copied out.
+// zeros, which add nothing to a finite sum, and what is made of them is not copied out.
 template <class R>
 constexpr int64_t padded(int64_t n) {
   return (n + lanes<R> - 1) / lanes<R> * lanes<R>;
@@ -167,7 +167,7 @@ struct DTypes {
   using other = Other;
 };
 
-// One vector of a tile: loads and stores of what has v's dtype, and loads of others.
+// One vector of a stretch: loads and stores of what has v's dtype, and loads of others.
 template <class D>
 struct At {
   int64_t at;
@@ -404,7 +404,8 @@ template <Form F, class Call>
 auto by_dtype(const Batch& t, Call call) {
   using any = DTypes<Any, Any>;
   if (t.wide) return call(double{}, any{});
-  const DType v = t.v.dtype, other = t.m ? t.m.dtype : t.noise ? t.noise.dtype : DType::f32;
+  const Operand& named = F == Form::mean ? t.m : t.noise;  // seeded noise is made in float32
+  const DType v = t.v.dtype, other = named ? named.dtype : DType::f32;
   bool same = !t.uncond;
   for (const Operand* x : {&t.x, &t.y, &t.v_old}) same = same && (!*x || x->dtype == v);
   using f32 = Known<DType::f32>;

@@ -131,11 +131,6 @@ GUARD_OPS_HD void store(R* p, Vector<R> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-template <class R>
-GUARD_OPS_HD void store_some(R* p, Vector<R> x, int64_t count) {
-  std::memcpy(p, &x, count * sizeof(R));
-}
-
 // ---- storage types ------------------------------------------------------------------------------
 
 inline float half_to_float(uint16_t h) {
@@ -254,7 +249,6 @@ template <class R>
 struct Target {
   void* data = nullptr;
   DType dtype = sizeof(R) == 8 ? DType::f64 : DType::f32;
-  GUARD_OPS_HD explicit operator bool() const { return data != nullptr; }
 };
 
 // A dtype known when compiling, or not: then every access branches on it.
