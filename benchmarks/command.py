@@ -134,7 +134,7 @@ def _compare(
     backends: Sequence[str],
     device: torch.device,
 ) -> int:
-    """Print the verdicts; what looks slower is timed again, and counts only if it is slower twice.
+    """Print the verdicts; what looks changed is timed again, and counts only if it is so twice.
 
     Returns:
         1 when something is slower.
@@ -143,12 +143,12 @@ def _compare(
     for name, races in planned.items():
         before = old.get(name, {"rows": []})["rows"]
         first = compare.verdicts(before, found[name])
-        slow = {v.case for v in first if v.slower}
-        again = [case for case in races if any(case.name in key for key in slow)]
+        changed = {v.case for v in first if v.changed}
+        again = [case for case in races if any(case.name in key for key in changed)]
         if again:
             with progress_bar(f"{name}, once more", len(again)) as update:
                 rows = _run(again, 2 * SECONDS[name], backends, device, update)
-            first = compare.worst_of(first, compare.verdicts(before, rows))
+            first = compare.confirmed(first, compare.verdicts(before, rows))
         verdicts += first
     if not verdicts:
         raise ValueError(

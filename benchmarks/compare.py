@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class Verdict:
     @property
     def faster(self) -> bool:
         return self.change < -self.threshold / (1 + self.threshold)
+
+    @property
+    def changed(self) -> bool:
+        return self.slower or self.faster
 
     def __str__(self) -> str:
         if self.slower:
@@ -127,10 +131,19 @@ def _name(row: Row) -> str:
     return " ".join(part for part in parts if part != "-") + f" on {row['contender']}"
 
 
-def worst_of(first: list[Verdict], again: list[Verdict]) -> list[Verdict]:
-    """``first``, with those that were timed again shown at the smaller of their two changes."""
+def confirmed(first: list[Verdict], again: list[Verdict]) -> list[Verdict]:
+    """``first``, with a change that was timed again shown at the smaller of its two sizes.
+
+    It is no change where the two runs differ in its direction.
+    """
     repeated = {(v.name, v.case): v for v in again}
-    return [
-        min(v, repeated.get((v.name, v.case), v), key=lambda x: x.change) if v.slower else v
-        for v in first
-    ]
+
+    def settled(v: Verdict) -> Verdict:
+        second = repeated.get((v.name, v.case))
+        if second is None or not v.changed:
+            return v
+        if (second.change > 0) != (v.change > 0):
+            return replace(v, change=0.0)
+        return min(v, second, key=lambda x: abs(x.change))
+
+    return [settled(v) for v in first]

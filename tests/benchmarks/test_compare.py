@@ -57,11 +57,17 @@ def test_only_what_both_runs_timed_on_the_same_shape_is_compared():
 
 def test_a_slowdown_counts_only_when_it_is_seen_twice():
     first = compare.verdicts(run(1.0), run(2.0))
-    assert [v.slower for v in compare.worst_of(first, compare.verdicts(run(1.0), run(1.02)))] == [
+    assert [v.slower for v in compare.confirmed(first, compare.verdicts(run(1.0), run(1.02)))] == [
         False
     ]
-    (both,) = compare.worst_of(first, compare.verdicts(run(1.0), run(1.8)))
+    (both,) = compare.confirmed(first, compare.verdicts(run(1.0), run(1.8)))
     assert str(both) == "slower by 80%"
+    sped_up = compare.verdicts(run(1.0), run(0.4))
+    assert str(sped_up[0]) == "faster by 60%"
+    (both,) = compare.confirmed(sped_up, compare.verdicts(run(1.0), run(0.5)))
+    assert str(both) == "faster by 50%"
+    (once,) = compare.confirmed(sped_up, compare.verdicts(run(1.0), run(1.9)))
+    assert str(once) == "no change"
 
 
 # ---- the command --------------------------------------------------------------------------------
