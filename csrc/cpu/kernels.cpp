@@ -90,7 +90,7 @@ Source<R> stage_noise(const Batch& t, const Span& at, int64_t j, int64_t n, Scra
   return {s.noise};
 }
 
-// Where a tile's results go, in place or, where they are padded, first into scratch.
+// Where the results of a stretch go: in place or, where they are padded, first into scratch.
 template <class R>
 struct Output {
   const Operand& to;
