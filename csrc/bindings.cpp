@@ -201,14 +201,14 @@ TORCH_LIBRARY_IMPL(guard_ops, CPU, m) {
 }  // namespace guard_ops
 
 namespace guard_ops {
-void define_gather(pybind11::module_& m);  // bindings_gather.cpp
+void define_plain(pybind11::module_& m);  // bindings_plain.cpp
 #if defined(GUARD_OPS_CUDA_VERSION)
 void define_cuda(pybind11::module_& m);  // bindings_cuda.cpp
 #endif
 }  // namespace guard_ops
 
 PYBIND11_MODULE(_C, m) {
-  guard_ops::define_gather(m);
+  guard_ops::define_plain(m);
 #if defined(GUARD_OPS_CUDA_VERSION)
   guard_ops::define_cuda(m);
 #endif

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <optional>
+#include <tuple>
 
 #include "evaluate.h"
 
@@ -117,6 +118,11 @@ inline at::ScalarType compute_type(const Batch& t) { return t.wide ? at::kDouble
   t, coefficients, advantages, old_log_prob, step_weights, mean_std, ratio_norm, balance,       \
       detach_stats, mean_reduction, drop, gaussian, target_std, std_floor, clip_low, clip_high, \
       adv_clip, weight_floor, kl_beta
+
+// The operator guard_ops::guard_loss: loss, grad, grad_uncond, per_row, metrics, sum_grads.
+using GuardLoss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(GUARD_OPS_OPERANDS,
+                                                                             GUARD_OPS_OBJECTIVE,
+                                                                             bool cond, bool uncond);
 
 // `stats` keeps the memory of the statistics that the problem points to.
 inline Problem problem_of(const Batch& t, const Tensor& coefficients, GUARD_OPS_OBJECTIVE,

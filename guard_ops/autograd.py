@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import GuardConfig
 from .transitions import Transitions, flatten
+
+if TYPE_CHECKING:
+    from ._C import PlainCall
 
 Context = Any  # torch.autograd.function.FunctionCtx, with what forward put on it
 
@@ -78,6 +81,30 @@ class Problem(NamedTuple):
     gaussian: bool
 
 
+def run_plain(
+    backend: ModuleType,
+    call: PlainCall,
+    mean_std: Tensor | None,
+    config: GuardConfig,
+    gaussian: bool,
+    cond: bool,
+    uncond: bool,
+) -> tuple[Tensor, ...]:
+    """What a fused backend's ``guard_loss`` returns; gradients perhaps in their outputs' shape."""
+    taken = getattr(backend, "guard_loss_plain", None)
+    if taken is None:
+        t = Transitions._make(call.transitions())
+        out = backend.guard_loss(t, *call.rows(), mean_std, config, gaussian, cond, uncond)
+    else:
+        out = taken(call, mean_std, config, gaussian, cond, uncond)
+    return tuple(out)
+
+
+def shaped(grad: Tensor, like: Tensor) -> Tensor:
+    """A gradient [K, B, D] in the shape of its output."""
+    return grad if grad.shape == like.shape else grad.view(like.shape)
+
+
 def _scaled(
     backend: ModuleType,
     t: Transitions,
@@ -106,6 +133,7 @@ class GuardLoss(torch.autograd.Function):
         backend: ModuleType,
         t: Transitions,  # of detached operands
         problem: Problem,
+        plain: PlainCall | None,  # t and problem in C++
         wanted: tuple[bool, bool],
         model_output: Tensor,  # [K, B, *latent] or [B, *latent], like the next
         model_output_uncond: Tensor | None,
@@ -113,7 +141,11 @@ class GuardLoss(torch.autograd.Function):
         ctx.backend, ctx.wanted, ctx.guidance_scale = backend, wanted, t.guidance_scale
         ctx.set_materialize_grads(False)  # the diagnostics get none
         now = (False, False) if model_output.dtype == torch.float16 else wanted
-        loss, *buffers, per_row, metrics, ctx.sum_grads = backend.guard_loss(t, *problem, *now)
+        if plain is None:
+            out = backend.guard_loss(t, *problem, *now)
+        else:
+            out = run_plain(backend, plain, *problem[3:], *now)
+        loss, *buffers, per_row, metrics, ctx.sum_grads = out
         ctx.buffers = buffers if any(now) else None
         ctx.save_for_backward(model_output, model_output_uncond, *t[2:-1])
         ctx.mark_non_differentiable(per_row, metrics)
@@ -124,7 +156,7 @@ class GuardLoss(torch.autograd.Function):
         saved = ctx.saved_tensors  # raises if one has changed, whether it is needed or not
         outputs = saved[:2]
         if grad_output is None:
-            return (None,) * 6
+            return (None,) * 7
 
         def transitions() -> Transitions:
             rows = ctx.sum_grads.shape[1:]
@@ -139,12 +171,12 @@ class GuardLoss(torch.autograd.Function):
                 transitions, ctx.sum_grads, buffers, grad_output.detach(), *ctx.wanted
             )
         handed = [
-            _once(ctx.backend.NAME, grad.view(output.shape), grad_output, *outputs)
+            _once(ctx.backend.NAME, shaped(grad, output), grad_output, *outputs)
             if wanted and grad is not None
             else None
             for grad, output, wanted in zip(grads, outputs, ctx.wanted, strict=True)
         ]
-        return (None,) * 4 + tuple(handed)
+        return (None,) * 5 + tuple(handed)
 
 
 class TracedGuardLoss(torch.autograd.Function):
@@ -188,6 +220,7 @@ def guard_loss(
     backend: ModuleType,
     t: Transitions,  # of what requires no grad, but for compiling
     problem: Problem,
+    plain: PlainCall | None,
     model_output: Tensor,  # [K, B, *latent] or [B, *latent], like the next
     model_output_uncond: Tensor | None,
 ) -> Any:
@@ -199,4 +232,4 @@ def guard_loss(
         return TracedGuardLoss.apply(
             backend, t.guidance_scale, config, gaussian, (cond, uncond), *t[:-1], *rows
         )
-    return GuardLoss.apply(backend, t, problem, (cond, uncond), *outputs)
+    return GuardLoss.apply(backend, t, problem, plain, (cond, uncond), *outputs)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import autograd, backends, callers, objective, transitions
+from . import autograd, loss_call, objective, transitions
 from .backends import select
-from .blocks import check_config, check_gaussian, check_statistics
 from .config import GuardConfig
+from .loss_call import LossCall
 from .objective import Metrics
 from .schedule import StepCoefficients
 from .statistics import RatioStatistics
-from .transitions import Shape, Transitions
+from .transitions import LossArguments
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -143,9 +141,12 @@ def log_ratio(
         NaN in the log-prob form, which cannot know it.
     """
     shape = transitions.check_shape(model_output, coeffs)
-    t, full, old = _prepare(
-        shape, model_output, coeffs, sample, prev_sample, old_mean, old_model_output, noise, seed,
-        old_log_prob, None, model_output_uncond, guidance_scale,
+    t, full, old = loss_call.prepare(
+        shape,
+        LossArguments(
+            model_output, model_output_uncond, None, sample, prev_sample, old_mean,
+            old_model_output, noise, seed, coeffs, guidance_scale, old_log_prob,
+        ),
     )  # fmt: skip
     _check_reduction(reduction)
     old = None if old is None else old.double()
@@ -227,136 +228,33 @@ def guard_loss(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
     """
-    call = _check_loss(
-        model_output, model_output_uncond, advantages, coeffs, config, sample, prev_sample,
-        old_mean, old_model_output, noise, seed, old_log_prob, ref_model_output, guidance_scale,
-        step_weights, statistics, process_group,
+    call = loss_call.check(
+        LossArguments(
+            model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
+            old_model_output, noise, seed, coeffs, guidance_scale, old_log_prob, advantages,
+            step_weights, _ARTICLE if config is None else config, statistics, process_group,
+        )
     )  # fmt: skip
     if call.fused:
         loss, per_row, rows = autograd.guard_loss(
-            call.backend, call.t, call.problem, model_output, model_output_uncond
+            call.backend, call.t, call.problem, call.plain, model_output, model_output_uncond
         )
     else:
-        loss, per_row, rows = _composed(
-            call.backend, call.t, call.problem, call.coeffs, process_group
-        )
+        loss, per_row, rows = _composed(call, process_group)
     if call.shape.one_step:
         per_row, rows = per_row.squeeze(1), rows.squeeze(1)
     log_r, excess, weights, kl = per_row.unbind(0)
     return GuardLossOutput(loss, log_r, excess, weights, kl, Metrics(*rows.unbind(0)))
 
 
-class _LossCall(NamedTuple):
-    """A loss whose arguments are checked."""
-
-    backend: ModuleType
-    fused: bool  # whether one call of the backend does it all
-    shape: Shape
-    t: Transitions  # of the outputs without their history where `fused` can do without
-    problem: autograd.Problem
-    coeffs: StepCoefficients  # [K, B] where not `fused`
-
-
-def _check_loss(
-    model_output: Tensor,
-    model_output_uncond: Tensor | None,
-    advantages: Tensor,
-    coeffs: StepCoefficients,
-    config: GuardConfig | None,
-    sample: Tensor | None,
-    prev_sample: Tensor | None,
-    old_mean: Tensor | None,
-    old_model_output: Tensor | None,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-    old_log_prob: Tensor | None,
-    ref_model_output: Tensor | None,
-    guidance_scale: float | None,
-    step_weights: Tensor | None,
-    statistics: RatioStatistics | None,
-    process_group: ProcessGroup | None,
-) -> _LossCall:
-    """Every argument of :func:`guard_loss`, checked; raises as it says."""
-    config = _ARTICLE if config is None else config
-    compiling = torch.compiler.is_compiling()
-    if not compiling and process_group is None:
-        plain = _plain_call(
-            model_output, model_output_uncond, advantages, coeffs, config, sample, prev_sample,
-            old_mean, old_model_output, noise, seed, old_log_prob, ref_model_output,
-            guidance_scale, step_weights, statistics,
-        )  # fmt: skip
-        if plain is not None:
-            return plain
-    shape = transitions.check_shape(model_output, coeffs)
-    device = model_output.device
-    backend = select(device)
-    fused = backend.FUSED and process_group is None and shape.batch <= backends.max_batch(backend)
-    if fused and not compiling:  # the views below need no autograd node each
-        model_output = model_output.detach()
-        if model_output_uncond is not None:
-            transitions.check_tensor("model_output_uncond", model_output_uncond)
-            model_output_uncond = model_output_uncond.detach()
-    t, full, old = _prepare(
-        shape, model_output, coeffs, sample, prev_sample, old_mean, old_model_output, noise, seed,
-        old_log_prob, ref_model_output, model_output_uncond, guidance_scale,
-    )  # fmt: skip
-    adv = transitions.per_transition("advantages", advantages, shape, device, per_sample=True)
-    if step_weights is not None:
-        step_weights = transitions.per_transition("step_weights", step_weights, shape, device)
-    mean_std = _check_objective(config, t, full, shape, statistics, process_group)
-    problem = autograd.Problem(adv, old, step_weights, mean_std, config, full.gaussian)
-    return _LossCall(backend, fused, shape, t, problem, full)
-
-
-def _plain_call(
-    model_output: Tensor,
-    model_output_uncond: Tensor | None,
-    advantages: Tensor,
-    coeffs: StepCoefficients,
-    config: GuardConfig,
-    sample: Tensor | None,
-    prev_sample: Tensor | None,
-    old_mean: Tensor | None,
-    old_model_output: Tensor | None,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-    old_log_prob: Tensor | None,
-    ref_model_output: Tensor | None,
-    guidance_scale: float | None,
-    step_weights: Tensor | None,
-    statistics: RatioStatistics | None,
-) -> _LossCall | None:
-    """A fused backend's call whose operands are as they should be; None for any other."""
-    if not isinstance(model_output, Tensor):
-        return None
-    backend = select(model_output.device)
-    if not backend.FUSED:
-        return None
-    plain = transitions.gather_plain(
-        model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
-        old_model_output, noise, seed, coeffs, guidance_scale, advantages, old_log_prob,
-        step_weights,
-    )  # fmt: skip
-    if plain is None or plain.shape.batch > backends.max_batch(backend):
-        return None
-    mean_std = _check_objective(config, plain.t, coeffs, plain.shape, statistics, None)
-    problem = autograd.Problem(*plain.rows, mean_std, config, coeffs.gaussian)
-    return _LossCall(backend, True, plain.shape, plain.t, problem, coeffs)
-
-
-def _composed(
-    backend: ModuleType,
-    t: Transitions,
-    problem: autograd.Problem,
-    coeffs: StepCoefficients,
-    process_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _composed(call: LossCall, process_group: ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
     """What a fused backend's ``guard_loss`` returns, from its sums and objective.py."""
+    t, problem, coeffs = call.t, call.problem, call.coeffs
     advantages, old_log_prob = problem.advantages.double(), problem.old_log_prob
     old_log_prob = None if old_log_prob is None else old_log_prob.double()
     step_weights = None if problem.step_weights is None else problem.step_weights.double()
     mean_std, config = problem.mean_std, problem.config
-    sums = autograd.transition_sums(backend, t)
+    sums = autograd.transition_sums(call.backend, t)
     numel = t.model_output.shape[-1]
     log_r, kl_old, kl = objective.log_ratio_and_kl(
         sums, coeffs, numel, config.reduction, old_log_prob
@@ -415,133 +313,34 @@ def guard_loss_and_grad(
         (loss, d loss / d model_output), or (loss, (d / d model_output, d / d model_output_uncond))
         with classifier-free guidance; nothing is left to run backward through.
     """
-    transitions.check_tensor("model_output", model_output)
-    v, uncond = model_output.detach(), model_output_uncond
-    if uncond is not None:
-        transitions.check_tensor("model_output_uncond", uncond)
-        uncond = uncond.detach()
+    given = LossArguments(
+        model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
+        old_model_output, noise, seed, coeffs, guidance_scale, old_log_prob, advantages,
+        step_weights, _ARTICLE if config is None else config, statistics, process_group,
+    )  # fmt: skip
+    guided = model_output_uncond is not None
+    plain = loss_call.plain_call(given, keep=False)
+    if plain is None:
+        loss, *grads = _loss_and_grad(given, guided)
+    else:
+        loss, *grads = autograd.run_plain(
+            plain.backend, plain.operands, plain.mean_std, given.config, coeffs.gaussian, True,
+            guided,
+        )[:3]  # fmt: skip
+    grad = autograd.shaped(grads[0], model_output)
+    return LossAndGrad(loss, (grad, autograd.shaped(grads[1], model_output)) if guided else grad)
+
+
+def _loss_and_grad(given: LossArguments, guided: bool) -> tuple[Tensor, ...]:
+    """(loss, grad and grad_uncond [K, B, D]) of any call at all."""
     with torch.enable_grad():  # which forbids constants that require grad
-        call = _check_loss(
-            v, uncond, advantages, coeffs, config, sample, prev_sample, old_mean, old_model_output,
-            noise, seed, old_log_prob, ref_model_output, guidance_scale, step_weights, statistics,
-            process_group,
-        )  # fmt: skip
+        call = loss_call.check(loss_call.without_history(given))
         if call.fused:
-            loss, grad, grad_uncond, *_ = call.backend.guard_loss(
-                call.t, *call.problem, True, uncond is not None
-            )
-        else:
-            leaves = [x.requires_grad_() for x in call.t[:2] if x is not None]
-            loss, *_ = _composed(call.backend, call.t, call.problem, call.coeffs, process_group)
-            grad, *rest = torch.autograd.grad(loss, leaves)
-            grad_uncond = rest[0] if rest else None
-    grad = grad.view(v.shape)
-    return LossAndGrad(
-        loss.detach(), grad if uncond is None else (grad, grad_uncond.view(uncond.shape))
-    )
-
-
-def _prepare(
-    shape: Shape,
-    model_output: Tensor,
-    coeffs: StepCoefficients,
-    sample: Tensor | None,
-    prev_sample: Tensor | None,
-    old_mean: Tensor | None,
-    old_model_output: Tensor | None,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-    old_log_prob: Tensor | None,
-    ref_model_output: Tensor | None,
-    model_output_uncond: Tensor | None,
-    guidance_scale: float | None,
-) -> tuple[Transitions, StepCoefficients, Tensor | None]:
-    """Check the operands of a loss; (transitions, coefficients [K, B], old_log_prob [K, B])."""
-    transitions.check_stochastic(coeffs)
-    transitions.check_form(
-        {
-            "sample": sample,
-            "prev_sample": prev_sample,
-            "old_mean": old_mean,
-            "old_model_output": old_model_output,
-            "noise": noise,
-            "seed": seed,
-            "old_log_prob": old_log_prob,
-        }
-    )
-    full = transitions.expand_coefficients(coeffs, shape)
-    t = transitions.gather(
-        shape,
-        model_output,
-        full,
-        sample=sample,
-        prev_sample=prev_sample,
-        old_mean=old_mean,
-        old_model_output=old_model_output,
-        noise=noise,
-        seed=seed,
-        ref_model_output=ref_model_output,
-        model_output_uncond=model_output_uncond,
-        guidance_scale=guidance_scale,
-    )
-    old = None
-    if old_log_prob is not None:
-        old = transitions.per_transition("old_log_prob", old_log_prob, shape, t[0].device)
-    return t, full, old
-
-
-_warned_single = False
-
-
-def _check_objective(
-    config: GuardConfig,
-    t: Transitions,
-    coeffs: StepCoefficients,
-    shape: Shape,
-    statistics: RatioStatistics | None,
-    process_group: ProcessGroup | None,
-) -> Tensor | None:
-    """What the objective needs of the call; the given statistics as [2, K]."""
-    global _warned_single
-    check_config(config)
-    if config.ratio_norm == "closed_form":
-        check_gaussian(coeffs)
-        if t.form == "log-prob":
-            raise ValueError(
-                "`config.ratio_norm` is closed_form, which needs the behaviour policy's mean; the "
-                "log-prob form does not know it"
-            )
-    if (config.kl_beta != 0) != (t.ref_model_output is not None):
-        what = "missing" if config.kl_beta else "given but `config.kl_beta` is 0"
-        raise ValueError(f"`ref_model_output` is {what}; the KL term needs both")
-    external = statistics is not None or process_group is not None
-    if external and config.ratio_norm == "standardize" and not config.detach_stats:
-        raise ValueError(
-            "`config.detach_stats` is False, but statistics from other batches are constants of "
-            "this gradient; it needs True"
-        )
-    if statistics is not None:
-        if process_group is not None:
-            raise ValueError(
-                "`statistics` and `process_group` are both given; all-reduce the statistics and "
-                "pass them alone"
-            )
-        mean_std = check_statistics(
-            statistics, config, torch.Size(shape.leading[:-1]), t.model_output.device
-        )
-        return torch.stack(mean_std).reshape(2, shape.steps)
-    if config.ratio_norm != "standardize":
-        return None
-    alone = shape.batch == 1 and process_group is None and not torch.compiler.is_compiling()
-    if alone and not _warned_single:
-        _warned_single = True
-        warnings.warn(
-            "guard_ops: standardize over a batch of one sample is degenerate; the loss is "
-            "plain GRPO's (pass statistics= or process_group= to see more samples)",
-            RuntimeWarning,
-            stacklevel=callers.outside(),
-        )
-    return None
+            out: tuple[Tensor, ...] = call.backend.guard_loss(call.t, *call.problem, True, guided)
+            return out[:3]
+        leaves = [x.requires_grad_() for x in call.t[:2] if x is not None]
+        loss, *_ = _composed(call, given.process_group)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
 
 
 def _check_reduction(reduction: str) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import extension
+from .config import GuardConfig
 from .schedule import StepCoefficients, check_coefficients
 
-try:
-    _gather_plain = getattr(extension.load(), "gather", None)  # None: built before it was there
-except ImportError:
-    _gather_plain = None
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .statistics import RatioStatistics
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,6 +24,28 @@ FORMS = {
     "seeded": ("old_model_output", "seed"),
     "log-prob": ("sample", "prev_sample", "old_log_prob"),
 }
+
+
+class LossArguments(NamedTuple):
+    """The arguments of a loss as its caller gave them, in the order of :class:`Transitions`."""
+
+    model_output: Tensor
+    model_output_uncond: Tensor | None
+    ref_model_output: Tensor | None
+    sample: Tensor | None
+    prev_sample: Tensor | None
+    old_mean: Tensor | None
+    old_model_output: Tensor | None
+    noise: Tensor | None
+    seed: int | Tensor | None
+    coeffs: StepCoefficients
+    guidance_scale: float | None
+    old_log_prob: Tensor | None
+    advantages: Tensor | None = None  # from here on: not of a log-ratio alone
+    step_weights: Tensor | None = None
+    config: GuardConfig = GuardConfig()
+    statistics: RatioStatistics | None = None
+    process_group: ProcessGroup | None = None
 
 
 class Transitions(NamedTuple):
@@ -189,13 +211,18 @@ def check_constant(name: str, value: Tensor) -> None:
 
 
 def per_transition(
-    name: str, value: Tensor, shape: Shape, device: torch.device, *, per_sample: bool = False
+    name: str,
+    value: Tensor | None,
+    shape: Shape,
+    device: torch.device,
+    *,
+    per_sample: bool = False,
 ) -> Tensor:
     """[K, B] float64 or float32 of a floating tensor of that shape.
 
     ([B] for one step, or ``per_sample``). 16-bit numbers become float32, which holds them.
     """
-    check_tensor(name, value)
+    value = check_tensor(name, value)
     check_constant(name, value)
     ok = tuple(value.shape) == shape.leading
     if per_sample and tuple(value.shape) == (shape.batch,):
@@ -233,9 +260,12 @@ def seeds(seed: int | Tensor, shape: Shape, device: torch.device) -> Tensor:
     return seed.reshape(shape.steps, shape.batch, 2)
 
 
-def check_form(given: dict[str, Tensor | int | None]) -> str:
+_BEHAVIOUR = sorted({name for names in FORMS.values() for name in names})
+
+
+def check_form(given: LossArguments) -> str:
     """The one form that the given operands make; raises for none, half of one, or two at once."""
-    present = {name for name, value in given.items() if value is not None}
+    present = {name for name in _BEHAVIOUR if getattr(given, name) is not None}
     form = next((f for f, names in FORMS.items() if set(names) == present), None)
     if form is None:
         options = "; ".join(f"{name}: {' + '.join(parts)}" for name, parts in FORMS.items())
@@ -246,102 +276,37 @@ def check_form(given: dict[str, Tensor | int | None]) -> str:
     return form
 
 
-def gather(
-    shape: Shape,
-    model_output: Tensor,
-    coeffs: StepCoefficients,  # [K, B]
-    *,
-    sample: Tensor | None,
-    prev_sample: Tensor | None,
-    old_mean: Tensor | None,
-    old_model_output: Tensor | None,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-    ref_model_output: Tensor | None,
-    model_output_uncond: Tensor | None,
-    guidance_scale: float | None,
-) -> Transitions:
-    """Check every operand and flatten it to [K, B, D]."""
-    device = model_output.device
+def gather(shape: Shape, coeffs: StepCoefficients, given: LossArguments) -> Transitions:
+    """Check every operand and flatten it to [K, B, D]; ``coeffs`` are [K, B]."""
+    device = given.model_output.device
 
     def flat(name: str, value: Tensor | None) -> Tensor | None:
         return None if value is None else constant(name, value, shape, device)
 
-    if (model_output_uncond is None) != (guidance_scale is None):
-        missing = "guidance_scale" if guidance_scale is None else "model_output_uncond"
+    uncond, scale, seed = given.model_output_uncond, given.guidance_scale, given.seed
+    if (uncond is None) != (scale is None):
+        missing = "guidance_scale" if scale is None else "model_output_uncond"
         raise ValueError(f"`{missing}` is missing: classifier-free guidance needs both")
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, (int, float, type(None))):
-        raise TypeError(f"`guidance_scale` is a {type(guidance_scale).__name__}; it needs a float")
-    uncond = model_output_uncond
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, type(None))):
+        raise TypeError(f"`guidance_scale` is a {type(scale).__name__}; it needs a float")
     if uncond is not None:
         uncond = latents("model_output_uncond", uncond, shape, device)
     return Transitions(
-        latents("model_output", model_output, shape, device),
+        latents("model_output", given.model_output, shape, device),
         uncond,
-        flat("ref_model_output", ref_model_output),
-        flat("sample", sample),
-        flat("prev_sample", prev_sample),
-        flat("old_mean", old_mean),
-        flat("old_model_output", old_model_output),
-        flat("noise", noise),
+        flat("ref_model_output", given.ref_model_output),
+        flat("sample", given.sample),
+        flat("prev_sample", given.prev_sample),
+        flat("old_mean", given.old_mean),
+        flat("old_model_output", given.old_model_output),
+        flat("noise", given.noise),
         None if seed is None else seeds(seed, shape, device),
         coeffs.table,
-        1.0 if guidance_scale is None else float(guidance_scale),
+        1.0 if scale is None else float(scale),
     )
 
 
-class Plain(NamedTuple):
-    """What a backend's ``guard_loss`` takes of a call that has nothing wrong or unusual."""
-
-    t: Transitions  # without history
-    shape: Shape
-    rows: tuple[Tensor, Tensor | None, Tensor | None]  # advantages, old_log_prob, step_weights
-
-
-def gather_plain(
-    model_output: Tensor,
-    model_output_uncond: Tensor | None,
-    ref_model_output: Tensor | None,
-    sample: Tensor | None,
-    prev_sample: Tensor | None,
-    old_mean: Tensor | None,
-    old_model_output: Tensor | None,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-    coeffs: StepCoefficients,
-    guidance_scale: float | None,
-    advantages: Tensor,
-    old_log_prob: Tensor | None,
-    step_weights: Tensor | None,
-) -> Plain | None:
-    """:func:`gather` and :func:`per_transition` at once, in C++; None where they have to look.
-
-    The checks above cost as much as the kernel on a small latent. This accepts nothing that they
-    refuse and says nothing: what it does not accept is theirs to view, convert or complain about.
-    """
-    if _gather_plain is None or not isinstance(coeffs, StepCoefficients) or coeffs.deterministic:
-        return None
-    if (model_output_uncond is None) != (guidance_scale is None):
-        return None
-    if guidance_scale is not None and type(guidance_scale) not in (float, int):
-        return None
-    found = _gather_plain(
-        model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
-        old_model_output, noise, seed, coeffs.table, advantages, old_log_prob, step_weights,
-    )  # fmt: skip
-    if found is None:
-        return None
-    scale = 1.0 if guidance_scale is None else float(guidance_scale)
-    v, one_step = found[0], coeffs.table.ndim == 1
-    latent = model_output.shape[1 if one_step else 2 :]
-    return Plain(
-        Transitions._make([*found[:10], scale]),
-        Shape(v.shape[0], v.shape[1], latent, one_step),
-        found[10:],
-    )
-
-
-def check_tensor(name: str, value: Tensor) -> None:
+def check_tensor(name: str, value: object) -> Tensor:
     """A floating tensor of a dtype that the kernels know."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
@@ -349,3 +314,4 @@ def check_tensor(name: str, value: Tensor) -> None:
         raise TypeError(
             f"`{name}` has dtype {value.dtype}; it needs float64, float32, bfloat16 or float16"
         )
+    return value

@@ -6,6 +6,7 @@ from problems import FORMS, arguments, problem, relative, run, schedule, without
 
 import guard_ops as go
 from guard_ops import backends
+from guard_ops.transitions import Transitions
 
 LATENTS = (
     "model_output",
@@ -70,13 +71,13 @@ class Spy:
     def __init__(self, monkeypatch, backend):
         module = backends._loaded[backend]
         self.seen = []
-        for name in ("sums", "guard_loss", "gradient"):
+        for name in ("sums", "guard_loss", "guard_loss_plain", "gradient"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, self._before(getattr(module, name)))
 
     def _before(self, function):
         def call(t, *rest, **options):
-            self.seen.append(t)
+            self.seen.append(t if isinstance(t, Transitions) else Transitions(*t.transitions()))
             return function(t, *rest, **options)
 
         return call

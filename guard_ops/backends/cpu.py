@@ -13,6 +13,7 @@ from .. import extension
 from ..config import GuardConfig
 from ..transitions import Transitions
 from .operators import build_info, objective_arguments
+from .operators import guard_loss_plain as guard_loss_plain
 
 NAME = "cpu"
 FUSED = True

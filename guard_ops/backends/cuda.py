@@ -6,6 +6,7 @@ float32, bfloat16 and float16 operands in any mixture; float64 belongs to ``refe
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,11 @@ from torch import Tensor
 from .. import extension
 from ..config import GuardConfig
 from ..transitions import Transitions, compute_dtype
+from . import operators
 from .operators import objective_arguments
+
+if TYPE_CHECKING:
+    from .._C import PlainCall
 
 _C = extension.load()
 if _C.build_info()["cuda"] is None:
@@ -43,7 +48,11 @@ def supports(device: torch.device) -> bool:
 
 
 def _check_dtypes(*tensors: Tensor | None) -> None:
-    if compute_dtype(*(x for x in tensors if x is not None)) == torch.float64:
+    _check_width(compute_dtype(*(x for x in tensors if x is not None)) == torch.float64)
+
+
+def _check_width(wide: bool) -> None:
+    if wide:
         raise TypeError(
             "the 'cuda' backend has no float64 kernels; convert the latents to float32, or use "
             "guard_ops.use_backend('reference')"
@@ -103,6 +112,19 @@ def guard_loss(
         uncond,
     )
     return out
+
+
+def guard_loss_plain(
+    call: PlainCall,
+    mean_std: Tensor | None,  # [2, K] float64
+    config: GuardConfig,
+    gaussian: bool,
+    cond: bool,
+    uncond: bool,
+) -> tuple[Tensor, ...]:
+    """:func:`guard_loss` of the usual call, checked in C++."""
+    _check_width(call.wide)
+    return operators.guard_loss_plain(call, mean_std, config, gaussian, cond, uncond)
 
 
 def scaled(

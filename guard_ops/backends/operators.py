@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from .. import extension
 from ..config import Balance, GuardConfig, RatioNorm
 from ..objective import Metrics
 from ..transitions import compute_dtype
+
+if TYPE_CHECKING:
+    from .._C import PlainCall
 
 build_info = extension.load().build_info  # registers torch.ops.guard_ops
 _RATIO_NORM = {name: i for i, name in enumerate(get_args(RatioNorm))}
@@ -34,6 +37,18 @@ def objective_arguments(config: GuardConfig, gaussian: bool) -> tuple[int | bool
         config.weight_floor,
         config.kl_beta,
     )
+
+
+def guard_loss_plain(
+    call: PlainCall,
+    mean_std: Tensor | None,  # [2, K] float64
+    config: GuardConfig,
+    gaussian: bool,
+    cond: bool,
+    uncond: bool,
+) -> tuple[Tensor, ...]:
+    """The operator on what C++ has checked; gradients in the shape of ``model_output``."""
+    return call.guard_loss(mean_std, objective_arguments(config, gaussian), cond, uncond)
 
 
 def _fake_gradient(branch: Tensor | None, wanted: bool, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The checks in one step of C++ against those of Python: the same views, nothing more accepted."""
+"""The call checked in C++ against Python's checks: the same views, nothing more accepted."""
 
 import itertools
 import random
@@ -8,43 +8,39 @@ import torch
 from problems import FORMS, problem
 
 import guard_ops as go
-from guard_ops import ops, transitions
+from guard_ops import loss_call
+from guard_ops.transitions import LossArguments
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in go.available_backends(), reason="the extension is not built"
 )
-ARGUMENTS = ("model_output", "model_output_uncond", "advantages", "coeffs", "config", "sample",
-             "prev_sample", "old_mean", "old_model_output", "noise", "seed", "old_log_prob",
-             "ref_model_output", "guidance_scale", "step_weights", "statistics",
-             "process_group")  # fmt: skip
+ARGUMENTS = LossArguments._fields
 
 
-def checked(given):
-    return ops._check_loss(**{name: given.get(name) for name in ARGUMENTS})
+def arguments(given):
+    given = {name: given.get(name) for name in ARGUMENTS}
+    return LossArguments(**given | {"config": given["config"] or go.GuardConfig()})
 
 
 def in_python(monkeypatch, given):
     with monkeypatch.context() as patch:
-        patch.setattr(transitions, "_gather_plain", None)
-        return checked(given)
+        patch.setattr(loss_call, "_plain_call", None)
+        return loss_call.check(arguments(given))
 
 
-def plainly(monkeypatch, given):
+def plainly(monkeypatch, given, *, keep=True):
     """What is accepted in one step, or None."""
-    found = []
-    gather = transitions._gather_plain
-    with monkeypatch.context() as patch:
-        patch.setattr(transitions, "_gather_plain", lambda *a: found.append(gather(*a)) or found[0])
-        try:
-            call = checked(given)
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            call = error
-    if isinstance(call, Exception):  # of the objective, or what Python says of the operands
-        with pytest.raises(type(call)) as refusal:
+    refused = None
+    try:
+        plain = loss_call.plain_call(arguments(given), keep=keep)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:  # of the objective
+        refused = error
+    if refused is not None:
+        with pytest.raises(type(refused)) as refusal:
             in_python(monkeypatch, given)
-        assert str(refusal.value) == str(call)
+        assert str(refusal.value) == str(refused)
         return None
-    return call if found and found[0] is not None else None
+    return None if plain is None else loss_call.of(plain, arguments(given))
 
 
 def assert_same(got, want):
@@ -162,6 +158,42 @@ def test_constants_that_require_grad_are_refused_under_grad_mode_only(monkeypatc
     assert plainly(monkeypatch, given) is None
     with torch.no_grad():
         assert plainly(monkeypatch, given) is not None
+
+
+@pytest.mark.parametrize("grad_mode", [False, True])
+def test_without_a_backward_constants_that_require_grad_are_always_refused(grad_mode, monkeypatch):
+    given = problem("velocity", dtype=torch.float32)
+    given["advantages"] = given["advantages"].float()
+    with torch.set_grad_enabled(grad_mode):
+        assert plainly(monkeypatch, given, keep=False) is not None
+        given["sample"] = given["sample"].requires_grad_()
+        assert plainly(monkeypatch, given, keep=False) is None
+        with pytest.raises(ValueError, match="`sample` requires grad"):
+            go.guard_loss_and_grad(**given)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("steps", [None, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_loss_and_gradient_are_those_of_the_call_checked_in_python(
+    form, steps, guided, monkeypatch
+):
+    given = problem(form, steps=steps, dtype=torch.float32, guided=guided)
+    given["advantages"] = given["advantages"].float()
+    assert plainly(monkeypatch, given, keep=False) is not None
+    got = go.guard_loss_and_grad(**given)
+    with monkeypatch.context() as patch:
+        patch.setattr(loss_call, "_plain_call", None)
+        want = go.guard_loss_and_grad(**given)
+    assert torch.equal(got.loss, want.loss)
+    for mine, other in zip(
+        torch.utils._pytree.tree_leaves(got.grad),
+        torch.utils._pytree.tree_leaves(want.grad),
+        strict=True,
+    ):
+        assert torch.equal(mine, other)
+        assert mine.shape == given["model_output"].shape
+        assert mine.stride() == other.stride()
 
 
 def test_a_constant_that_changes_before_backward_is_noticed(monkeypatch):
