@@ -122,7 +122,8 @@ inline at::ScalarType compute_type(const Batch& t) { return t.wide ? at::kDouble
 // The operator guard_ops::guard_loss: loss, grad, grad_uncond, per_row, metrics, sum_grads.
 using GuardLoss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(GUARD_OPS_OPERANDS,
                                                                              GUARD_OPS_OBJECTIVE,
-                                                                             bool cond, bool uncond);
+                                                                             bool cond,
+                                                                             bool uncond);
 
 // `stats` keeps the memory of the statistics that the problem points to.
 inline Problem problem_of(const Batch& t, const Tensor& coefficients, GUARD_OPS_OBJECTIVE,

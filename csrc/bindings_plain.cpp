@@ -37,9 +37,7 @@ bool is_floating(const Tensor& t) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
 
-py::object wrap(const Tensor& t) {
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(t));
-}
+py::object wrap(const Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
 
 py::object wrap(const MaybeTensor& t) { return t ? wrap(*t) : py::none(); }
 
