@@ -234,8 +234,11 @@ def _isa() -> str:
     return str(build_info()["cpu_isa"])
 
 
+_SOURCES = (":(top)", ":(top,exclude)benchmarks/results")  # whose results are no change of them
+
+
 def _commit() -> str:
-    """The short commit, with "+" when tracked files differ from it; "unknown" outside git."""
+    """The short commit, with "+" when its sources have changed; "unknown" outside git."""
     root = Path(__file__).parent
     try:
         head, changes, _ = (
@@ -244,7 +247,7 @@ def _commit() -> str:
             ).stdout.strip()
             for arguments in (
                 ("rev-parse", "--short", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no"),
+                ("status", "--porcelain", "--untracked-files=no", "--", *_SOURCES),
                 ("ls-files", "--error-unmatch", Path(__file__).name),  # not another repository's
             )
         )
