@@ -9,41 +9,21 @@ typedef uint32_t vu __attribute__((vector_size(GUARD_OPS_VECTOR)));
 typedef int32_t vi __attribute__((vector_size(GUARD_OPS_VECTOR)));
 typedef uint64_t vq __attribute__((vector_size(GUARD_OPS_VECTOR)));
 
-// Low and high words of m * x per lane: products of the even and of the odd lanes, interleaved.
-GUARD_OPS_HD void multiply(uint32_t m, vu x, vu* low, vu* high) {
-#if GUARD_OPS_VECTOR == 64
-  const __m512i factor = _mm512_set1_epi64(m), odd_lanes = _mm512_srli_epi64((__m512i)x, 32);
-  const __m512i even = _mm512_mul_epu32((__m512i)x, factor);
-  const __m512i odd = _mm512_mul_epu32(odd_lanes, factor);
-  *low = (vu)_mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
-  *high = (vu)_mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
-#elif GUARD_OPS_VECTOR == 32
-  const __m256i factor = _mm256_set1_epi64x(m), odd_lanes = _mm256_srli_epi64((__m256i)x, 32);
-  const __m256i even = _mm256_mul_epu32((__m256i)x, factor);
-  const __m256i odd = _mm256_mul_epu32(odd_lanes, factor);
-  *low = (vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-  *high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-#else
-  const vq factor = vq{} + m, even_mask = vq{} + 0xFFFFFFFFull;
-  const vq even = (vq)_mm_mul_epu32((__m128i)x, (__m128i)factor);
-  const vq odd = (vq)_mm_mul_epu32((__m128i)((vq)x >> 32), (__m128i)factor);
-  *low = (vu)((even & even_mask) | (odd << 32));
-  *high = (vu)((even >> 32) | (odd & ~even_mask));
-#endif
-}
-
 #if GUARD_OPS_VECTOR == 64
 #define GUARD_OPS_MM(op) _mm512_##op
 typedef __m512 mm_ps;
 typedef __m512d mm_pd;
+typedef __m512i mm_si;
 #elif GUARD_OPS_VECTOR == 32
 #define GUARD_OPS_MM(op) _mm256_##op
 typedef __m256 mm_ps;
 typedef __m256d mm_pd;
+typedef __m256i mm_si;
 #else
 #define GUARD_OPS_MM(op) _mm_##op
 typedef __m128 mm_ps;
 typedef __m128d mm_pd;
+typedef __m128i mm_si;
 #endif
 
 // z[q] lane (4 b + i) -> out[i w + 4 b + q]: a transposition of every four lanes, which is the
@@ -70,10 +50,11 @@ GUARD_OPS_HD void counters(uint64_t first, vu* low, vu* high) {
   *high = uint32_t(first >> 32) - (vu)(*low < number);  // the comparison is -1 where it carried
 }
 
-// Natural logarithm of x in (0, 1]: exponent and a polynomial on [sqrt(1/2), sqrt(2)) (Cephes).
-GUARD_OPS_HD vf log_unit(vf x) {
+// Natural logarithm of x / 2^32 for x in [1/2, 2^32]: exponent and a polynomial on
+// [sqrt(1/2), sqrt(2)) (Cephes).
+GUARD_OPS_HD vf log_of_word(vf x) {
   const vi bits = (vi)x;
-  vi exponent = ((bits >> 23) & 0xFF) - 126;
+  vi exponent = (bits >> 23) - (126 + 32);
   vf m = (vf)((bits & 0x007FFFFF) | 0x3F000000);  // [0.5, 1)
   const vi small = (vi)(m < 0.70710678118654752440f);
   exponent += small;                   // -1 where small
@@ -107,13 +88,13 @@ GUARD_OPS_HD vf square_root(vf x) {
 
 // philox::box_muller on vectors; sine and cosine by their Taylor-minimax polynomials (Cephes).
 GUARD_OPS_HD void box_muller(vu radius_word, vu angle_word, vf* first, vf* second) {
-  vf uniform = __builtin_convertvector(radius_word, vf);
-  uniform = (uniform < 0.5f ? splat(0.5f) : uniform) * 2.3283064365386963e-10f;
-  const vf radius = square_root(-2.0f * log_unit(uniform));
+  const vf word = __builtin_convertvector(radius_word, vf);
+  const vf positive = (vf)GUARD_OPS_MM(max_ps)((mm_ps)word, (mm_ps)splat(0.5f));
+  const vf radius = square_root(-2.0f * log_of_word(positive));
   const vi quadrant = (vi)(angle_word >> 30);
   const vi rest = (vi)(angle_word & 0x3FFFFFFFu) - 0x20000000;
-  const vf angle =
-      __builtin_convertvector(rest, vf) * 9.313225746154785e-10f * 1.57079632679489662f;
+  constexpr float scale = 9.313225746154785e-10f * 1.57079632679489662f;  // 2^-30 pi / 2
+  const vf angle = __builtin_convertvector(rest, vf) * scale;
   const vf z = angle * angle;
   vf sine = fma(splat(-1.9515295891e-4f), z, splat(8.3321608736e-3f));
   sine = fma(fma(sine, z, splat(-1.6666654611e-1f)), z * angle, angle);
@@ -128,29 +109,76 @@ GUARD_OPS_HD void box_muller(vu radius_word, vu angle_word, vf* first, vf* secon
   *second = signed_radius * y;
 }
 
+// The words of every other counter of a vector, each in the lower half of a 64-bit lane. A product
+// takes the lower halves; what the upper ones hold is no matter.
+struct Half {
+  vq c0, c1, c2, c3;
+
+  GUARD_OPS_HD static vq product(uint32_t m, vq x) {
+    return (vq)GUARD_OPS_MM(mul_epu32)((mm_si)(vu{} + m), (mm_si)x);
+  }
+  GUARD_OPS_HD void round(uint32_t k0, uint32_t k1) {
+    const vq p0 = product(philox::multiplier0, c0), p1 = product(philox::multiplier1, c2);
+    c0 = (p1 >> 32) ^ c1 ^ (vq)(vu{} + k0);
+    c2 = (p0 >> 32) ^ c3 ^ (vq)(vu{} + k1);
+    c1 = p1;
+    c3 = p0;
+  }
+};
+
+GUARD_OPS_HD vu interleaved(vq even, vq odd) { return (vu)((even & 0xFFFFFFFFull) | odd << 32); }
+
+// philox::generate on vectors: the counters of one transition.
+class Generator {
+ public:
+  Generator(uint64_t key, uint64_t transition)
+      : low_(vq{} + uint32_t(transition)), high_(vq{} + (transition >> 32)) {
+    for (int r = 0; r < philox::rounds; ++r) {
+      keys_[r][0] = uint32_t(key) + r * philox::weyl0;
+      keys_[r][1] = uint32_t(key >> 32) + r * philox::weyl1;
+    }
+  }
+
+  // The four words of `width<float>` counters from `first` on, in the order of `counters`.
+  GUARD_OPS_HD void words(uint64_t first, vu to[4]) const {
+    vu c0, c1;
+    counters(first, &c0, &c1);
+    Half even{(vq)c0, (vq)c1, low_, high_}, odd{(vq)c0 >> 32, (vq)c1 >> 32, low_, high_};
+#pragma GCC unroll 10
+    for (int r = 0; r < philox::rounds; ++r) {
+      even.round(keys_[r][0], keys_[r][1]);
+      odd.round(keys_[r][0], keys_[r][1]);
+    }
+    to[0] = interleaved(even.c0, odd.c0);
+    to[1] = interleaved(even.c1, odd.c1);
+    to[2] = interleaved(even.c2, odd.c2);
+    to[3] = interleaved(even.c3, odd.c3);
+  }
+
+ private:
+  uint32_t keys_[philox::rounds][2];
+  vq low_, high_;
+};
+
 // Elements [begin, begin + n) of a transition's noise; begin is a multiple of 4, `out` has room
-// for a whole vector of counters past n.
+// for a whole vector of counters past n. First all words, then what is made of them: two short
+// loops whose steps the processor overlaps, instead of a long one.
 inline void normals(uint64_t key, uint64_t transition, int64_t begin, int64_t n, float* out) {
   constexpr int w = width<float>;
+  const Generator generator(key, transition);
   for (int64_t j = 0; j < n; j += 4 * w) {
-    vu c0, c1;
-    counters(uint64_t(begin + j) / 4, &c0, &c1);
-    vu c2 = vu{} + uint32_t(transition), c3 = vu{} + uint32_t(transition >> 32);
-    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-    for (int r = 0; r < philox::rounds; ++r) {
-      vu low0, high0, low1, high1;
-      multiply(philox::multiplier0, c0, &low0, &high0);
-      multiply(philox::multiplier1, c2, &low1, &high1);
-      c0 = high1 ^ c1 ^ k0;
-      c2 = high0 ^ c3 ^ k1;
-      c1 = low1;
-      c3 = low0;
-      k0 += philox::weyl0;
-      k1 += philox::weyl1;
-    }
+    vu word[4];
+    generator.words(uint64_t(begin + j) / 4, word);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) store(out + j + q * w, (vf)word[q]);
+  }
+  for (int64_t j = 0; j < n; j += 4 * w) {
+    vu word[4];
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) word[q] = (vu)load(out + j + q * w);
     vf z[4];
-    box_muller(c0, c2, &z[0], &z[1]);
-    box_muller(c1, c3, &z[2], &z[3]);
+    box_muller(word[0], word[2], &z[0], &z[1]);
+    box_muller(word[1], word[3], &z[2], &z[3]);
     store_transposed(z, out + j);
   }
 }
