@@ -2,7 +2,7 @@
 
 First the public implementations, written as they compute it: an SDE step that returns the log-prob
 of the stored next latent (flow_grpo ``sde_step_with_logprob``, DanceGRPO ``flux_step``, verl-omni's
-scheduler for all three kinds) and the losses over it. Then the three objectives of design section 2
+scheduler for all three kinds) and the losses over it. Then the three objectives of guard_ops
 as a user of those implementations would write them. Gradients are autograd's, as users run them.
 
 What a chain is given. Every public trainer stores the rollout's log-prob ([B] numbers a step) and

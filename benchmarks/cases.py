@@ -100,7 +100,7 @@ def op_cases(recipe: Workload, elements: int) -> Iterator[Case]:
 def floor_bytes(case: Case, form: str | None = None) -> int:
     """Bytes that the op must move: each operand it needs read once, each result written once.
 
-    ``guard_loss`` writes its gradient while it reads (design section 6), so its backward alone has
+    ``guard_loss`` writes its gradient while it reads, so its backward alone has
     nothing left to move and its forward without a gradient writes nothing. ``log_ratio`` learns its
     two coefficients only in backward and reads its operands again.
     """

@@ -6,8 +6,8 @@ Every call computes the loss of a batch and its gradient, as in ``test_speed.py`
 graph replay (the GPU's own time, without Python's), on the same tensors and, where those would stay
 in the cache, on tensors in turn that do not; and as it is called, which is what a trainer waits
 for. Ours are also timed as ``guard_loss_and_grad``, which leaves out autograd's own kernels. The
-plain chain and ``torch.compile`` of it are timed alike. Bytes are the floor of design
-section 6: every operand read once, the gradient written once.
+plain chain and ``torch.compile`` of it are timed alike. Bytes are the least
+there can be: every operand read once, the gradient written once.
 
 What the bounds look at comes first, each number is saved as soon as it is there, and what fails or
 hangs takes nothing with it but its own row (:mod:`benchmarks.isolated`).

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Operands of design section 2 that one pass over the data reads, per form.
+# Operands that one pass over the data reads, per form.
 READS = {
     "mean": ("model_output", "sample", "prev_sample", "old_mean"),
     "velocity": ("model_output", "old_model_output", "sample", "prev_sample"),
@@ -65,7 +65,7 @@ class Workload:
 
 
 def bytes_per_element(form: str, dtype: torch.dtype) -> int:
-    """Each operand read once, the gradient written once (design section 6); old_mean is float32.
+    """Each operand read once, the gradient written once; old_mean is float32.
 
     Raises:
         KeyError: not a form.
@@ -75,7 +75,7 @@ def bytes_per_element(form: str, dtype: torch.dtype) -> int:
     return sum(reads) + dtype.itemsize
 
 
-CI = Workload("ci", "FLUX.1-dev 1024, one step", (4096, 64), 8, 1, "design section 6")
+CI = Workload("ci", "FLUX.1-dev 1024, one step", (4096, 64), 8, 1, "none: a quick race")
 
 WORKLOADS = {
     workload.name: workload

@@ -100,7 +100,7 @@ void fill(const Tensor& to, int64_t at, const double* from, int64_t n) {
   }
 }
 
-Operand gradient_operand(const Tensor& t) { return t.dim() == 3 ? operand(t) : Operand{}; }
+Operand gradient_operand(const Tensor& t) { return t.numel() ? operand(t) : Operand{}; }
 
 std::tuple<Tensor, Tensor> gradient(const Tensor& sum_grads, GUARD_OPS_OPERANDS, bool cond,
                                     bool uncond) {

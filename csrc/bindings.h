@@ -34,6 +34,7 @@ inline Operand operand(const MaybeTensor& t) {
   if (!t.has_value()) return {};
   TORCH_CHECK(t->dim() == 3 && (t->size(2) == 1 || t->stride(2) == 1),
               "guard_ops: an operand needs [K, B, D] with dense latents");
+  TORCH_CHECK(t->storage().nbytes() > 0, "guard_ops: an operand's storage was freed (resize_(0))");
   return {t->data_ptr(), dtype_of(*t), t->stride(0), t->stride(1)};
 }
 

@@ -48,7 +48,7 @@ Tensor gradient_like(const MaybeTensor& branch, bool wanted, const Tensor& model
   return at::empty_like(*branch);
 }
 
-Operand gradient_operand(const Tensor& t) { return t.dim() == 3 ? operand(t) : Operand{}; }
+Operand gradient_operand(const Tensor& t) { return t.numel() ? operand(t) : Operand{}; }
 
 Tensor sums(GUARD_OPS_OPERANDS) {
   const c10::cuda::CUDAGuard guard(model_output.device());

@@ -65,13 +65,10 @@ using Objective = std::tuple<int64_t, int64_t, bool, bool, bool, bool, double, d
 
 class PlainCall {
  public:
-  // `keep`: for autograd, whose saved tensors must notice changes; without it, whatever is not
-  // differentiated must not require grad, whether or not it could.
-  PlainCall(const py::tuple& given, const Tensor& table, bool keep)
-      : sizes_(exact(given[model_output]).sizes().vec()),
-        device_(exact(given[model_output]).device()),
-        refuse_grad_(!keep || at::GradMode::is_enabled()) {
-    const Tensor& v = exact(given[model_output]);
+  // `keep`: for autograd, whose saved tensors must notice changes. Without it a constant that
+  // requires grad is refused under no_grad too.
+  PlainCall(const py::tuple& given, const Tensor& v, const Tensor& table, bool keep)
+      : sizes_(v.sizes()), device_(v.device()), refuse_grad_(!keep || at::GradMode::is_enabled()) {
     leading_ = table.dim() == 1 ? 1 : 2;
     require(is_floating(v) && v.numel() > 0 && v.dim() > leading_);
     require(table.dim() >= 1 && table.dim() <= 3 && table.device() == device_);
@@ -122,28 +119,33 @@ class PlainCall {
                        [](const auto& x) { return x && x->scalar_type() == at::kDouble; });
   }
 
-  // guard_ops::guard_loss, with gradients shaped as model_output.
+  // The operator guard_ops::guard_loss.
   py::tuple guard_loss(py::handle mean_std, const Objective& objective, bool cond,
                        bool uncond) const {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("guard_ops::guard_loss", "")
                                .typed<GuardLoss>();
     MaybeTensor stats;
-    if (!mean_std.is_none()) stats = exact(mean_std);
+    if (!mean_std.is_none()) {
+      if (!THPVariable_Check(mean_std.ptr())) throw py::type_error("mean_std needs a tensor");
+      stats = THPVariable_Unpack(mean_std.ptr());
+    }
     const auto run = [&](auto... value) {
       const py::gil_scoped_release no_gil;
       const at::AutoDispatchBelowADInplaceOrView no_autograd;
       const auto& x = latents_;
-      auto out =
-          op.call(*x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], seed_, coefficients_, scale_,
-                  advantages_, old_log_prob_, step_weights_, stats, value..., cond, uncond);
-      if (cond) std::get<1>(out) = std::get<1>(out).view(sizes_);
-      if (uncond) std::get<2>(out) = std::get<2>(out).view(sizes_);
-      return out;
+      return op.call(*x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], seed_, coefficients_, scale_,
+                     advantages_, old_log_prob_, step_weights_, stats, value..., cond, uncond);
     };
     const auto [loss, grad, grad_uncond, per_row, metrics, sum_grads] = std::apply(run, objective);
     return py::make_tuple(wrap(loss), wrap(grad), wrap(grad_uncond), wrap(per_row), wrap(metrics),
                           wrap(sum_grads));
+  }
+
+  // A gradient [K, B, D] that nobody else holds, in the shape of model_output.
+  py::object shaped(py::handle grad) const {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    return wrap(THPVariable_Unpack(grad.ptr()).view(sizes_));
   }
 
  private:
@@ -225,7 +227,7 @@ bool is_a_form(const py::tuple& given) {
 std::unique_ptr<PlainCall> plain_call(const py::tuple& given, py::handle table, bool keep) {
   try {
     require(is_a_form(given));
-    return std::make_unique<PlainCall>(given, exact(table), keep);
+    return std::make_unique<PlainCall>(given, exact(given[model_output]), exact(table), keep);
   } catch (const Rejected&) {
     return nullptr;
   }
@@ -239,7 +241,8 @@ void define_plain(py::module_& m) {
       .def_property_readonly("wide", &PlainCall::wide)
       .def("transitions", &PlainCall::transitions)
       .def("rows", &PlainCall::rows)
-      .def("guard_loss", &PlainCall::guard_loss);
+      .def("guard_loss", &PlainCall::guard_loss)
+      .def("shaped", &PlainCall::shaped);
   m.def("plain_call", plain_call,
         "(LossArguments, coefficients, keep) -> PlainCall without history; None for arguments that "
         "need a closer look.");

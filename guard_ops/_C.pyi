@@ -37,7 +37,10 @@ class PlainCall:
         cond: bool,
         uncond: bool,
     ) -> tuple[Tensor, ...]:
-        """The operator's results, gradients in the shape of ``model_output``."""
+        """The operator's results, gradients [K, B, D]."""
+
+    def shaped(self, grad: Tensor) -> Tensor:
+        """A gradient [K, B, D] that nobody else holds, in the shape of ``model_output``."""
 
 def plain_call(given: LossArguments, table: Tensor, keep: bool) -> PlainCall | None:
     """The call, or None for arguments that need a closer look."""

@@ -81,30 +81,6 @@ class Problem(NamedTuple):
     gaussian: bool
 
 
-def run_plain(
-    backend: ModuleType,
-    call: PlainCall,
-    mean_std: Tensor | None,
-    config: GuardConfig,
-    gaussian: bool,
-    cond: bool,
-    uncond: bool,
-) -> tuple[Tensor, ...]:
-    """What a fused backend's ``guard_loss`` returns; gradients perhaps in their outputs' shape."""
-    taken = getattr(backend, "guard_loss_plain", None)
-    if taken is None:
-        t = Transitions._make(call.transitions())
-        out = backend.guard_loss(t, *call.rows(), mean_std, config, gaussian, cond, uncond)
-    else:
-        out = taken(call, mean_std, config, gaussian, cond, uncond)
-    return tuple(out)
-
-
-def shaped(grad: Tensor, like: Tensor) -> Tensor:
-    """A gradient [K, B, D] in the shape of its output."""
-    return grad if grad.shape == like.shape else grad.view(like.shape)
-
-
 def _scaled(
     backend: ModuleType,
     t: Transitions,
@@ -144,7 +120,7 @@ class GuardLoss(torch.autograd.Function):
         if plain is None:
             out = backend.guard_loss(t, *problem, *now)
         else:
-            out = run_plain(backend, plain, *problem[3:], *now)
+            out = backend.guard_loss_plain(plain, *problem[3:], *now)
         loss, *buffers, per_row, metrics, ctx.sum_grads = out
         ctx.buffers = buffers if any(now) else None
         ctx.save_for_backward(model_output, model_output_uncond, *t[2:-1])
@@ -171,7 +147,7 @@ class GuardLoss(torch.autograd.Function):
                 transitions, ctx.sum_grads, buffers, grad_output.detach(), *ctx.wanted
             )
         handed = [
-            _once(ctx.backend.NAME, shaped(grad, output), grad_output, *outputs)
+            _once(ctx.backend.NAME, grad.view(output.shape), grad_output, *outputs)
             if wanted and grad is not None
             else None
             for grad, output, wanted in zip(grads, outputs, ctx.wanted, strict=True)

@@ -33,26 +33,28 @@ def _fail(error: Exception) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="guard-ops", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="guard-ops", description="Fused GRPO ops for flow models, at work, timed and checked."
+    )
     commands = parser.add_subparsers(required=True, metavar="demo | train | bench | doctor")
 
     demo = commands.add_parser("demo", help="fine-tune a digits flow with three objectives")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
     demo.add_argument("--seed", "--seeds", type=int, nargs="+", default=[0], help="one or more")
-    demo.add_argument("--iterations", type=int, default=120)
-    demo.add_argument("--pretrain-steps", type=int, default=3000)
+    _add_lengths(demo)
     demo.add_argument("--report", type=Path, help="also write the results as this Markdown page")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="fine-tune a digits flow with one objective")
     train.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for everything")
-    train.add_argument("--objective", choices=OBJECTIVES, default="article")
-    train.add_argument("--iterations", type=int, default=120)
-    train.add_argument("--learning-rate", type=float, default=4e-4)
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--pretrain-steps", type=int, default=3000)
-    train.add_argument("--checkpoint-every", type=int, default=10)
-    train.add_argument("--evaluate-every", type=int, default=10)
+    train.add_argument(
+        "--objective", choices=OBJECTIVES, default="article", help="default: article"
+    )
+    train.add_argument("--seed", type=int, default=0, help="of everything drawn; default: 0")
+    train.add_argument("--learning-rate", type=float, default=4e-4, help="default: 4e-4")
+    train.add_argument("--checkpoint-every", type=int, default=10, help="iterations; default: 10")
+    train.add_argument("--evaluate-every", type=int, default=10, help="iterations; default: 10")
+    _add_lengths(train)
     train.add_argument("--resume", action="store_true", help="from the newest intact checkpoint")
     train.set_defaults(run=_train)
 
@@ -64,6 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="the same for programs")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--iterations", type=int, default=120, help="of a run; default: 120")
+    parser.add_argument(
+        "--pretrain-steps", type=int, default=3000, help="before fine-tuning; default: 3000"
+    )
 
 
 def _demo(options: argparse.Namespace) -> None:

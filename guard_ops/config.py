@@ -90,7 +90,10 @@ class GuardConfig:
 
     @classmethod
     def article(cls, **overrides: Any) -> GuardConfig:
-        """GRPO-Guard as the article describes it: standardize, clip 0.2, inverse_ratio."""
+        """GRPO-Guard as its authors' article describes it: standardize, clip 0.2, inverse_ratio.
+
+        (*How GRPO-Guard Stops Over-Optimization in Flow-Based Visual Generators*, Kuaishou.)
+        """
         return dataclasses.replace(cls(balance="inverse_ratio"), **overrides)
 
     @classmethod

@@ -34,7 +34,7 @@ class LossCall(NamedTuple):
     t: Transitions  # of the outputs without their history where `fused` can do without
     problem: Problem
     coeffs: StepCoefficients  # [K, B] where not `fused`
-    plain: PlainCall | None = None  # t and problem in C++, where the backend takes them so
+    plain: PlainCall | None = None  # t and problem in C++
 
 
 class Plain(NamedTuple):
@@ -47,9 +47,6 @@ class Plain(NamedTuple):
 
 def check(given: LossArguments) -> LossCall:
     """Every argument of :func:`guard_ops.guard_loss`, checked; raises as it says."""
-    plain = plain_call(given)
-    if plain is not None:
-        return of(plain, given)
     compiling = torch.compiler.is_compiling()
     shape = transitions.check_shape(given.model_output, given.coeffs)
     device = given.model_output.device
@@ -76,21 +73,21 @@ def plain_call(given: LossArguments, *, keep: bool = True) -> Plain | None:
     and says nothing: what it does not accept is theirs to view, convert or complain about.
     ``keep``: whether autograd will keep the operands for a backward.
     """
-    v, coeffs = given.model_output, given.coeffs
+    coeffs = given.coeffs
     if _plain_call is None or torch.compiler.is_compiling() or given.process_group is not None:
         return None
-    if not isinstance(v, Tensor) or not isinstance(coeffs, StepCoefficients):
-        return None
-    backend = select(v.device)
-    if coeffs.deterministic or not backend.FUSED:
+    if not isinstance(coeffs, StepCoefficients) or coeffs.deterministic:
         return None
     operands = _plain_call(given, coeffs.table, keep)
     if operands is None:
         return None
-    shape = Shape._make(operands.shape)
-    if shape.batch > backends.max_batch(backend):
+    backend, shape = select(given.model_output.device), Shape._make(operands.shape)
+    if not backend.FUSED or shape.batch > backends.max_batch(backend):
         return None
-    return Plain(backend, operands, _check_objective(given, coeffs, shape))
+    mean_std = _check_objective(given, coeffs, shape)
+    if mean_std is not None and type(mean_std) is not Tensor:
+        return None
+    return Plain(backend, operands, mean_std)
 
 
 def of(plain: Plain, given: LossArguments) -> LossCall:
@@ -99,8 +96,7 @@ def of(plain: Plain, given: LossArguments) -> LossCall:
     t = Transitions._make(operands.transitions())
     problem = Problem(*operands.rows(), plain.mean_std, given.config, given.coeffs.gaussian)
     shape = Shape._make(operands.shape)
-    taken = operands if hasattr(plain.backend, "guard_loss_plain") else None
-    return LossCall(plain.backend, True, shape, t, problem, given.coeffs, taken)
+    return LossCall(plain.backend, True, shape, t, problem, given.coeffs, operands)
 
 
 def without_history(given: LossArguments) -> LossArguments:

@@ -1,4 +1,4 @@
-"""The objective on [K, B] numbers (design: two sums in, two coefficients out).
+"""The objective on [K, B] numbers (two sums in, two coefficients out).
 
 Plain differentiable PyTorch in float64: the truth that every fused [K, B] arithmetic follows line
 by line, and the path of distributed and custom objectives. Ratios are handled as differences from

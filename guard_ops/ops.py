@@ -228,13 +228,13 @@ def guard_loss(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
     """
-    call = loss_call.check(
-        LossArguments(
-            model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
-            old_model_output, noise, seed, coeffs, guidance_scale, old_log_prob, advantages,
-            step_weights, _ARTICLE if config is None else config, statistics, process_group,
-        )
+    given = LossArguments(
+        model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean,
+        old_model_output, noise, seed, coeffs, guidance_scale, old_log_prob, advantages,
+        step_weights, _ARTICLE if config is None else config, statistics, process_group,
     )  # fmt: skip
+    plain = loss_call.plain_call(given)
+    call = loss_call.check(given) if plain is None else loss_call.of(plain, given)
     if call.fused:
         loss, per_row, rows = autograd.guard_loss(
             call.backend, call.t, call.problem, call.plain, model_output, model_output_uncond
@@ -321,26 +321,33 @@ def guard_loss_and_grad(
     guided = model_output_uncond is not None
     plain = loss_call.plain_call(given, keep=False)
     if plain is None:
-        loss, *grads = _loss_and_grad(given, guided)
-    else:
-        loss, *grads = autograd.run_plain(
-            plain.backend, plain.operands, plain.mean_std, given.config, coeffs.gaussian, True,
-            guided,
-        )[:3]  # fmt: skip
-    grad = autograd.shaped(grads[0], model_output)
-    return LossAndGrad(loss, (grad, autograd.shaped(grads[1], model_output)) if guided else grad)
+        return _loss_and_grad(given, guided)
+    loss, *grads = plain.backend.guard_loss_plain(
+        plain.operands, plain.mean_std, given.config, coeffs.gaussian, True, guided
+    )[:3]
+    grad = plain.operands.shaped(grads[0])
+    return LossAndGrad(loss, (grad, plain.operands.shaped(grads[1])) if guided else grad)
 
 
-def _loss_and_grad(given: LossArguments, guided: bool) -> tuple[Tensor, ...]:
-    """(loss, grad and grad_uncond [K, B, D]) of any call at all."""
+def _loss_and_grad(given: LossArguments, guided: bool) -> LossAndGrad:
+    """:func:`guard_loss_and_grad` of any call at all."""
     with torch.enable_grad():  # which forbids constants that require grad
         call = loss_call.check(loss_call.without_history(given))
-        if call.fused:
-            out: tuple[Tensor, ...] = call.backend.guard_loss(call.t, *call.problem, True, guided)
-            return out[:3]
-        leaves = [x.requires_grad_() for x in call.t[:2] if x is not None]
-        loss, *_ = _composed(call, given.process_group)
-        return loss.detach(), *torch.autograd.grad(loss, leaves)
+    if call.fused:
+        with torch.no_grad():
+            loss, *grads = call.backend.guard_loss(call.t, *call.problem, True, guided)[:3]
+    elif torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"the {call.backend.NAME!r} backend makes this gradient by autograd, which inference "
+            "mode forbids; call guard_loss_and_grad under torch.no_grad()"
+        )
+    else:
+        with torch.enable_grad():
+            leaves = [x.requires_grad_() for x in call.t[:2] if x is not None]
+            loss, *_ = _composed(call, given.process_group)
+            grads = torch.autograd.grad(loss, leaves)
+    shaped = [grad.view(given.model_output.shape) for grad in grads[: 1 + guided]]
+    return LossAndGrad(loss.detach(), (shaped[0], shaped[1]) if guided else shaped[0])
 
 
 def _check_reduction(reduction: str) -> None:

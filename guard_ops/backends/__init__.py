@@ -1,9 +1,9 @@
 """Which backend runs an op: the fastest one that its tensors' device has, or the one asked for.
 
 A backend is a module with ``NAME``, ``FUSED``, ``supports(device)`` and the functions of
-``reference.py`` in the same order of arguments; a fused one adds ``guard_loss`` and ``scaled``,
-``MAX_BATCH`` where its ``guard_loss`` takes no more samples, and ``guard_loss_plain`` where it can
-take a call that was checked in C++ as it is.
+``reference.py`` in the same order of arguments; a fused one adds ``guard_loss``, the same of a call
+that was checked in C++ (``guard_loss_plain``), ``scaled``, and ``MAX_BATCH`` where its
+``guard_loss`` takes no more samples.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def _check_width(wide: bool) -> None:
     if wide:
         raise TypeError(
             "the 'cuda' backend has no float64 kernels; convert the latents to float32, or use "
-            "guard_ops.use_backend('reference')"
+            "guard_ops.use_backend('triton') or 'reference'"
         )
 
 

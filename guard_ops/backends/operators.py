@@ -47,7 +47,7 @@ def guard_loss_plain(
     cond: bool,
     uncond: bool,
 ) -> tuple[Tensor, ...]:
-    """The operator on what C++ has checked; gradients in the shape of ``model_output``."""
+    """The operator on what C++ has checked."""
     return call.guard_loss(mean_std, objective_arguments(config, gaussian), cond, uncond)
 
 

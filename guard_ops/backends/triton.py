@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from ..kernels import sums as summed
 from ..kernels.evaluate import MAX_BATCH as MAX_BATCH  # of guard_loss
 from ..objective import Metrics
 from ..transitions import Transitions, compute_dtype
+
+if TYPE_CHECKING:
+    from .._C import PlainCall
 
 if not launch.INTERPRETED and torch.cuda.device_count() + torch.xpu.device_count() == 0:
     raise ImportError(
@@ -98,6 +101,19 @@ def guard_loss(
         uncond,
     )
     return out
+
+
+def guard_loss_plain(
+    call: PlainCall,
+    mean_std: Tensor | None,  # [2, K] float64
+    config: GuardConfig,
+    gaussian: bool,
+    cond: bool,
+    uncond: bool,
+) -> tuple[Tensor, ...]:
+    """:func:`guard_loss` of the usual call, checked in C++."""
+    t = Transitions._make(call.transitions())
+    return guard_loss(t, *call.rows(), mean_std, config, gaussian, cond, uncond)
 
 
 def scaled(

@@ -51,7 +51,7 @@ def test_plain_pytorch_is_raced_eager_and_in_both_modes_of_compile():
     assert {c.chains for c in everywhere} == {(None, "default", "max-autotune")}
 
 
-# v, x, y and the mean read, the gradient written: the table of design section 6, and what
+# v, x, y and the mean read, the gradient written: counted by hand, and what
 # log_ratio's second look at its operands adds to it.
 @pytest.mark.parametrize(
     "op, stage, form, dtype, per_element",

@@ -207,8 +207,11 @@ def test_the_rollouts_step(source, dtype, place):
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("factor", [1.0, -3.0, 0.0])
-def test_backward_scales_what_forward_made(dtype, factor, place):
-    here, there = problem_on(place.device, "mean", dtype=dtype, latent=(50,), drift=0.3)
+@pytest.mark.parametrize("steps, latent", [(3, (50,)), (3, (2, 5, 5)), (None, (10, 5))])
+def test_backward_scales_what_forward_made(steps, latent, dtype, factor, place):
+    here, there = problem_on(
+        place.device, "mean", steps=steps, dtype=dtype, latent=latent, drift=0.3
+    )
     v = there["model_output"].detach().requires_grad_()
     out = go.guard_loss(**{**there, "model_output": v}, config=MODES["article"])
     (factor * out.loss).backward()
