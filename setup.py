@@ -72,7 +72,7 @@ class CMakeBuild(build_ext):
         definitions = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_INSTALL_PREFIX": str(build / "install"),
-            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
+            "CMAKE_MAKE_PROGRAM": toolchain.find_program("ninja", os.environ),
             "Python_EXECUTABLE": sys.executable,
             "PYBIND11_FINDPYTHON": "ON",
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -90,9 +90,10 @@ class CMakeBuild(build_ext):
         options = [f"-D{name}={value}" for name, value in definitions.items()]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         run = subprocess.check_call
-        run(["cmake", "-G", "Ninja", *options, "-S", str(ROOT), "-B", str(build)])
-        run(["cmake", "--build", str(build), "--parallel", jobs])
-        run(["cmake", "--install", str(build)])
+        cmake = toolchain.find_program("cmake", os.environ)
+        run([cmake, "-G", "Ninja", *options, "-S", str(ROOT), "-B", str(build)])
+        run([cmake, "--build", str(build), "--parallel", jobs])
+        run([cmake, "--install", str(build)])
         (built,) = (build / "install").glob("_C*.so")
         return built
 

@@ -138,9 +138,14 @@ def _check_objective(given: LossArguments, coeffs: StepCoefficients, shape: Shap
                 "`config.ratio_norm` is closed_form, which needs the behaviour policy's mean; the "
                 "log-prob form does not know it"
             )
-    if (config.kl_beta != 0) != (given.ref_model_output is not None):
-        what = "missing" if config.kl_beta else "given but `config.kl_beta` is 0"
-        raise ValueError(f"`ref_model_output` is {what}; the KL term needs both")
+    wrong = ""  # each condition by itself: torch.compile may hold kl_beta as a symbol
+    if given.ref_model_output is None:
+        if config.kl_beta:
+            wrong = "missing"
+    elif not config.kl_beta:
+        wrong = "given but `config.kl_beta` is 0"
+    if wrong:
+        raise ValueError(f"`ref_model_output` is {wrong}; the KL term needs both")
     external = statistics is not None or given.process_group is not None
     if external and config.ratio_norm == "standardize" and not config.detach_stats:
         raise ValueError(

@@ -71,7 +71,8 @@ def choose(environ: Mapping[str, str]) -> Toolchain:
     CPU kernels, else none. A version or ``cpu`` is built exactly or not at all.
 
     Raises:
-        ToolchainError: torch, nvcc and the request do not agree, or a compiler is missing.
+        ToolchainError: torch, nvcc and the request do not agree, or a compiler is missing; pip can
+            install what is missing.
     """
     request = environ.get("GUARD_OPS_CUDA", "").strip()
     if request and request != "cpu" and not re.fullmatch(r"\d+\.\d+", request):
@@ -88,6 +89,11 @@ def choose(environ: Mapping[str, str]) -> Toolchain:
             "`reference` backend",
         )
     assert torch is not None
+    if lacking := _lacking(environ):
+        raise ToolchainError(
+            f"the build needs {', '.join(lacking)} in this environment, next to torch: "
+            'pip install "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"'
+        )
     found = list(find_nvcc(environ))
     wanted = request or torch.cuda
     nvcc = next((n for n in found if n.version == wanted), None)
@@ -102,6 +108,12 @@ def choose(environ: Mapping[str, str]) -> Toolchain:
         why = f"no nvcc {torch.cuda} here (found: {_listed(found)}); GUARD_OPS_CUDA={torch.cuda} "
         why += "says how to get it"
     return Toolchain(torch, None, f"building the CPU kernels for {torch}: {why}")
+
+
+def find_program(name: str, environ: Mapping[str, str]) -> str | None:
+    """A program of the path, or one that pip put beside this interpreter."""
+    folders = (environ.get("PATH", ""), sysconfig.get_path("scripts"))
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def find_torch() -> Torch | None:
@@ -163,6 +175,12 @@ def _missing(torch: Torch | None, environ: Mapping[str, str]) -> str:
     if not any(shutil.which(name) for name in candidates):
         return f"no C++ compiler found ({', '.join(candidates)})"
     return ""
+
+
+def _lacking(environ: Mapping[str, str]) -> list[str]:
+    """Of what pip can install for a build, what is not here."""
+    lacking = [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+    return lacking + [name for name in ("cmake", "ninja") if not find_program(name, environ)]
 
 
 def _nvcc_version(path: str) -> str | None:

@@ -71,6 +71,24 @@ def test_unset_builds_cpu_kernels_otherwise_and_says_why(cuda, nvccs, said, tool
     assert "\n" not in chosen.line
 
 
+def test_what_pip_can_install_is_asked_for(toolchain, machine, tmp_path, monkeypatch):
+    environ = {**machine(cuda=None), "PATH": str(tmp_path)}
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(toolchain.ToolchainError, match=r"needs cmake, ninja in this environment"):
+        toolchain.choose(environ)
+    for name in ("cmake", "ninja"):
+        program = tmp_path / name
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)  # beside the interpreter, whatever the path
+    assert toolchain.choose({**environ, "PATH": "/nowhere"}).local_version == "+cputorch2.14"
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *_: None if name == "pybind11" else find(name)
+    )
+    with pytest.raises(toolchain.ToolchainError, match=r"needs pybind11 .*pip install"):
+        toolchain.choose(environ)
+
+
 def test_cpu_is_cpu_whatever_is_there(toolchain, machine):
     chosen = toolchain.choose({**machine(nvccs=["13.0"]), "GUARD_OPS_CUDA": "cpu"})
     assert chosen.nvcc is None

@@ -77,7 +77,7 @@ def test_every_registered_operator_is_checked_above():
     assert names - on_a_gpu == {"sums", "gradient", "guard_loss", "sde_step"}
 
 
-def compiled_and_eager(given, config, compiler):
+def compiled_and_eager(given, config, compiler, dynamic=None):
     """(loss, excess, gradient) of guard_loss, traced whole and not."""
 
     def step(v, rest):
@@ -87,7 +87,8 @@ def compiled_and_eager(given, config, compiler):
     results = []
     rest = {name: value for name, value in given.items() if name != "model_output"}
     torch.compiler.reset()
-    for function in (torch.compile(step, fullgraph=True, backend=compiler), step):
+    traced = torch.compile(step, fullgraph=True, backend=compiler, dynamic=dynamic)
+    for function in (traced, step):
         v = given["model_output"].detach().clone().requires_grad_()
         loss, *others = function(v, rest)
         (2.0 * loss).backward()
@@ -112,6 +113,15 @@ def test_guard_loss_compiles_into_one_graph(form, config, dtype, backend):
     for got, expected in zip(compiled, eager, strict=True):
         assert got.dtype == expected.dtype
         assert relative(got, expected) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("kl_beta", [0.0, 0.1])
+def test_guard_loss_compiles_with_symbolic_numbers(kl_beta, fused_backend):
+    given = problem("mean", latent=(9, 4), dtype=torch.float32, reference=kl_beta > 0)
+    config = go.GuardConfig.article(kl_beta=kl_beta)
+    compiled, eager = compiled_and_eager(given, config, "aot_eager", dynamic=True)
+    for got, expected in zip(compiled, eager, strict=True):
+        assert relative(got, expected) < 1e-6
 
 
 def test_guard_loss_and_grad_compiles_into_one_graph(fused_backend):
