@@ -6,7 +6,7 @@ float32, bfloat16 and float16 operands in any mixture; float64 belongs to ``refe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -114,17 +114,10 @@ def guard_loss(
     return out
 
 
-def guard_loss_plain(
-    call: PlainCall,
-    mean_std: Tensor | None,  # [2, K] float64
-    config: GuardConfig,
-    gaussian: bool,
-    cond: bool,
-    uncond: bool,
-) -> tuple[Tensor, ...]:
-    """:func:`guard_loss` of the usual call, checked in C++."""
+def guard_loss_plain(call: PlainCall, *rest: Any) -> tuple[Tensor, ...]:
+    """:func:`guard_loss` of what C++ has checked; ``rest`` from ``mean_std`` on."""
     _check_width(call.wide)
-    return operators.guard_loss_plain(call, mean_std, config, gaussian, cond, uncond)
+    return operators.guard_loss_plain(call, *rest)
 
 
 def scaled(

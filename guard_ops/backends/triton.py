@@ -103,17 +103,10 @@ def guard_loss(
     return out
 
 
-def guard_loss_plain(
-    call: PlainCall,
-    mean_std: Tensor | None,  # [2, K] float64
-    config: GuardConfig,
-    gaussian: bool,
-    cond: bool,
-    uncond: bool,
-) -> tuple[Tensor, ...]:
-    """:func:`guard_loss` of the usual call, checked in C++."""
+def guard_loss_plain(call: PlainCall, *rest: Any) -> tuple[Tensor, ...]:
+    """:func:`guard_loss` of what C++ has checked; ``rest`` from ``mean_std`` on."""
     t = Transitions._make(call.transitions())
-    return guard_loss(t, *call.rows(), mean_std, config, gaussian, cond, uncond)
+    return guard_loss(t, *call.rows(), *rest)
 
 
 def scaled(
