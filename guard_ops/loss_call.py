@@ -69,8 +69,8 @@ def check(given: LossArguments) -> LossCall:
 def plain_call(given: LossArguments, *, keep: bool = True) -> Plain | None:
     """Every argument checked and viewed at once, in C++; None where :func:`check` has to look.
 
-    Its checks cost as much as the kernel on a small latent. This accepts nothing that they refuse
-    and says nothing: what it does not accept is theirs to view, convert or complain about.
+    In Python the checks cost as much as the kernel does on a small latent. This accepts nothing
+    that they refuse and says nothing: what it does not accept is theirs to view, convert or refuse.
     ``keep``: whether autograd will keep the operands for a backward.
     """
     coeffs = given.coeffs
