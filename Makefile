@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt setup.py pyproject.toml \
-  scripts/toolchain.py
+  scripts/toolchain.py scripts/compiling.py
 
 .PHONY: demo test test-cpp test-triton gpu-check lint format bench wheels wheel-check clean
 

@@ -63,7 +63,7 @@ class Worker:
         if self._connection is not None:
             self._connection.close()
             self._process.kill()
-            self._process.join()
+            self._process.join(5)  # longer where a driver does not let go of it
         self._connection = None
 
 

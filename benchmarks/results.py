@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .measure import environment
-
 if TYPE_CHECKING:
     from .accuracy import Accuracy
 
@@ -32,22 +30,31 @@ def machine_label(device: str = "cpu") -> str:
 
 def section(rows: list[Row], device: str = "cpu") -> dict[str, Any]:
     """Rows and the environment they were measured in, as every file keeps them."""
+    from .measure import environment  # needs a guard_ops that works
+
     name = "cpu" if device == "cpu" else torch.cuda.get_device_name(0)
     return {"environment": {"device": name, **environment()}, "rows": rows}
 
 
 def save(name: str, rows: list[Row], folder: Path = FOLDER, device: str = "cpu") -> Path:
     """Write a section's rows and the environment they were measured in; other sections stay."""
+    return put(name, section(rows, device), folder, device)
+
+
+def put(name: str, found: dict[str, Any], folder: Path = FOLDER, device: str = "cpu") -> Path:
+    """Write a section into the machine's file; its other sections stay."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{machine_label(device)}.json"
     machine = json.loads(path.read_text()) if path.exists() else {}
-    write(path, machine | {name: section(rows, device)})
+    write(path, machine | {name: found})
     return path
 
 
 def write(path: Path, machine: Machine) -> None:
-    """A file that :func:`load`, ``--compare`` and the plots read."""
-    path.write_text(json.dumps(machine, indent=1) + "\n")
+    """A file that :func:`load`, ``--compare`` and the plots read; whole, or as it was."""
+    written = path.with_name(path.name + ".written")
+    written.write_text(json.dumps(machine, indent=1) + "\n")
+    os.replace(written, path)
 
 
 def load(folder: Path = FOLDER) -> dict[str, Machine]:

@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <string>
 #include <tuple>
 
@@ -153,11 +152,10 @@ TORCH_LIBRARY_IMPL(guard_ops, CUDA, m) {
 }  // namespace
 
 void define_cuda(pybind11::module_& m) {
-  if (const char* name = std::getenv("GUARD_OPS_CUDA_PATH")) forced = path_named(name);
   m.def(
       "force_cuda_path", [](const std::string& name) { forced = path_named(name); },
       "How guard_loss reads the batch on CUDA from now on: automatic, cooperative, cluster or "
-      "two_launches. GUARD_OPS_CUDA_PATH sets the same at import.");
+      "two_launches.");
   m.def(
       "last_cuda_path", [] { return std::string(cuda::name_of(last)); },
       "The path that the last guard_loss took.");

@@ -30,7 +30,7 @@ def self_test(backend: str) -> str:
         with use_backend("reference"):
             case = _case(dtype, torch.device("cpu"), torch.float64)
             truth = [_density_ratio(case)] if backend == "reference" else _everything(case)
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # a compiler's own, too
         return f"failed: {error}"
     errors = [
         float((a.cpu().double() - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True)

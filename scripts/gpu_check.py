@@ -7,6 +7,8 @@ after it have their time, and what was found so far is in ``benchmarks/results/<
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import importlib.util
 import json
 import os
@@ -23,8 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import bounded  # noqa: E402
+import toolchain  # noqa: E402
 
-TOTAL_SECONDS = 570  # ten minutes, less what it takes to end
+BEGAN = time.monotonic()
+TOTAL_SECONDS = 600  # by default, from the start of this process
+END_SECONDS = 15  # of them, to end what hangs and to say what was found
 SECONDS = "{seconds}"  # in a command: how long the step may take, less
 START_SECONDS = 15  # what importing torch takes, and ending
 
@@ -38,6 +43,7 @@ class Step(NamedTuple):
     least: int  # kept for it, whatever the steps before it take
     required: bool  # whether the check fails with it
     wanted: Callable[[], str] = lambda: ""  # why not to run it, or nothing
+    meaning: Mapping[int, str] = {}  # of an exit status
 
 
 class Outcome(NamedTuple):
@@ -57,24 +63,42 @@ def no_build() -> str:
     compiler = os.environ.get("CXX", "c++").split(" ")[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler})"
-    missing = [n for n in ("setuptools", "pybind11") if importlib.util.find_spec(n) is None]
-    missing += [n for n in ("cmake", "ninja") if shutil.which(n) is None]
+    missing = toolchain.lacking(os.environ)
     return f"{', '.join(missing)} not found" if missing else ""
 
 
-def workers() -> list[str]:
-    """pytest's options to run in several processes, where xdist is there."""
-    return ["-n", "4"] if importlib.util.find_spec("xdist") else []
+def plugins() -> list[str]:
+    """pytest's options to run in several processes, and to end a test that hangs, where it can."""
+    options = ["-o", "faulthandler_timeout=100"]  # says what a hung test was doing
+    if importlib.util.find_spec("xdist"):
+        options += ["-n", "4"]
+        if importlib.util.find_spec("pytest_timeout"):  # it ends the process, xdist starts another
+            options += ["--timeout=100", "--timeout-method=thread"]
+    return options
 
 
 PYTHON = sys.executable
-# What a hung test was doing is printed before the step is ended.
-PYTEST = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", "-o", "faulthandler_timeout=100", *workers()]
-GPU_TESTS = ["tests/device", "tests/kernels"]  # the trainer's tests would want its packages
+PYTEST = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", *plugins()]
+GPU_TESTS = [  # what only a device can show first; the trainer's tests would want its packages
+    "tests/device/test_cuda_paths.py",
+    "tests/device/test_device_launches.py",
+    "tests/device/test_device_loss.py",
+    "tests/device/test_triton_launch_paths.py",
+    "tests/device",
+    "tests/kernels",
+]
+BOUND_MISSED = 3  # benchmarks.device's exit status
 STEPS = [  # the benchmarks' numbers are had nowhere else, so they come before what takes long
-    Step("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 200, 0, False, no_build),
-    Step("doctor", [PYTHON, "-m", "guard_ops", "doctor"], 60, 30, True),
-    Step("benchmarks", [PYTHON, "-m", "benchmarks.device", "--seconds", SECONDS], 200, 140, True),
+    Step("build", [PYTHON, "scripts/compiling.py"], 200, 0, False, no_build),
+    Step("doctor", [PYTHON, "-m", "guard_ops", "doctor"], 80, 30, True),
+    Step(
+        "benchmarks",
+        [PYTHON, "-m", "benchmarks.device", "--seconds", SECONDS],
+        200,
+        140,
+        True,
+        meaning={BOUND_MISSED: "a bound is missed, or was not measured"},
+    ),
     Step("tests", [*PYTEST, *GPU_TESTS], 300, 120, True),
     Step("sanitizer", [PYTHON, "scripts/sanitize.py", "--seconds", SECONDS], 115, 70, True),
 ]
@@ -95,12 +119,13 @@ def limit(steps: Sequence[Step], index: int, left: float) -> float:
 def run_steps(
     steps: Sequence[Step],
     environment: Mapping[str, str],
-    total: float = TOTAL_SECONDS,
+    total: float = TOTAL_SECONDS - END_SECONDS,
     after: Callable[[Step, list[Outcome]], None] = lambda step, outcomes: None,
 ) -> list[Outcome]:
     """One step after the other, none of which takes another's least time.
 
-    ``after`` is called when a step is over, and may add outcomes of its own.
+    ``total`` seconds from now on. ``after`` is called when a step is over, and may add outcomes of
+    its own.
     """
     start = time.monotonic()
     outcomes: list[Outcome] = []
@@ -116,7 +141,7 @@ def run_steps(
             if status is None:
                 text = f"FAILED: more than {seconds:.0f} s"
             elif status:
-                text = f"FAILED with {status}"
+                text = f"FAILED: {step.meaning.get(status, f'exit status {status}')}"
             failed = step.required and status != 0
             outcomes.append(Outcome(step.name, text, time.monotonic() - began, failed))
         known = len(outcomes) - 1
@@ -175,24 +200,36 @@ def architecture() -> str:
     return f"{major}{minor}-real"
 
 
-def save(outcomes: Sequence[Outcome], environment: Mapping[str, str]) -> str:
+def save(outcomes: Sequence[Outcome]) -> str:
     """To the benchmarks' file of this device, in a section of their own; the file, or why not.
 
-    In another process: guard_ops may be what does not work.
+    Nothing of guard_ops is imported: it may be what does not work.
     """
-    code = (
-        "import json, sys; from benchmarks import results;"
-        "print(results.save('gpu_check', json.loads(sys.argv[1]), device='cuda').name)"
-    )
-    rows = json.dumps([outcome._asdict() for outcome in outcomes])
-    command = [PYTHON, "-c", code, rows]
-    status, text = bounded.run(command, 20, ROOT, environment, output=subprocess.PIPE)
-    last = (text.strip().splitlines() or [""])[-1]
-    return f"not saved: {last}" if status != 0 else f"benchmarks/results/{last}"
+    import torch
+
+    from benchmarks import results
+
+    environment = {
+        "device": torch.cuda.get_device_name(0),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    rows = [outcome._asdict() for outcome in outcomes]
+    try:
+        path = results.put("gpu_check", {"environment": environment, "rows": rows}, device="cuda")
+    except (OSError, ValueError) as error:
+        return f"no file: {error}"
+    return f"benchmarks/results/{path.name}"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the steps; 0 when every required one passed, or there is no GPU."""
+    parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__)
+    parser.add_argument(
+        "--seconds", type=float, default=TOTAL_SECONDS, help=f"at most; default {TOTAL_SECONDS}"
+    )
+    end = BEGAN + parser.parse_args(arguments).seconds - END_SECONDS
     if reason := without_a_gpu():
         print(f"gpu-check: skipped, {reason}. Not run:")
         for step in STEPS:
@@ -202,14 +239,16 @@ def main() -> int:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     env.setdefault("CMAKE_CUDA_ARCHITECTURES", architecture())
+    saved = "nothing"
 
     def after(step: Step, outcomes: list[Outcome]) -> None:
+        nonlocal saved
         if step.name == "build":
             outcomes += judge_backends(*backends(env), outcomes[-1].text)
+        saved = save(outcomes)  # whatever becomes of the next one
 
-    start = time.monotonic()
-    outcomes = run_steps(STEPS, env, after=after)
-    print(f"gpu-check: {time.monotonic() - start:.0f} s; also in {save(outcomes, env)}")
+    outcomes = run_steps(STEPS, env, end - time.monotonic(), after)
+    print(f"gpu-check: {time.monotonic() - BEGAN:.0f} s; also in {saved}")
     print("\n".join(f"  {outcome}" for outcome in outcomes))
     return 1 if any(outcome.failed for outcome in outcomes) else 0
 

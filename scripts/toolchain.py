@@ -89,9 +89,9 @@ def choose(environ: Mapping[str, str]) -> Toolchain:
             "`reference` backend",
         )
     assert torch is not None
-    if lacking := _lacking(environ):
+    if absent := lacking(environ):
         raise ToolchainError(
-            f"the build needs {', '.join(lacking)} in this environment, next to torch: "
+            f"the build needs {', '.join(absent)} in this environment, next to torch: "
             'pip install "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"'
         )
     found = list(find_nvcc(environ))
@@ -177,10 +177,10 @@ def _missing(torch: Torch | None, environ: Mapping[str, str]) -> str:
     return ""
 
 
-def _lacking(environ: Mapping[str, str]) -> list[str]:
+def lacking(environ: Mapping[str, str]) -> list[str]:
     """Of what pip can install for a build, what is not here."""
-    lacking = [] if importlib.util.find_spec("pybind11") else ["pybind11"]
-    return lacking + [name for name in ("cmake", "ninja") if not find_program(name, environ)]
+    modules = [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+    return modules + [name for name in ("cmake", "ninja") if not find_program(name, environ)]
 
 
 def _nvcc_version(path: str) -> str | None:

@@ -1,6 +1,7 @@
 """make gpu-check: who gets how much time, what survives a step that hangs, what fails the check."""
 
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import results
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,14 +135,16 @@ def test_outcomes_say_what_failed_and_what_counts(check):
     steps = [
         fake(check, "fails", "raise SystemExit(3)", required=False),
         fake(check, "counts", "raise SystemExit(4)"),
+        fake(check, "means something", "raise SystemExit(5)", meaning={5: "too slow"}),
         fake(check, "left out", "raise SystemExit(5)", wanted=lambda: "no compiler"),
         check.Step("knows", [*python("import sys; sys.exit(int(sys.argv[1]) != 15)"),
                              check.SECONDS], 30, 5, True),
     ]  # fmt: skip
     outcomes = check.run_steps(steps, os.environ)
     assert [(o.text, o.failed) for o in outcomes] == [
-        ("FAILED with 3", False),
-        ("FAILED with 4", True),
+        ("FAILED: exit status 3", False),
+        ("FAILED: exit status 4", True),
+        ("FAILED: too slow", True),
         ("not run: no compiler", False),
         ("passed", False),
     ]
@@ -183,9 +188,44 @@ def test_backends_are_asked_of_a_new_process(check, monkeypatch):
     assert check.backends(environment)[1]["triton"] == "guard_ops: importing"
 
 
-def test_outcomes_that_cannot_be_saved_are_no_failure(check, monkeypatch):
-    monkeypatch.setattr(check, "PYTHON", "/bin/false")
-    assert check.save([check.Outcome("a", "passed", 1.0, False)], os.environ) == "not saved: "
+@pytest.fixture
+def device(monkeypatch, tmp_path):
+    """A GPU by name only, and where its results go."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100/80")
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results.put, "__defaults__", (tmp_path, "cpu"))
+    return tmp_path / "nvidia-h100-80.json"
+
+
+def test_outcomes_are_saved_whatever_becomes_of_guard_ops(check, device, monkeypatch):
+    monkeypatch.setitem(sys.modules, "guard_ops", None)
+    monkeypatch.setitem(sys.modules, "benchmarks.measure", None)
+    device.write_text('{"device": {"rows": [1]}}')
+    rows = [check.Outcome("a", "passed", 1.0, False), check.Outcome("b", "FAILED: x", 2.0, True)]
+    assert check.save(rows) == "benchmarks/results/nvidia-h100-80.json"
+    saved = json.loads(device.read_text())
+    assert saved["device"] == {"rows": [1]}
+    assert saved["gpu_check"]["rows"] == [row._asdict() for row in rows]
+    assert saved["gpu_check"]["environment"]["device"] == "NVIDIA H100/80"
+    device.write_text("{")
+    assert check.save(rows).startswith("no file: ")
+
+
+def test_every_step_is_saved_before_the_next_and_the_clock_is_the_process_s(
+    check, device, monkeypatch, capsys
+):
+    code = f"import json; print(json.load(open({str(device)!r}))['gpu_check']['rows'][0]['text'])"
+    steps = [fake(check, "a", "pass"), fake(check, "b", code), fake(check, "c", "1/0")]
+    monkeypatch.setattr(check, "STEPS", steps)
+    monkeypatch.setattr(check, "without_a_gpu", lambda: "")
+    monkeypatch.setattr(check, "architecture", lambda: "90-real")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(check, "BEGAN", time.monotonic() - 50)
+    assert check.main(["--seconds", "90"]) == 1
+    saved = json.loads(device.read_text())["gpu_check"]["rows"]
+    assert [row["text"] for row in saved] == ["passed", "passed", "FAILED: exit status 1"]
+    # 90 - 50 - END_SECONDS, less the least of the others
+    assert "gpu-check: a, at most 15 s" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run the check itself")

@@ -49,13 +49,32 @@ inline const Device& device() {
   return known.emplace(number, d).first->second;
 }
 
-// Why the device cannot run this kernel, whatever it was compiled for; empty where it can.
+// Why the device cannot run this kernel, whatever it was compiled for; empty where it can. Throws
+// what says nothing of that (a device without memory left), so that nobody remembers it.
 inline std::string why_not(const void* kernel) {
   cudaFuncAttributes attributes{};
   const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
-  if (status == cudaSuccess) return "";
-  cudaGetLastError();
-  return cudaGetErrorString(status);
+  switch (status) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorInvalidPtx:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+      cudaGetLastError();
+      return cudaGetErrorString(status);
+    default:
+      check(status, "cudaFuncGetAttributes");
+      return "";
+  }
+}
+
+// Whether an error says that the device cannot launch a kernel so, and never will.
+inline bool refused(cudaError_t status) {
+  return status == cudaErrorInvalidValue || status == cudaErrorInvalidConfiguration ||
+         status == cudaErrorInvalidClusterSize || status == cudaErrorNotSupported ||
+         status == cudaErrorLaunchOutOfResources || status == cudaErrorCooperativeLaunchTooLarge;
 }
 
 // Whether the kernel's code knows of clusters: PTX for sm_80 that a driver compiles for sm_90 would
@@ -104,10 +123,12 @@ inline int at_once(const void* kernel, const Launch& launch) {
                                                            launch.shared_bytes);
     count *= d.multiprocessors;
   }
-  if (status != cudaSuccess) {
+  if (refused(status)) {
     cudaGetLastError();
+    status = cudaSuccess;
     count = 0;
   }
+  check(status, "occupancy");
   return known.emplace(key, count).first->second;
 }
 
@@ -134,9 +155,7 @@ bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argume
   void* arguments[] = {&argument};
   const cudaError_t status =
       cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
-  if (config.numAttrs > 0 &&
-      (status == cudaErrorCooperativeLaunchTooLarge || status == cudaErrorInvalidClusterSize ||
-       status == cudaErrorLaunchOutOfResources || status == cudaErrorNotSupported)) {
+  if (config.numAttrs > 0 && status != cudaErrorInvalidValue && refused(status)) {
     cudaGetLastError();
     return false;
   }

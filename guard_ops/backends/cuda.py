@@ -5,6 +5,8 @@ float32, bfloat16 and float16 operands in any mixture; float64 belongs to ``refe
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,16 @@ if torch.cuda.device_count() == 0:  # by NVML: a process may still fork afterwar
 
 NAME = "cuda"
 FUSED = True
+
+if _path := os.environ.get("GUARD_OPS_CUDA_PATH"):
+    try:
+        _C.force_cuda_path(_path)
+    except ValueError as error:
+        warnings.warn(
+            f"guard_ops: GUARD_OPS_CUDA_PATH: {error}; choosing by size and device",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 _ops = torch.ops.guard_ops
 

@@ -167,7 +167,7 @@ def test_every_number_is_saved_as_soon_as_it_is_there(machine, monkeypatch, caps
 
 def test_failures_are_rows_and_the_status_says_what_is_missing(machine, monkeypatch, capsys):
     monkeypatch.setattr(device.isolated, "Worker", lambda work: FakeWorker(["eager"]))
-    assert device.main([]) == 1
+    assert device.main([]) == device.MISSED
     saved = results.load(machine)["fake-gpu"]["device"]["rows"]
     assert {r["contender"] for r in saved if "error" in r} == {"eager"}
     assert len(saved) == len(device.jobs(["cuda", "triton"]))
@@ -178,7 +178,7 @@ def test_failures_are_rows_and_the_status_says_what_is_missing(machine, monkeypa
 
 def test_when_the_time_is_up_it_says_how_much_is_missing(machine, monkeypatch, capsys):
     monkeypatch.setattr(device.isolated, "Worker", lambda work: FakeWorker())
-    assert device.main(["--seconds", "0"]) == 1
+    assert device.main(["--seconds", "0"]) == device.MISSED
     count = len(device.jobs(["cuda", "triton"]))
     assert f"{count} of {count} rows not measured: no time left" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -52,3 +53,24 @@ def gpu(place):
     if place.device.type == "cpu":
         pytest.skip("needs a GPU")
     return place
+
+
+_unusable: list[str] = []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_makereport(item, call):
+    """After a failure on a GPU: whether the process can still use it."""
+    if call.excinfo is not None and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            _unusable.append(f"{item.nodeid} left the device unusable: {error}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid, location):
+    """An illegal access fails every later call of its process; xdist starts another one."""
+    if _unusable and "PYTEST_XDIST_WORKER" in os.environ:
+        print(_unusable[0], file=sys.__stderr__, flush=True)
+        os._exit(1)

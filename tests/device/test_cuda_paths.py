@@ -29,7 +29,6 @@ CONFIGS = {
     "article_kl": go.GuardConfig.article(kl_beta=0.04),
 }
 INDEPENDENT = ("paper", "flow_grpo")  # rows that a cluster can do by itself
-LARGEST_IN_A_CLUSTER = 65536  # elements of four float32 operands: half of 8 blocks' shared memory
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +64,8 @@ def bits(given, config, **more):
 def paths(name, latent, device="cuda"):
     """The paths that one launch can take; a forced one that cannot is an error."""
     capable = torch.cuda.get_device_capability(device) >= (9, 0)
-    fits = math.prod(latent) <= LARGEST_IN_A_CLUSTER
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    fits = math.prod(latent) * 16 <= 8 * (room - 4096)  # four float32 operands, in eight blocks
     return ["cooperative", *(["cluster"] if name in INDEPENDENT and capable and fits else [])]
 
 
