@@ -9,7 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transitions import Transitions
-from .launch import COUNTS, arguments, compute_type, on_device, start, start_tuned, strides_of
+from .launch import (
+    COUNTS,
+    POINTERS,
+    arguments,
+    compute_type,
+    on_device,
+    start,
+    start_tuned,
+    strides_of,
+)
 from .objective import CLOSED_FORM
 from .paths import cut
 from .sums import tuning_key
@@ -97,12 +106,14 @@ def write_gradient(
     )
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=POINTERS)
 def gradient_kernel(
     t,  # Operands: pointers
     strides,  # Operands: (over K, over B) of each
     table,  # [5, K, B] float64
-    table_strides,
+    table_c,  # its strides
+    table_k,
+    table_i,
     guidance_scale: tl.float64,
     numel,
     steps,
@@ -120,6 +131,7 @@ def gradient_kernel(
     Reads the operands once and writes the gradient. With ``written``, a row is written only where
     its coefficients are others now; with ``factor``, only where that is not 1.
     """
+    table_strides = (table_c, table_k, table_i)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     row = tile // tiles
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
@@ -142,7 +154,7 @@ def gradient_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=POINTERS)
 def scale_kernel(x, factor, size, T: tl.constexpr):
     """``x *= factor`` over dense memory, a program a tile; returns at once where factor is 1."""
     scale = tl.load(factor).to(T)
@@ -175,7 +187,8 @@ def gradient(
 
     dtype = compute_type(t.compute_dtype)
     with on_device(device):
-        start_tuned("gradient", tuning_key(t), launch)
+        # One that may find nothing to do says nothing of how long the others take.
+        start_tuned("gradient", tuning_key(t), launch, search=written is None and factor is None)
 
 
 def rescale(

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from .evaluate import evaluate, load_coefficients, own_coefficients, store_coefficients
+from .evaluate import Given, evaluate, load_coefficients, own_coefficients, store_coefficients
 from .gradient import direction_of, put_resident_gradient, write_gradient
-from .launch import COUNTS
+from .launch import COUNTS, POINTERS
 from .sums import combine, is_last, segment_sums, store_partial, tile_of, tile_sums, totals
 from .transition import TILE, step_coefficient
 
@@ -41,12 +41,14 @@ def reset_gates(counters, rows):
         tl.store(counters + ROW + rows + row, tl.zeros((1024,), tl.int32), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=POINTERS)
 def grid_kernel(
     t,
     strides,
     table,
-    table_strides,
+    table_c,
+    table_k,
+    table_i,
     guidance_scale: tl.float64,
     numel,
     steps,
@@ -56,8 +58,16 @@ def grid_kernel(
     partial,  # [3, K B, segments] float64; may be sums
     sums,  # [3, K B] float64
     counters,  # int32 [GRID_COUNTERS + 2 K B], 0 before and after
-    given,
-    given_strides,
+    advantages,
+    old_log_prob,
+    step_weights,
+    mean_std,
+    advantages_k,
+    advantages_i,
+    old_k,
+    old_i,
+    weights_k,
+    weights_i,
     out,
     target_std: tl.float64,
     std_floor: tl.float64,
@@ -83,6 +93,11 @@ def grid_kernel(
     the gate; then the gradient. RESIDENT holds its tile in registers in between: every operand is
     read once. Else it is read again, from the last segment back.
     """
+    table_strides = (table_c, table_k, table_i)
+    given = Given(advantages, old_log_prob, step_weights, mean_std)
+    given_strides = Given(
+        (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i), (0, 0)
+    )
     rows = steps * batch
     units = rows * segments
     programs = tl.num_programs(0)

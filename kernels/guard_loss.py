@@ -30,6 +30,7 @@ from .gradient import direction_of, gradient, put_resident_gradient, write_gradi
 from .grid import GRID_COUNTERS, grid_kernel
 from .launch import (
     COUNTS,
+    POINTERS,
     WARPS,
     arguments,
     compute_type,
@@ -55,12 +56,14 @@ from .sums import (
 from .transition import TILE, step_coefficient
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=POINTERS)
 def sums_then_evaluate_kernel(
     t,  # Operands: pointers
     strides,  # Operands: (over K, over B) of each
     table,  # [5, K, B] float64
-    table_strides,
+    table_c,  # its strides
+    table_k,
+    table_i,
     guidance_scale: tl.float64,
     numel,
     steps,
@@ -70,8 +73,16 @@ def sums_then_evaluate_kernel(
     partial,  # [3, K B, segments] float64; may be sums
     sums,  # [3, K B] float64
     counters,  # int32, 0 before and after
-    given,  # Given: pointers
-    given_strides,  # Given: (over K, over B) of each
+    advantages,  # these four: Given
+    old_log_prob,
+    step_weights,
+    mean_std,
+    advantages_k,  # their strides, which are numbers of their own and not tuples, so that
+    advantages_i,  # none of them is compiled for
+    old_k,
+    old_i,
+    weights_k,
+    weights_i,
     out,  # Results
     target_std: tl.float64,
     std_floor: tl.float64,
@@ -90,6 +101,11 @@ def sums_then_evaluate_kernel(
 
     Reads every operand once.
     """
+    table_strides = (table_c, table_k, table_i)
+    given = Given(advantages, old_log_prob, step_weights, mean_std)
+    given_strides = Given(
+        (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i), (0, 0)
+    )
     segment, row = tl.program_id(0) % segments, tl.program_id(0) // segments
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
     s1, s2, ref = segment_sums(
@@ -106,12 +122,14 @@ def sums_then_evaluate_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=POINTERS)
 def rows_kernel(
     t,
     strides,
     table,
-    table_strides,
+    table_c,
+    table_k,
+    table_i,
     guidance_scale: tl.float64,
     numel,
     steps,
@@ -121,8 +139,16 @@ def rows_kernel(
     partial,  # [3, K B, segments] float64; may be sums
     sums,  # [3, K B] float64
     counters,  # int32, 0 before and after
-    given,
-    given_strides,
+    advantages,
+    old_log_prob,
+    step_weights,
+    mean_std,
+    advantages_k,
+    advantages_i,
+    old_k,
+    old_i,
+    weights_k,
+    weights_i,
     out,
     target_std: tl.float64,
     std_floor: tl.float64,
@@ -146,6 +172,11 @@ def rows_kernel(
     Reads every operand once if a row is one tile, else twice, the second time from cache, and
     writes the gradient. The coefficients assume that every other transition is finite.
     """
+    table_strides = (table_c, table_k, table_i)
+    given = Given(advantages, old_log_prob, step_weights, mean_std)
+    given_strides = Given(
+        (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i), (0, 0)
+    )
     row = tl.program_id(0)
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
     rows = steps * batch
@@ -256,8 +287,9 @@ def guard_loss(
         path = "two_launches"
     with on_device(device):
         sums = torch.empty_like(sum_grads)
-        scratch = sums.new_empty(steps * batch + 2 * steps)
-        excess, spread = scratch[: steps * batch], scratch[steps * batch :]
+        pairs = 2 * -(-steps * batch // 2)  # the second one begins at a multiple of 16 bytes
+        scratch = sums.new_empty(pairs + 2 * steps)
+        excess, spread = scratch[:pairs], scratch[pairs:]
         count = GRID_COUNTERS + 2 * parts.rows if path == "one_launch" else 1
         given = Given(*objective[:4])
         common = (
@@ -267,8 +299,8 @@ def guard_loss(
             partial_sums(sums, parts.segments),
             sums,
             counters(device, count),
-            given,
-            Given(*((0, 0) if x is None else (x.stride(0), x.stride(1)) for x in given)),
+            *given,
+            *(n for x in given[:3] for n in strides_of(x)),
             Results(loss, per_row, metrics, sum_grads, excess, spread),
             *objective[10:],
             objective.mode,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,15 @@ _tuned: dict[tuple[object, ...], int] = {}
 
 # Arguments that a kernel is not compiled anew for: by default Triton would for a 1, and for a
 # multiple of 16. `numel` and the latents' strides stay out: 16-byte loads follow from them.
-COUNTS = ["steps", "batch", "segments", "tiles"]
+COUNTS = [
+    "steps", "batch", "segments", "tiles", "table_c", "table_k", "table_i", "advantages_k",
+    "advantages_i", "old_k", "old_i", "weights_k", "weights_i",
+]  # fmt: skip
+# Pointers to numbers that are read one by one: a slice of them may begin anywhere.
+POINTERS = [
+    "table", "partial", "sums", "counter", "counters", "c", "written", "factor", "advantages",
+    "old_log_prob", "step_weights", "mean_std",
+]  # fmt: skip
 
 
 def strides_of(x: Tensor | None) -> tuple[int, int]:
@@ -53,7 +62,7 @@ def arguments(t: Transitions) -> tuple[Any, ...]:
     """What every kernel over a loss's transitions begins with."""
     table = t.coefficients
     steps, batch, numel = t.model_output.shape
-    return (*pack(*t[:9]), table, table.stride(), t.guidance_scale, numel, steps, batch)
+    return (*pack(*t[:9]), table, *table.stride(), t.guidance_scale, numel, steps, batch)
 
 
 def compute_type(dtype: torch.dtype) -> Any:
@@ -87,17 +96,25 @@ def start(
     kernel[(grid,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
 
 
-def start_tuned(name: str, key: tuple[object, ...], launch: Callable[[int], None]) -> None:
+def capturing() -> bool:
+    """Whether a CUDA graph is; of a torch without CUDA it cannot be asked."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def start_tuned(
+    name: str, key: tuple[object, ...], launch: Callable[[int], None], search: bool = True
+) -> None:
     """``launch(warps)`` with the table's number of warps, or under GUARD_OPS_AUTOTUNE=1 the best.
 
     ``launch`` must be repeatable; no number of warps changes a bit of the result. The search is
-    made once per key, never while a graph is captured. Without it nothing stalls a training step.
+    made once per key, where ``search``, never while a graph is captured. Without it nothing stalls
+    a training step.
     """
     if INTERPRETED or os.environ.get("GUARD_OPS_AUTOTUNE") != "1":
         launch(WARPS[name])
         return
     best = _tuned.get((name, *key))
-    if best is None and not torch.cuda.is_current_stream_capturing():
+    if best is None and search and not capturing():
         best = min(CANDIDATES, key=lambda warps: _milliseconds(launch, warps))
         _tuned[(name, *key)] = best
     launch(best or WARPS[name])
@@ -119,9 +136,11 @@ def _milliseconds(launch: Callable[[int], None], warps: int) -> float:
 
 RESERVED = 1 << 18  # int32, 1 MB
 LEAST = 1024  # counters of a stream
+LINE = 32  # of a cache's line: no two share one, and all begin where the first did
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _reserved: dict[torch.device, Tensor] = {}
 _filled: dict[torch.device, torch.cuda.Event] = {}
+_lock = threading.RLock()  # over the three
 
 
 def prepare(device: torch.device) -> None:
@@ -131,10 +150,12 @@ def prepare(device: torch.device) -> None:
     """
     if device.type != "cuda" or device in _reserved or torch.cuda.is_current_stream_capturing():
         return
-    with no_dispatch(), torch.cuda.device(device):
-        _reserved[device] = torch.zeros(RESERVED, dtype=torch.int32, device=device)
-        _filled[device] = torch.cuda.Event()
-        _filled[device].record()
+    with _lock, no_dispatch(), torch.cuda.device(device):
+        if device not in _reserved:
+            reserve = torch.zeros(RESERVED, dtype=torch.int32, device=device)
+            _filled[device] = torch.cuda.Event()
+            _filled[device].record()
+            _reserved[device] = reserve
 
 
 def counters(device: torch.device, count: int) -> Tensor:
@@ -151,6 +172,11 @@ def counters(device: torch.device, count: int) -> Tensor:
 
 
 def _stream_counters(device: torch.device, count: int) -> Tensor:
+    with _lock:
+        return _locked_stream_counters(device, count)
+
+
+def _locked_stream_counters(device: torch.device, count: int) -> Tensor:
     stream = 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id
     found = _of_stream.get((device, stream))
     if found is None or found.numel() < count:
@@ -166,8 +192,10 @@ def _stream_counters(device: torch.device, count: int) -> Tensor:
 
 def _take(device: torch.device, count: int) -> Tensor | None:
     """A slice of the device's reserve that is nobody else's; None where too little is left."""
-    left = _reserved.get(device)
-    if left is None or left.numel() < count:
-        return None
-    _reserved[device] = left[count:]
-    return left[:count]
+    whole = LINE * -(-count // LINE)
+    with _lock:
+        left = _reserved.get(device)
+        if left is None or left.numel() < whole:
+            return None
+        _reserved[device] = left[whole:]
+        return left[:whole]

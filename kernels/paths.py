@@ -90,7 +90,9 @@ def choose(on: Machine, parts: Cut, row_bytes: int, independent: bool) -> str:
             raise ValueError(
                 f"GUARD_OPS_TRITON_PATH is {forced!r}; it needs one of {', '.join(PATHS)}"
             )
-        return "two_launches" if forced == "rows" and not independent else forced
+        resident = on.cooperative or on.processors == 1  # one program waits for nobody
+        possible = {"rows": independent, "one_launch": resident}.get(forced, True)
+        return forced if possible else "two_launches"
     if on.cooperative and parts.tiles == 1 and parts.units <= on.processors:
         return "one_launch"
     fits = parts.one_tile or 2 * on.processors * row_bytes <= on.cache_bytes

@@ -4,19 +4,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import COUNTS, WARPS, compute_type, counters, on_device, pack, start, strides_of
+from .launch import (
+    COUNTS,
+    POINTERS,
+    WARPS,
+    compute_type,
+    counters,
+    on_device,
+    pack,
+    start,
+    strides_of,
+)
 from .paths import cut
 from .summation import sum_all
 from .sums import combine, is_last, partial_sums, store_partial, tile_sum
 from .transition import TILE, load, mean, noise_of, rounded, step_coefficient, store
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=POINTERS)
 def sde_step_kernel(
     t,  # Operands: model_output, sample, and noise or seed
     strides,  # Operands: (over K, over B) of each
     table,  # [5, K, B] float64
-    table_strides,
+    table_c,  # its strides
+    table_k,
+    table_i,
     numel,
     steps,
     batch,
@@ -32,6 +44,7 @@ def sde_step_kernel(
     PADDED: tl.constexpr,
 ):
     """A program a segment. Reads v, x (and the noise) once, writes the sample and the mean once."""
+    table_strides = (table_c, table_k, table_i)
     segment, row = tl.program_id(0) % segments, tl.program_id(0) // segments
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
     a = step_coefficient(table, table_strides, 0, k, i).to(T)
@@ -78,7 +91,7 @@ def sde_step(
             parts.units,
             *pack(v, None, None, x, None, None, None, noise, seed),
             coefficients,
-            coefficients.stride(),
+            *coefficients.stride(),
             numel,
             steps,
             batch,

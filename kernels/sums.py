@@ -11,7 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..transitions import Transitions
-from .launch import COUNTS, arguments, compute_type, counters, on_device, start, start_tuned
+from .launch import (
+    COUNTS,
+    POINTERS,
+    arguments,
+    compute_type,
+    counters,
+    on_device,
+    start,
+    start_tuned,
+)
 from .paths import cut
 from .summation import halve, sum_all, sum_last
 from .transition import TILE, differences, load, step_coefficient, velocity
@@ -123,12 +132,14 @@ def is_last(counter, expected):
     return last
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=POINTERS)
 def sums_kernel(
     t,  # Operands: pointers
     strides,  # Operands: (over K, over B) of each
     table,  # [5, K, B] float64
-    table_strides,
+    table_c,  # its strides
+    table_k,
+    table_i,
     guidance_scale: tl.float64,
     numel,
     steps,
@@ -142,6 +153,7 @@ def sums_kernel(
     PADDED: tl.constexpr,
 ):
     """A program a segment. Reads every operand once, writes three numbers a segment."""
+    table_strides = (table_c, table_k, table_i)
     segment, row = tl.program_id(0) % segments, tl.program_id(0) // segments
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
     s1, s2, ref = segment_sums(

@@ -228,7 +228,7 @@ def page(facts: list[Facts]) -> str:
         f"Triton {triton.__version__}, 8 warps a program, latents of a multiple of 16 elements at "
         "16-byte addresses, `old_mean` float32.",
         "Registers are a thread's, shared memory a program's, in bytes. "
-        "No kernel spills; registers are at most",
+        "None of these spills; registers are at most",
         f"{bounds}.",
         "",
         "| " + " | ".join(head) + " |",

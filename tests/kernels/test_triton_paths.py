@@ -49,6 +49,11 @@ def test_the_path_can_be_asked_for_by_name(monkeypatch):
     monkeypatch.setenv("GUARD_OPS_TRITON_PATH", "rows")
     assert choose(H100, cut(1, 8, 65536), 1, True) == "rows"
     assert choose(H100, cut(1, 8, 65536), 1, False) == "two_launches"  # rows need each other
+    monkeypatch.setenv("GUARD_OPS_TRITON_PATH", "one_launch")
+    assert choose(H100, cut(1, 64, 65536), 1, True) == "one_launch"
+    alone = H100._replace(cooperative=False)
+    assert choose(alone, cut(1, 8, 65536), 1, True) == "two_launches"  # programs that may not run
+    assert choose(alone._replace(processors=1), cut(1, 8, 65536), 1, True) == "one_launch"
     monkeypatch.setenv("GUARD_OPS_TRITON_PATH", "fast")
     with pytest.raises(ValueError, match="GUARD_OPS_TRITON_PATH is 'fast'; it needs one of two_la"):
         choose(H100, cut(1, 8, 65536), 1, True)
@@ -56,11 +61,12 @@ def test_the_path_can_be_asked_for_by_name(monkeypatch):
 
 def test_counters_are_slices_of_a_reserve_that_nobody_shares(monkeypatch):
     device = torch.device("cpu")
-    monkeypatch.setattr(launch, "_reserved", {device: torch.arange(100, dtype=torch.int32)})
+    monkeypatch.setattr(launch, "_reserved", {device: torch.arange(164, dtype=torch.int32)})
     taken = [launch._take(device, count) for count in (10, 1, 50)]
-    assert torch.cat(taken).tolist() == list(range(61))
-    assert launch._take(device, 40) is None  # 39 are left
-    assert launch._take(device, 39).tolist() == list(range(61, 100))
+    assert torch.cat(taken).tolist() == list(range(128))  # whole lines of 32
+    assert [x.data_ptr() - taken[0].data_ptr() for x in taken] == [0, 128, 256]
+    assert launch._take(device, 33) is None  # 36 are left
+    assert launch._take(device, 4).tolist() == list(range(128, 160))
     assert launch._take(device, 1) is None
     assert launch._take(torch.device("meta"), 1) is None
 
@@ -73,6 +79,76 @@ def test_one_step_is_compiled_for_like_several():
     assert launch.strides_of(x[:, :1]) == (8 * 4096, 0)
     assert launch.strides_of(x.transpose(0, 1)[:1]) == (0, 8 * 4096)
     assert launch.strides_of(None) == (0, 0)
+
+
+def test_a_search_is_never_made_on_a_launch_that_may_do_nothing(monkeypatch):
+    monkeypatch.setenv("GUARD_OPS_AUTOTUNE", "1")
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "_tuned", {})
+    monkeypatch.setattr(launch, "_milliseconds", lambda launch, warps: abs(warps - 4))
+    launched = []
+    launch.start_tuned("gradient", ("key",), launched.append, search=False)
+    assert launched == [launch.WARPS["gradient"]]
+    launch.start_tuned("gradient", ("key",), launched.append)
+    launch.start_tuned("gradient", ("key",), launched.append, search=False)
+    assert launched[1:] == [4, 4]
+
+
+RECOMPILES = """
+import os, sys, torch
+sys.path.insert(0, "scripts")
+import kernel_table
+from guard_ops.kernels import gradient, guard_loss, paths, sde_step, sums
+from guard_ops.transitions import Transitions
+
+guard_loss.machine = lambda device: paths.Machine(132, 50 << 20, True)
+PATHS = [("two_launches", "standardize"), ("one_launch", "standardize"), ("rows", "closed_form")]
+
+def calls(steps, batch, offset):
+    # As a trainer slices what it has stored: beginning anywhere.
+    def numbers(*shape, dtype=torch.float64):
+        count = torch.Size(shape).numel()
+        return torch.zeros(count + offset, dtype=dtype)[offset:].view(shape)
+    def latents():
+        return torch.zeros(steps, batch, 8192)
+    t = Transitions(*[latents(), None, None, latents(), latents(), None, latents(), None, None],
+                    numbers(5, steps, 1).expand(5, steps, batch), 1.0)
+    factor = numbers(1, dtype=torch.float32)[0]
+    def fused(path, norm):
+        os.environ["GUARD_OPS_TRITON_PATH"] = path
+        problem = guard_loss.Objective(
+            numbers(steps, batch, dtype=torch.float32), None, numbers(steps, batch), None,
+            norm, "none", True, True, False, True, 1.0, 1e-8, 0.2, 0.2, 5.0, 0.1, 0.0)
+        out = torch.zeros((4, steps, batch)), torch.zeros(10, steps)
+        guard_loss.guard_loss(t, problem, latents(), None, torch.zeros(()), *out,
+                              torch.zeros((3, steps, batch), dtype=torch.float64))
+    c = numbers(3, steps, batch)
+    return [*[lambda path=path: fused(*path) for path in PATHS],
+            lambda: gradient.rescale(t, c, latents(), None, factor),
+            lambda: sums.sums(t, torch.zeros((3, steps, batch), dtype=torch.float64)),
+            lambda: sde_step.sde_step(t[0], t[3], t[9], latents(), None, latents(), latents())]
+
+found = [{k.metadata.name: k.hash for k in kernel_table.compiled(90, calls(*of))}
+         for of in ((3, 3, 0), (3, 3, 1), (4, 4, 0))]
+assert len(found[0]) == 7, found
+assert found[0] == found[1], "an offset is compiled for"
+# Their number rounded up to a power of two is compiled for, and nothing else of a count.
+assert found[0] == found[2], "a count is compiled for"
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or importlib.util.find_spec("triton") is None, reason="needs Triton"
+)
+@pytest.mark.skipif(AVAILABLE, reason="runs beside the tests that neither interpret nor launch")
+def test_no_slice_and_no_count_is_compiled_for():
+    """A kernel compiled while a graph is captured, or in mid-training, is a failure or a stall."""
+    root = Path(__file__).parents[2]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(root), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", RECOMPILES]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(
