@@ -85,15 +85,49 @@ def test_paths_give_the_same_bits(name, latent, dtype, cuda):
         assert cuda.last_cuda_path() == path or dtype == torch.float16  # deferred to backward
 
 
-@pytest.mark.parametrize("path", ["two_launches", "cooperative"])
+def config_for(path, latent):
+    """An objective that the path can take; skips where the device cannot."""
+    name = "flow_grpo" if path == "cluster" else "article"
+    if path not in ["two_launches", *paths(name, latent)]:
+        pytest.skip("needs clusters of blocks")
+    return CONFIGS[name]
+
+
+@pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster"])
 @pytest.mark.parametrize("form, guided", list(itertools.product(FORMS, [False, True])))
 def test_every_form_by_every_path(form, guided, path, cuda):
     given = made(form, latent=(3, 31, 17), guided=guided)
-    expected, want = truth(given, CONFIGS["article"])
+    config = config_for(path, (3, 31, 17))
+    expected, want = truth(given, config)
     cuda.force_cuda_path(path)
-    out = bits(on_device(given), CONFIGS["article"])
+    out = bits(on_device(given), config)
     assert relative(out[0].cpu(), expected.loss) < 1e-4
     assert relative(out[4].cpu(), want) < 1e-3  # float32 sums, divided by the batch's spread
+
+
+@pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster"])
+def test_every_path_is_captured_and_replayed(path, cuda):
+    given, config = on_device(made(latent=(16, 64, 64))), config_for(path, (16, 64, 64))
+    given["model_output"] = v = given["model_output"].detach()
+    cuda.force_cuda_path(path)
+
+    def step():
+        return go.guard_loss_and_grad(**given, config=config)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    assert cuda.last_cuda_path() == path
+    for _ in range(3):
+        v.add_(0.01 * torch.randn_like(v))
+        graph.replay()
+        for got, expected in zip(captured, step(), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_a_factor_is_applied_without_asking_the_host(cuda):
@@ -124,7 +158,9 @@ def test_opcheck_of_the_scaling_in_place():
 
 def test_float64_is_refused_with_what_to_do():
     given = on_device(made(dtype=torch.float64))
-    with pytest.raises(TypeError, match=r"no float64 kernels.*use_backend\('reference'\)"):
+    with pytest.raises(
+        TypeError, match=r"no float64 kernels.*use_backend\('triton'\) or 'reference'"
+    ):
         go.guard_loss(**given)
 
 
