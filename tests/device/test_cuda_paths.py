@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from on_device import capture
 from problems import FORMS, problem, relative, truth
 
 import guard_ops as go
@@ -114,14 +115,7 @@ def test_every_path_is_captured_and_replayed(path, cuda):
     def step():
         return go.guard_loss_and_grad(**given, config=config)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     assert cuda.last_cuda_path() == path
     for _ in range(3):
         v.add_(0.01 * torch.randn_like(v))

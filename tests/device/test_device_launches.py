@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_device import problem_on
+from on_device import capture, problem_on
 from problems import run
 
 import guard_ops as go
@@ -64,14 +64,7 @@ def test_a_graph_replays_on_new_numbers(size, config, gpu):
         (grad,) = torch.autograd.grad(out.loss, v)
         return out.loss, out.excess, grad
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for _ in range(3):
         with torch.no_grad():
             v.add_(0.01 * torch.randn_like(v))
