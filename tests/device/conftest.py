@@ -58,7 +58,7 @@ def gpu(place):
 _unusable: list[str] = []
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # the first to return a report would be the last
 def pytest_runtest_makereport(item, call):
     """After a failure on a GPU: whether the process can still use it."""
     if call.excinfo is not None and torch.cuda.is_initialized():
