@@ -8,8 +8,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <optional>
+#include <tuple>
 
 #include "bindings.h"
 

@@ -140,7 +140,7 @@ LINE = 32  # of a cache's line: no two share one, and all begin where the first 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _reserved: dict[torch.device, Tensor] = {}
 _filled: dict[torch.device, torch.cuda.Event] = {}
-_lock = threading.RLock()  # over the three
+_lock = threading.RLock()  # over all of these
 
 
 def prepare(device: torch.device) -> None:

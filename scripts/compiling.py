@@ -1,7 +1,4 @@
-"""Compiles guard_ops/_C by driving CMake, for setup.py, or in place and without setuptools:
-
-python scripts/compiling.py
-"""
+"""Compiles guard_ops/_C with CMake: for setup.py; as a program, in place without setuptools."""
 
 from __future__ import annotations
 
@@ -77,6 +74,7 @@ def main() -> int:
     """Compile into the checkout; 1 where nothing can be."""
     try:
         chosen = toolchain.choose(os.environ)
+        toolchain.architectures(os.environ)
     except toolchain.ToolchainError as refusal:
         print(f"guard-ops: {refusal}", file=sys.stderr)
         return 1

@@ -192,7 +192,6 @@ def test_backends_are_asked_of_a_new_process(check, monkeypatch):
 def device(monkeypatch, tmp_path):
     """A GPU by name only, and where its results go."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100/80")
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(results.put, "__defaults__", (tmp_path, "cpu"))
     return tmp_path / "nvidia-h100-80.json"
 

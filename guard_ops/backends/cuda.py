@@ -1,6 +1,7 @@
 """The CUDA C++ kernels (``csrc/cuda``), through their registered operators.
 
-float32, bfloat16 and float16 operands in any mixture; float64 belongs to ``reference``.
+float32, bfloat16 and float16 operands in any mixture; float64 is
+``triton``'s and ``reference``'s.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ OBJECTIVES: dict[str, go.GuardConfig] = {
     "paper": go.GuardConfig.paper(clip_low=1e-4, clip_high=1e-4),
     "article": go.GuardConfig.article(),
 }
-"""The clips of the first two are 10 and 50 times the published ones: these latents have 64 elements
+CLIPS = """\
+The clips of the first two are 10 and 50 times the published ones: these latents have 64 elements
 where an image model's have 65,536, so the ratio, a mean over elements, spreads wider."""
 
 SCHEDULE = go.SdeSchedule(sigmas(10), noise_level=0.7, kind="flow_sde")

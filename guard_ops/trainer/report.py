@@ -8,6 +8,7 @@ from pathlib import Path
 from . import tables
 from .demo import DemoResult, SeedResult
 from .extras import require
+from .jobs import CLIPS
 from .tables import Table
 
 PICTURES = ("samples.png", "overoptimization.png", "ratio.png", "clip.png")
@@ -74,8 +75,7 @@ digits (8x8), then fine-tuned three times from the same weights and with the sam
 | GRPO-Guard, paper | closed_form | 1e-4 | inverse_dt |
 | GRPO-Guard, article | standardize | 0.2 | inverse_ratio |
 
-The clips of the first two are 10 and 50 times the published ones: these latents have 64 elements
-where an image model's have 65,536, so the ratio, a mean over elements, spreads wider.
+{CLIPS}
 
 **Proxy**, what training maximizes: the asked class's logit in a logistic regression that sees the
 upper half of 200 digits ({100 * result.proxy_accuracy:.0f} % right on 97 held-out ones). \
@@ -136,12 +136,15 @@ def _caution(seeds: list[SeedResult]) -> str:
             frechet = sum(p[name]["frechet"] < p["flow_grpo"]["frechet"] for p in paid)
             cells += [f"{gold} of {len(seeds)}", f"{frechet} of {len(seeds)}"]
         rows.append([tables.LABELS[name], *cells])
+    first, second, *_ = next(iter(seeds[0].runs.values())).evaluations
+    every = second["iteration"] - first["iteration"]
     head = ("", "gold, at the end", "Fréchet, at the end", "gold, equal proxy",
             "Fréchet, equal proxy")  # fmt: skip
     return (
         "Part of holding up is moving less: a run that gains less proxy has less to pay for. So "
         "the seeds\nbelow also compare the runs at the moment when each first reached the proxy "
-        "that all three reached,\ninterpolated between evaluations, every 10 iterations.\n"
+        "that all three reached,\n"
+        f"interpolated between evaluations, every {every:.0f} iterations.\n"
         "How often a guard was better than Flow-GRPO:\n\n" + tables.markdown(Table("", head, rows))
     )
 
