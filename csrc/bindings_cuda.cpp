@@ -16,12 +16,12 @@ namespace guard_ops {
 namespace {
 
 cuda::Path path_named(const std::string& name) {
-  for (const auto path : {cuda::Path::automatic, cuda::Path::cooperative, cuda::Path::cluster,
-                          cuda::Path::two_launches}) {
+  std::string names;
+  for (const auto path : cuda::paths) {
     if (name == cuda::name_of(path)) return path;
+    names += std::string(names.empty() ? "" : ", ") + cuda::name_of(path);
   }
-  throw std::runtime_error("guard_ops: there is no path " + name +
-                           "; one of automatic, cooperative, cluster, two_launches");
+  throw std::runtime_error("guard_ops: there is no path " + name + "; one of " + names);
 }
 
 std::atomic<cuda::Path> forced{cuda::Path::automatic}, last{cuda::Path::automatic};
@@ -118,7 +118,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(GUARD_OPS_
   const cuda::LossResult result{loss.data_ptr<float>(),    per_row.data_ptr<float>(),
                                 metrics.data_ptr<float>(), sum_grads.data_ptr<double>(),
                                 gradient_operand(grad),    gradient_operand(grad_uncond)};
-  last = cuda::guard_loss(t, problem, result, workspace.data_ptr(), forced, stream());
+  const int64_t count = cuda::counters_needed(t);
+  uint32_t* counters = cuda::counters_of(count, stream());
+  Tensor own;
+  if (counters == nullptr) {
+    own = at::zeros({count}, options.dtype(at::kInt));
+    counters = reinterpret_cast<uint32_t*>(own.data_ptr<int>());
+  }
+  last = cuda::guard_loss(t, problem, result, workspace.data_ptr(), counters, forced, stream());
   return {loss, grad, grad_uncond, per_row, metrics, sum_grads};
 }
 
@@ -154,8 +161,8 @@ TORCH_LIBRARY_IMPL(guard_ops, CUDA, m) {
 void define_cuda(pybind11::module_& m) {
   m.def(
       "force_cuda_path", [](const std::string& name) { forced = path_named(name); },
-      "How guard_loss reads the batch on CUDA from now on: automatic, cooperative, cluster or "
-      "two_launches.");
+      "How guard_loss reads the batch on CUDA from now on: automatic, cooperative, cluster, in_turn "
+      "or two_launches.");
   m.def(
       "last_cuda_path", [] { return std::string(cuda::name_of(last)); },
       "The path that the last guard_loss took.");

@@ -66,25 +66,44 @@ __device__ __forceinline__ uint16_t to_bfloat(float x) {
 
 // Integers that blocks tell each other how far they are with: release what was written, acquire
 // what others have.
-__device__ __forceinline__ uint32_t count_up(uint32_t* counter) {
+__device__ __forceinline__ uint32_t count_up(uint32_t* counter, uint32_t by) {
   uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
                : "=r"(before)
-               : "l"(counter)
+               : "l"(counter), "r"(by)
                : "memory");
   return before;
 }
-__device__ __forceinline__ void raise_flag(uint32_t* flag) {
-  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(flag) : "memory");
+__device__ __forceinline__ uint32_t flag_now(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
 }
-__device__ __forceinline__ void await_flag(const uint32_t* flag) {
-  uint32_t raised;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
-  } while (raised == 0);
+__device__ __forceinline__ void set_flag(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ void await_change(const uint32_t* flag, uint32_t before) {
+  while (flag_now(flag) == before) {
+  }
 }
 // What another block wrote: from where the blocks meet, not from this multiprocessor's cache.
 __device__ __forceinline__ double load_fresh(const double* x) { return __ldcg(x); }
+
+// Launches that overlap: the next one of a stream may begin once every block of this one has called
+// let_next_start, and has what this one wrote, and all before it, once its await_previous returns.
+// A launch that is not chained to the one before it finds that over. Whoever is chained has to wait
+// at some time, or what comes after it would run beside what came before it.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void let_next_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void await_previous() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+#else
+__device__ __forceinline__ void let_next_start() {}
+__device__ __forceinline__ void await_previous() {}
+#endif
 
 // The blocks of one cluster; before sm_90 a block is a cluster of its own.
 #if __CUDA_ARCH__ >= 900

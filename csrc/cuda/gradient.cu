@@ -12,19 +12,41 @@ struct GradientCall {
   Operand cond, uncond;
   Factor factor;
   bool unless_one;
+  const Coefficients* assumed;  // [K, B] of the gradient that is there, or null
+  Range chunks;
   uint32_t slots;
 };
 
+// Whether a row's coefficients are others than those that its gradient was formed by. NaN ones were
+// NaN before. Every block looks at all rows.
+__device__ __forceinline__ bool changed(const GradientCall& call) {
+  uint32_t& any = *reinterpret_cast<uint32_t*>(shared_memory());
+  if (thread() == 0) any = 0;
+  sync_block();
+#pragma unroll 1
+  for (uint32_t row = thread(); row < call.plan.rows; row += threads()) {
+    const uint32_t k = call.plan.by_batch.divide(row), i = row - k * call.plan.batch;
+    const Coefficients now{*call.coefficients[0].at(k, i), *call.coefficients[1].at(k, i),
+                           *call.coefficients[2].at(k, i)};
+    if (!(call.assumed[row] == now) && now.c1 == now.c1) any = 1;
+  }
+  sync_block();
+  return any != 0;
+}
+
 __global__ void __launch_bounds__(stream_threads, 2)
     gradient_of_chunks(const __grid_constant__ GradientCall call) {
+  let_next_start();
+  await_previous();
   double factor = 1;
   if (call.factor.data != nullptr) {
     factor = call.factor.wide ? *static_cast<const double*>(call.factor.data)
                               : double(*static_cast<const float*>(call.factor.data));
   }
   if (call.unless_one && factor == 1) return;
+  if (call.assumed != nullptr && !changed(call)) return;
   const Walk walk(call.plan, shared_memory() + block_header, call.slots,
-                  share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
+                  call.chunks.begin(block()), call.chunks.begin(block() + 1), false);
   walk.gradient(call.cond, call.uncond, [&](const At& at) {
     return Coefficients{factor * *call.coefficients[0].at(at.k, at.i),
                         factor * *call.coefficients[1].at(at.k, at.i),
@@ -43,9 +65,27 @@ void gradient(const Batch& t, const Rows table[5], const Rows coefficients[3], c
                     uncond,
                     factor,
                     unless_one,
+                    nullptr,
+                    {0, 0},
                     0};
+  call.chunks.count = call.plan.chunks;
   expect(call.plan, shape);
   const Launch launch = streaming(call.plan, gradient_of_chunks, &call.slots);
+  start(gradient_of_chunks, launch, stream, call);
+}
+
+void gradient_after(const Plan& p, const Rows coefficients[3], const Operand& cond,
+                    const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
+                    Stream stream) {
+  GradientCall call{p,      {coefficients[0], coefficients[1], coefficients[2]},
+                    cond,   uncond,
+                    {},     false,
+                    assumed, chunks,
+                    0};
+  Launch launch = alone ? streaming(p, gradient_of_chunks, &call.slots)
+                        : beside_another(p, gradient_of_chunks, chunks.count, 1,
+                                         device().shared_bytes / 4, &call.slots);
+  launch.chained = true;
   start(gradient_of_chunks, launch, stream, call);
 }
 

@@ -13,6 +13,10 @@ struct LossCall {
   Operand cond, uncond;
   Workspace workspace;
   Partials partials;
+  Counters counters;
+  Range chunks, rows;  // of this launch
+  bool all;            // of the batch's rows have their sums after it
+  bool by_row;         // each row's sums by the block that completes it
   uint32_t slots;
   uint32_t block_chunks;  // of a cluster's block
 };
@@ -20,6 +24,7 @@ struct LossCall {
 struct Header {  // at the beginning of a block's shared memory
   uint32_t arrival;
   Coefficients row;
+  Sums parts[most_parts];
 };
 static_assert(sizeof(Header) <= block_header);
 
@@ -27,57 +32,99 @@ __device__ __forceinline__ Header& header() { return *reinterpret_cast<Header*>(
 
 __device__ __forceinline__ char* slot_memory() { return shared_memory() + block_header; }
 
-// The last block to have written its partial sums forms the rows' and evaluates the objective.
-__device__ __forceinline__ bool evaluated_by_last(const LossCall& call) {
-  if (!arrives_last(call.workspace.arrived, &header().arrival)) return false;
-  row_sums(call.plan, call.partials, 0, threads() / row_lanes,
-           [&](uint32_t row, const Sums& sums) { call.workspace.sums[row] = sums; });
-  sync_block();
+// The rows' sums, once every block has written its partial ones; true for the block that sees them
+// all.
+__device__ __forceinline__ bool summed_by_last(const LossCall& call) {
+  const Plan& p = call.plan;
+  const auto sum_rows = [&](uint32_t begin, uint32_t end) {
+    row_sums(p, call.partials, call.workspace.parts, begin, end,
+             [&](uint32_t row, const Sums& sums) { call.workspace.sums[row] = sums; });
+  };
+  if (!call.by_row) {
+    if (!completes(call.counters.arrived, 1, blocks(), &header().arrival)) return false;
+    sum_rows(call.rows.first, call.rows.first + call.rows.count);
+    return true;
+  }
+  const uint32_t end = call.chunks.begin(block() + 1);
+  uint32_t rows = 0;
+#pragma unroll 1
+  for (uint32_t chunk = call.chunks.begin(block()), next; chunk < end; chunk = next) {
+    const uint32_t row = p.by_row_chunks.divide(chunk), row_end = (row + 1) * p.row_chunks;
+    next = row_end < end ? row_end : end;
+    uint32_t* const counter = call.counters.of_rows + (row - call.rows.first);
+    if (!completes(counter, next - chunk, p.row_chunks, &header().arrival)) continue;
+    sum_rows(row, row + 1);
+    ++rows;
+  }
+  return rows != 0 && completes(call.counters.arrived, rows, call.rows.count, &header().arrival);
+}
+
+__device__ __forceinline__ void evaluate_all(const LossCall& call) {
   evaluate_by_block(call.problem, call.workspace, call.out);
-  return true;
 }
 
-__device__ __forceinline__ void write_gradient(const LossCall& call, const Walk& walk) {
-  walk.gradient(call.cond, call.uncond, [&](const At& at) {
-    return coefficients_at(call.out.sum_grads, call.plan.rows, at.row);
-  });
+// A row's coefficients from its own sums, remembered: they are others if a row that they depend on
+// proves not to be finite.
+__device__ __forceinline__ Coefficients assume(const LossCall& call, uint32_t row,
+                                               const Sums& sums) {
+  const uint32_t k = call.plan.by_batch.divide(row);
+  return call.problem.assume(k, row - k * call.plan.batch, sums);
 }
 
-// The first of two launches: the sums and, by the last block, everything [K, B]. With gradient.cu's
-// kernel after it, every operand is read twice.
-__global__ void __launch_bounds__(stream_threads, 2)
+__device__ __forceinline__ void put_partial(const LossCall& call, const At& at, const Sums& sums) {
+  if (lane() == 0) call.partials.put(at.chunk, sums);
+}
+
+// The first of two launches: the sums of some rows or all and, by the last block, what follows from
+// them. With gradient.cu's kernel after it, every operand is read twice.
+__global__ void __launch_bounds__(stream_threads, 3)
     loss_of_chunks(const __grid_constant__ LossCall call) {
-  const Walk walk(call.plan, slot_memory(), call.slots, share(call.plan.chunks, block()),
-                  share(call.plan.chunks, block() + 1), false);
-  walk.sums([&](const At& at, const Sums& sums) {
-    if (lane() == 0) call.partials.put(at.chunk, sums);
-  });
-  evaluated_by_last(call);
+  let_next_start();
+  const Walk walk(call.plan, slot_memory(), call.slots, call.chunks.begin(block()),
+                  call.chunks.begin(block() + 1), false);
+  walk.sums([&](const At& at, const Sums& sums) { put_partial(call, at, sums); });
+  await_previous();
+  if (!summed_by_last(call)) return;
+  if (call.rows.count < call.plan.rows) {
+#pragma unroll 1
+    for (uint32_t n = thread(); n < call.rows.count; n += threads()) {
+      const uint32_t row = call.rows.first + n;
+      const Coefficients c = assume(call, row, fresh_sums(call.workspace.sums + row));
+      call.workspace.assumed[row] = c;
+      put_coefficients(call.out.sum_grads, call.plan.rows, row, c);
+    }
+    sync_block();
+  }
+  if (call.all) evaluate_all(call);
 }
 
 // One cooperative launch: all blocks are there at once, each with its part of the batch in shared
 // memory, and wait for the last one's evaluation. What fits there is read once.
 __global__ void __launch_bounds__(cooperative_threads, 1)
     loss_cooperatively(const __grid_constant__ LossCall call) {
-  const Walk walk(call.plan, slot_memory(), call.slots, share(call.plan.chunks, block()),
-                  share(call.plan.chunks, block() + 1), true);
-  walk.sums([&](const At& at, const Sums& sums) {
-    if (lane() == 0) call.partials.put(at.chunk, sums);
-  });
-  if (evaluated_by_last(call)) {  // it ends with a barrier, and the flag is a release
-    if (thread() == 0) raise_flag(call.workspace.evaluated);
+  const uint32_t before = thread() == 0 ? flag_now(call.counters.evaluated) : 0;
+  const Walk walk(call.plan, slot_memory(), call.slots, call.chunks.begin(block()),
+                  call.chunks.begin(block() + 1), true);
+  walk.sums([&](const At& at, const Sums& sums) { put_partial(call, at, sums); });
+  if (summed_by_last(call)) {
+    evaluate_all(call);  // it ends with a barrier, and the flag is a release
+    if (thread() == 0) set_flag(call.counters.evaluated, before + 1);
   } else if (call.cond || call.uncond) {
-    if (thread() == 0) await_flag(call.workspace.evaluated);
+    if (thread() == 0) await_change(call.counters.evaluated, before);
     sync_block();
   }
-  if (call.cond || call.uncond) write_gradient(call, walk);
+  if (!call.cond && !call.uncond) return;
+  walk.gradient(call.cond, call.uncond, [&](const At& at) {
+    return coefficients_at(call.out.sum_grads, call.plan.rows, at.row);
+  });
 }
 
 // A cluster a row, for losses whose rows are independent: the row stays in the cluster's shared
 // memory and so do its partial sums; no block waits for another row's. The last block of all forms
-// what needs every row, and corrects the rows whose coefficients another, not finite one changes.
+// what needs every row.
 __global__ void __launch_bounds__(cluster_threads, 1)
     loss_by_clusters(const __grid_constant__ LossCall call) {
+  let_next_start();
   const Plan& p = call.plan;
   const uint32_t size = cluster_size(), rank = cluster_rank(), row = block() / size;
   const uint32_t begin = rank * call.block_chunks;
@@ -93,25 +140,20 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     if (lane() == 0) partials[at.chunk - base - begin] = sums;
   });
   sync_cluster();
-  if (warp() == 0) {
-    Sums total{0, 0, 0};
-    if (lane() < row_lanes) {
-      for (uint32_t n = lane(); n < p.row_chunks; n += row_lanes) {
-        const uint32_t owner = n / call.block_chunks;
-        const Sums& part = of_cluster(partials, owner)[n - owner * call.block_chunks];
-        total.s1 += part.s1;
-        total.s2 += part.s2;
-        total.ref += part.ref;
-      }
-    }
-    total = row_total(total);
-    if (lane() == 0) {
-      const uint32_t k = p.by_batch.divide(row);
-      header().row = call.problem.assume(k, row - k * p.batch, total);
-      if (rank == 0) {
-        call.workspace.sums[row] = total;
-        call.workspace.assumed[row] = header().row;
-      }
+  for (uint32_t part = warp(); part < p.row_parts; part += warps()) {
+    const Sums sums = part_sums(p, part, [&](uint32_t chunk) {
+      const uint32_t owner = chunk / call.block_chunks;
+      return of_cluster(partials, owner)[chunk - owner * call.block_chunks];
+    });
+    if (lane() == 0) header().parts[part] = sums;
+  }
+  sync_block();
+  if (thread() == 0) {
+    const Sums sums = of_parts(p, header().parts);
+    header().row = assume(call, row, sums);
+    if (rank == 0) {
+      call.workspace.sums[row] = sums;
+      call.workspace.assumed[row] = header().row;
     }
   }
   sync_cluster();  // no block leaves, or writes over, what another reads
@@ -119,42 +161,20 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     const Coefficients own = header().row;
     walk.gradient(call.cond, call.uncond, [&](const At&) { return own; });
   }
-  if (!arrives_last(call.workspace.arrived, &header().arrival)) return;
-  evaluate_by_block(call.problem, call.workspace, call.out);
-  if (!call.cond && !call.uncond) return;
-  const auto corrected = [&](uint32_t n) {
-    const Coefficients c = coefficients_at(call.out.sum_grads, p.rows, n);
-    const double* const was = reinterpret_cast<const double*>(call.workspace.assumed + n);
-    const Coefficients assumed{load_fresh(was), load_fresh(was + 1), load_fresh(was + 2)};
-    return !(assumed == c) && c.c1 == c.c1;
-  };
-  // All rows at once, as hardly ever one is: row after row this would be the longest part.
-  if (thread() == 0) header().arrival = 0;
-  sync_block();
-  for (uint32_t n = thread(); n < p.rows; n += threads()) {
-    if (corrected(n)) header().arrival = 1;
-  }
-  sync_block();
-  if (header().arrival == 0) return;
-  for (uint32_t n = 0; n < p.rows; ++n) {
-    if (!corrected(n)) continue;
-    const Coefficients c = coefficients_at(call.out.sum_grads, p.rows, n);
-    const Walk again(p, slot_memory() + partial_bytes, call.slots, n * p.row_chunks,
-                     (n + 1) * p.row_chunks, false);
-    again.gradient(call.cond, call.uncond, [&](const At&) { return c; });
-  }
+  if (completes(call.counters.arrived, 1, blocks(), &header().arrival)) evaluate_all(call);
 }
 
 // ---- which of them, and how large ---------------------------------------------------------------
 
-constexpr int most_cluster = 8;  // what every device with clusters can have
+constexpr int most_cluster = 16;  // where the device has them; 8 everywhere
 
 uint32_t tiles_of(uint32_t chunks, int threads, const Plan& p) {  // of a block's busiest warp
   const uint32_t warps = threads / warp_size;
   return (chunks + warps - 1) / warps * p.chunk_tiles;
 }
 
-// The smallest cluster that holds a row and, with the others, gives every multiprocessor a block.
+// The smallest cluster that holds a row and, as long as all of them run at once, gives every
+// multiprocessor a block.
 template <class Kernel>
 bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
   const Plan& p = call.plan;
@@ -168,10 +188,11 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
                      shared_bytes(p, cluster_threads, tiles) + partial_bytes};
     candidate.cluster = size;
     if (int64_t(tiles) * p.slot_bytes * (cluster_threads / warp_size) > device().shared_bytes ||
-        candidate.shared_bytes > device().shared_bytes ||
-        at_once(address(kernel), candidate) == 0) {
+        candidate.shared_bytes > device().shared_bytes) {
       continue;
     }
+    const int most = at_once(address(kernel), candidate);  // clusters, or blocks of one each
+    if (most == 0 || (found && most < int(p.rows))) continue;
     *launch = candidate;
     call.block_chunks = block_chunks;
     call.slots = tiles;
@@ -181,10 +202,10 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
   return found;
 }
 
-// As many blocks as run at once, with all their shared memory. Whether that is of use: how much of
-// the batch it holds decides how much is not read twice.
+// As many blocks as run at once, with all their shared memory, if that holds an `of`-th of the batch:
+// what is not there is read twice. 0: whatever it holds.
 template <class Kernel>
-bool plan_cooperative(LossCall& call, Kernel* kernel, bool forced, Launch* launch) {
+bool plan_cooperative(LossCall& call, Kernel* kernel, uint32_t of, Launch* launch) {
   const Plan& p = call.plan;
   if (!device().cooperative) return false;
   Launch candidate{device().multiprocessors, cooperative_threads, 0};
@@ -192,15 +213,56 @@ bool plan_cooperative(LossCall& call, Kernel* kernel, bool forced, Launch* launc
   const uint32_t tiles = tiles_of(block_chunks, cooperative_threads, p);
   call.slots = slots_a_warp(p, cooperative_threads, tiles);
   if (call.slots == 0) return false;
-  constexpr uint32_t worth = 8;  // an eighth of the batch on chip
   const uint32_t kept = tiles <= call.slots ? tiles : call.slots - ring_of(call.slots, true);
-  if (!forced && tiles > worth * kept) return false;
+  if (of != 0 && tiles > of * kept) return false;
   candidate.shared_bytes = shared_bytes(p, cooperative_threads, call.slots);
   candidate.cooperative = true;
   const int most = at_once(address(kernel), candidate);
   candidate.blocks = std::min({candidate.blocks, most, int(p.chunks)});
   *launch = candidate;
   return most > 0;
+}
+
+// What a row's operands take, and how many rows a third of the second-level cache holds: while
+// their gradient is formed, the next ones come in.
+int64_t row_bytes(const Plan& p) { return (p.numel + tile - 1) / tile * p.slot_bytes; }
+uint32_t rows_a_turn(const Plan& p) {
+  const int64_t rows = device().cache_bytes / 3 / row_bytes(p);
+  return uint32_t(std::clamp<int64_t>(rows, 1, p.rows));
+}
+
+bool turns_pay(const Plan& p) {
+  return rows_a_turn(p) < p.rows && row_bytes(p) <= device().cache_bytes / 2;
+}
+
+// Some rows at a time, sums and gradient: two launches a turn. The launches overlap: the next rows'
+// sums are read from memory while these rows' gradient reads them again from the cache.
+void launch_turns(LossCall call, const Rows coefficients[3], uint32_t rows, Stream stream) {
+  const Plan& p = call.plan;
+  const uint32_t turns = (p.rows + rows - 1) / rows;
+  const bool alone = turns == 1;
+  for (uint32_t turn = 0; turn < turns; ++turn) {
+    const uint32_t first = turn * rows;
+    call.rows = {first, std::min(rows, p.rows - first)};
+    call.chunks = {first * p.row_chunks, call.rows.count * p.row_chunks};
+    call.all = turn + 1 == turns;
+    call.by_row = adds_up_by_row(call.rows.count, p, stream_threads);
+    // two blocks of the one beside one of the other are all registers of a multiprocessor
+    Launch launch = alone ? streaming(p, loss_of_chunks, &call.slots)
+                          : beside_another(p, loss_of_chunks, call.chunks.count, 2,
+                                           device().shared_bytes * 3 / 8, &call.slots);
+    launch.chained = turn > 0;
+    start(loss_of_chunks, launch, stream, call);
+    if (call.cond || call.uncond) {
+      gradient_after(p, coefficients, call.cond, call.uncond, call.chunks, alone, nullptr, stream);
+    }
+  }
+}
+
+// Whether one transition that is not finite changes another's coefficients although rows are
+// independent: the number of samples, or of a sample's steps, that a mean is over.
+bool rows_may_change(const Problem& problem) {
+  return problem.config.drop || (problem.steps > 1 && problem.step_weights.data == nullptr);
 }
 
 [[noreturn]] void refuse(Path path) {
@@ -211,43 +273,55 @@ bool plan_cooperative(LossCall& call, Kernel* kernel, bool forced, Launch* launc
 }  // namespace
 
 Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result, void* workspace,
-                Path wanted, Stream stream) {
-  LossCall call{plan_of(t, problem.table),
-                problem,
-                {result.loss, result.per_row, result.metrics, result.sum_grads},
-                result.cond,
-                result.uncond,
-                {},
-                {},
-                0,
-                0};
-  workspace_layout(call.plan, t.steps, static_cast<char*>(workspace), &call.workspace);
-  const Shape shape = problem.config.shape();
-  expect(call.plan, shape);
-  call.partials = {call.workspace.partials, call.plan.chunks, bool(t.ref)};
-  const bool any = result.cond || result.uncond, automatic = wanted == Path::automatic;
-  zero(workspace, 256, stream);
+                uint32_t* counters, Path wanted, Stream stream) {
+  LossCall call{};
+  call.plan = plan_of(t, problem.table);
+  expect(call.plan, problem.config.shape());
+  const Plan& p = call.plan;
+  call.problem = problem;
+  call.out = {result.loss, result.per_row, result.metrics, result.sum_grads};
+  call.cond = result.cond;
+  call.uncond = result.uncond;
+  workspace_layout(p, t.steps, static_cast<char*>(workspace), &call.workspace);
+  call.partials = {call.workspace.partials, p.chunks, bool(t.ref)};
+  call.counters = counters_at(counters);
+  call.chunks = {0, p.chunks};
+  call.rows = {0, p.rows};
+  call.all = true;
+  Rows coefficients[3];
+  for (int n = 0; n < 3; ++n) coefficients[n] = {result.sum_grads + n * p.rows, t.batch, 1};
+
+  const bool any = result.cond || result.uncond, independent = problem.rows_are_independent();
+  const auto may = [&](Path path) { return wanted == path || (wanted == Path::automatic && any); };
+  // Once more, should another row have changed a row's coefficients; hardly ever, and the launch
+  // returns at once then.
+  const auto mend = [&] {
+    if (!any || !rows_may_change(problem)) return;
+    gradient_after(p, coefficients, result.cond, result.uncond, call.chunks, true,
+                   call.workspace.assumed, stream);
+  };
+  const bool turns = independent && wanted == Path::automatic && turns_pay(p);
   Launch launch;
-  if ((wanted == Path::cluster || (automatic && any)) && problem.rows_are_independent() &&
-      plan_clusters(call, loss_by_clusters, &launch) &&
+  if (may(Path::cluster) && independent && plan_clusters(call, loss_by_clusters, &launch) &&
       starts(loss_by_clusters, launch, stream, call)) {
+    mend();
     return Path::cluster;
   }
   if (wanted == Path::cluster) refuse(wanted);
-  if ((wanted == Path::cooperative || (automatic && any)) &&
-      plan_cooperative(call, loss_cooperatively, !automatic, &launch) &&
+  call.by_row = adds_up_by_row(p.rows, p, cooperative_threads);
+  const uint32_t of = wanted == Path::cooperative ? 0 : turns ? 2 : 8;
+  if (may(Path::cooperative) && plan_cooperative(call, loss_cooperatively, of, &launch) &&
       starts(loss_cooperatively, launch, stream, call)) {
     return Path::cooperative;
   }
   if (wanted == Path::cooperative) refuse(wanted);
-  launch = streaming(call.plan, loss_of_chunks, &call.slots);
-  start(loss_of_chunks, launch, stream, call);
-  if (!any) return Path::two_launches;
-  Rows coefficients[3];
-  for (int n = 0; n < 3; ++n) {
-    coefficients[n] = {result.sum_grads + n * t.steps * t.batch, t.batch, 1};
+  if (wanted == Path::in_turn || (turns && any)) {
+    if (!independent) refuse(Path::in_turn);
+    launch_turns(call, coefficients, rows_a_turn(p), stream);
+    if (rows_a_turn(p) < p.rows) mend();
+    return Path::in_turn;
   }
-  gradient(t, problem.table, coefficients, result.cond, result.uncond, {}, false, stream, shape);
+  launch_turns(call, coefficients, p.rows, stream);
   return Path::two_launches;
 }
 

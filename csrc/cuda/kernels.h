@@ -1,6 +1,7 @@
 // What the CUDA kernels offer to whoever has pointers and a stream: see ../cpu/driver.h for the
 // same on the CPU. Every call enqueues on the stream of the current device and returns; nothing
-// waits for the device, nothing is allocated. Errors are std::runtime_error.
+// waits for the device, nothing is allocated but a device's counters, once. Errors are
+// std::runtime_error.
 #pragma once
 
 #include <string>
@@ -12,9 +13,12 @@ namespace guard_ops::cuda {
 using Stream = void*;  // a cudaStream_t
 
 // How guard_loss reads the batch. `automatic` asks the device what it can run at once.
-enum class Path : int { automatic, cooperative, cluster, two_launches };
+enum class Path : int { automatic, cooperative, cluster, in_turn, two_launches };
+inline constexpr Path paths[] = {Path::automatic, Path::cooperative, Path::cluster, Path::in_turn,
+                          Path::two_launches};
 inline const char* name_of(Path path) {
-  constexpr const char* names[] = {"automatic", "cooperative", "cluster", "two_launches"};
+  constexpr const char* names[] = {"automatic", "cooperative", "cluster", "in_turn",
+                                   "two_launches"};
   return names[static_cast<int>(path)];
 }
 
@@ -35,6 +39,15 @@ struct Factor {
 // Bytes of device memory that a call needs, aligned to 256.
 int64_t workspace_bytes(const Batch&);
 
+// Integers on the device that guard_loss needs: 0 before its first launch, as it leaves them for
+// the next one. One launch at a time may have them.
+int64_t counters_needed(const Batch&);
+
+// So many of them on the current device: the stream's, whose calls follow each other; while it is
+// captured ones that nobody else gets, as a graph may be replayed beside anything. Null where there
+// are none: a capture before the device's first call, or too many captured calls.
+uint32_t* counters_of(int64_t count, Stream);
+
 // out: [3, K, B] float64.
 void sums(const Batch&, const Rows table[5], double* out, void* workspace, Stream);
 
@@ -46,7 +59,8 @@ void gradient(const Batch&, const Rows table[5], const Rows coefficients[3], con
               Shape shape = Shape::general);
 
 // Loss and gradient; returns the path it took. A path that is forced and cannot run is an error.
-Path guard_loss(const Batch&, const Problem&, const LossResult&, void* workspace, Path, Stream);
+Path guard_loss(const Batch&, const Problem&, const LossResult&, void* workspace,
+                uint32_t* counters, Path, Stream);
 
 // square: [K, B] = sum((prev_sample - mean)^2); mean: float32.
 void sde_step(const Batch&, const Rows table[5], const Operand& prev_sample, const Operand& mean,

@@ -10,7 +10,7 @@
 
 namespace guard_ops::cuda {
 
-constexpr int block_header = 128;  // bytes of shared memory before the slots
+constexpr int block_header = 256;  // bytes of shared memory before the slots
 constexpr uint32_t ring_slots = 4;
 
 inline int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Workspace* out) {
@@ -22,9 +22,8 @@ inline int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Worksp
   };
   Workspace w{};
   const int64_t rows = p.rows;
-  w.arrived = reinterpret_cast<uint32_t*>(take(256));
-  w.evaluated = w.arrived + 32;  // not on the line that blocks count on
   w.partials = reinterpret_cast<double*>(take(3 * int64_t(p.chunks) * sizeof(double)));
+  w.parts = reinterpret_cast<Sums*>(take(rows * p.row_parts * sizeof(Sums)));
   w.sums = reinterpret_cast<Sums*>(take(rows * sizeof(Sums)));
   w.assumed = reinterpret_cast<Coefficients*>(take(rows * sizeof(Coefficients)));
   w.scratch.rows = reinterpret_cast<RowState*>(take(rows * sizeof(RowState)));
@@ -36,6 +35,31 @@ inline int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Worksp
 
 inline int shared_bytes(const Plan& p, int threads, uint32_t slots_a_warp) {
   return block_header + int(threads / warp_size * slots_a_warp * p.slot_bytes);
+}
+
+// Whether rows' sums are too much for one block after the others: then each row has its own.
+constexpr uint32_t most_counted_rows = 4096;
+inline bool adds_up_by_row(uint32_t rows, const Plan& p, int threads) {
+  return rows <= most_counted_rows && rows * p.row_parts > 2 * uint32_t(threads) / warp_size;
+}
+
+// The gradient of some chunks' rows, in a launch that may begin while the one before it in the
+// stream, which forms the coefficients, still runs. `alone`: with the whole device for itself.
+// `assumed` [K, B]: only if other coefficients than these hold for any row.
+void gradient_after(const Plan&, const Rows coefficients[3], const Operand& cond,
+                    const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
+                    Stream);
+
+// Rows whose sums are formed by blocks of this many threads, a warp a part.
+inline int blocks_of_rows(const Plan& p) {
+  const int warps = stream_threads / int(warp_size);
+  return std::min(int(p.rows * p.row_parts) / warps + 1, 1024);
+}
+
+// Blocks with a chunk for each of their warps.
+inline int useful_blocks(uint32_t chunks) {
+  constexpr uint32_t warps = stream_threads / warp_size;
+  return int((chunks + warps - 1) / warps);
 }
 
 // The slots that a warp of such a block can have, `most` of them if there is room.
@@ -66,9 +90,21 @@ Launch streaming(const Plan& p, Kernel* kernel, uint32_t* slots) {
     *slots = count;
   }
   if (most == 0) throw std::runtime_error("guard_ops: the device runs no block");
-  const int useful =
-      int((p.chunks + stream_threads / warp_size - 1) / (stream_threads / warp_size));
-  launch.blocks = std::min(most, useful);
+  launch.blocks = std::min(most, useful_blocks(p.chunks));
+  return launch;
+}
+
+// The same of launches of which two kinds are to run side by side: `blocks` a multiprocessor, each
+// with so many bytes of shared memory where a slot a warp does not need more.
+template <class Kernel>
+Launch beside_another(const Plan& p, Kernel* kernel, uint32_t chunks, int blocks, int bytes,
+                      uint32_t* slots) {
+  const uint32_t room =
+      uint32_t(bytes - block_header) / (stream_threads / warp_size * p.slot_bytes);
+  *slots = room >= ring_slots ? ring_slots : room >= 2 ? 2 : 1;
+  Launch launch{0, stream_threads, shared_bytes(p, stream_threads, *slots)};
+  const int most = std::min(at_once(address(kernel), launch), blocks * device().multiprocessors);
+  launch.blocks = std::min(most, useful_blocks(chunks));
   return launch;
 }
 

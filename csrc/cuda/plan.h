@@ -2,7 +2,8 @@
 // bits.
 //
 // A tile is what a warp holds at once, 8 elements a lane. A chunk is a run of tiles of one row
-// whose sums a warp forms; how many tiles it has depends on the row's length alone.
+// whose sums a warp forms. A part is every so many chunks of a row, whose sums a warp adds up. How
+// many tiles a chunk and parts a row has depends on the row's length alone.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +13,8 @@
 namespace guard_ops::cuda {
 
 constexpr uint32_t lane_elements = 8, warp_size = 32, tile = lane_elements * warp_size;
-constexpr uint32_t most_chunk_tiles = 32, chunks_aimed_at = 128;  // of a row
+constexpr uint32_t most_chunk_tiles = 4, chunks_aimed_at = 256;  // of a row
+constexpr uint32_t most_parts = 8, part_chunks = 256;            // of a row; aimed at, of a part
 
 enum Role { role_v, role_uncond, role_ref, role_x, role_y, role_old, role_noise, roles };
 using Roles = uint32_t;  // bit r: role r
@@ -57,7 +59,7 @@ struct Plan {
   Roles again;             // what a second pass reads
   uint32_t slot_bytes;     // of shared memory that a tile takes
   uint32_t mean_offset;    // where sde_step puts the mean
-  uint32_t rows, chunk_tiles, row_chunks, chunks;
+  uint32_t rows, chunk_tiles, row_chunks, row_parts, chunks;
   int64_t numel;
   Divisor by_batch, by_row_chunks, by_chunk_tiles;
   uint32_t batch;
@@ -100,6 +102,8 @@ inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   const int64_t aimed = (tiles + chunks_aimed_at - 1) / chunks_aimed_at;
   p.chunk_tiles = uint32_t(aimed < most_chunk_tiles ? aimed : most_chunk_tiles);
   p.row_chunks = uint32_t((tiles + p.chunk_tiles - 1) / p.chunk_tiles);
+  p.row_parts = 1;
+  while (p.row_parts < most_parts && p.row_parts * part_chunks < p.row_chunks) p.row_parts *= 2;
   p.rows = uint32_t(t.steps * t.batch);
   p.chunks = p.rows * p.row_chunks;
   p.numel = t.numel;

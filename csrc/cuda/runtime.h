@@ -27,6 +27,7 @@ inline void check(cudaError_t status, const char* what) {
 struct Device {
   int number, multiprocessors, shared_bytes;  // a block's most
   bool cooperative, clusters;
+  int cache_bytes;  // second level
 };
 
 inline const Device& device() {
@@ -45,7 +46,8 @@ inline const Device& device() {
   const Device d{number, attribute(cudaDevAttrMultiProcessorCount),
                  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                  attribute(cudaDevAttrCooperativeLaunch) != 0,
-                 attribute(cudaDevAttrClusterLaunch) != 0};
+                 attribute(cudaDevAttrClusterLaunch) != 0,
+                 attribute(cudaDevAttrL2CacheSize)};
   return known.emplace(number, d).first->second;
 }
 
@@ -77,18 +79,25 @@ inline bool refused(cudaError_t status) {
          status == cudaErrorLaunchOutOfResources || status == cudaErrorCooperativeLaunchTooLarge;
 }
 
-// Whether the kernel's code knows of clusters: PTX for sm_80 that a driver compiles for sm_90 would
-// be launched in clusters and take each of their blocks for a whole one.
-inline bool knows_clusters(const void* kernel) {
+// Whether device and code know of clusters and chained launches: PTX for sm_80 that a driver
+// compiles for sm_90 would take each of a cluster's blocks for a whole one, and wait for nothing.
+inline bool knows_hopper(const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, bool> known;
+  const Device& d = device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({d.number, kernel});
+  if (found != known.end()) return found->second;
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return attributes.ptxVersion >= 90;
+  return known[{d.number, kernel}] = d.clusters && attributes.ptxVersion >= 90;
 }
 
 struct Launch {
   int blocks, threads, shared_bytes;
   bool cooperative = false;
   int cluster = 1;
+  bool chained = false;  // may begin before the launch before it ends: see device.h
 };
 
 // How many blocks of this kernel, or clusters, the device runs at once: 0 where it cannot.
@@ -106,7 +115,10 @@ inline int at_once(const void* kernel, const Launch& launch) {
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
   if (status == cudaSuccess && launch.cluster > 1) {
-    if (!knows_clusters(kernel)) return known.emplace(key, 0).first->second;
+    if (!knows_hopper(kernel)) return known.emplace(key, 0).first->second;
+    if (launch.cluster > 8) {  // more than every device has to have
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(launch.cluster);
     config.blockDim = dim3(launch.threads);
@@ -117,7 +129,7 @@ inline int at_once(const void* kernel, const Launch& launch) {
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    if (status == cudaSuccess) status = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
   } else if (status == cudaSuccess) {
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, launch.threads,
                                                            launch.shared_bytes);
@@ -132,8 +144,8 @@ inline int at_once(const void* kernel, const Launch& launch) {
   return known.emplace(key, count).first->second;
 }
 
-// False where the device, for all that it said, has no room for a launch whose blocks have to run
-// at once: under MPS, or busy.
+// False where the device, for all that it said, does not launch so: no room for blocks that have to
+// run at once, under MPS, or busy.
 template <class Argument>
 bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
   cudaLaunchConfig_t config{};
@@ -150,11 +162,16 @@ bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argume
     attribute.val.clusterDim.x = launch.cluster;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
+  const void* const code = reinterpret_cast<const void*>(kernel);
+  const bool chained = launch.chained && knows_hopper(code);
+  if (chained) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   config.attrs = &attribute;
-  config.numAttrs = launch.cooperative || launch.cluster > 1 ? 1 : 0;
+  config.numAttrs = launch.cooperative || launch.cluster > 1 || chained ? 1 : 0;
   void* arguments[] = {&argument};
-  const cudaError_t status =
-      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+  const cudaError_t status = cudaLaunchKernelExC(&config, code, arguments);
   if (config.numAttrs > 0 && status != cudaErrorInvalidValue && refused(status)) {
     cudaGetLastError();
     return false;
@@ -165,11 +182,10 @@ bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argume
 
 template <class Argument>
 void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
-  starts(kernel, launch, stream, argument);
-}
-
-inline void zero(void* data, size_t bytes, void* stream) {
-  check(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+  if (starts(kernel, launch, stream, argument)) return;
+  Launch plain = launch;
+  plain.chained = false;
+  if (!starts(kernel, plain, stream, argument)) throw std::runtime_error("guard_ops: no launch");
 }
 
 }  // namespace guard_ops::cuda

@@ -9,6 +9,7 @@ struct StepCall {
   Plan plan;
   Operand prev_sample, mean;
   Partials partials;
+  Sums* parts;
   uint32_t slots;
   double* square;  // [K, B]
 };
@@ -65,8 +66,8 @@ __global__ void __launch_bounds__(stream_threads, 2)
 
 __global__ void __launch_bounds__(stream_threads)
     squares_of_rows(const __grid_constant__ StepCall call) {
-  const uint32_t rows_a_block = threads() / row_lanes;
-  row_sums(call.plan, call.partials, block() * rows_a_block, blocks() * rows_a_block,
+  const uint32_t rows = call.plan.rows;
+  row_sums(call.plan, call.partials, call.parts, share(rows, block()), share(rows, block() + 1),
            [&](uint32_t row, const Sums& sums) { call.square[row] = sums.s1; });
 }
 
@@ -74,16 +75,15 @@ __global__ void __launch_bounds__(stream_threads)
 
 void sde_step(const Batch& t, const Rows table[5], const Operand& prev_sample, const Operand& mean,
               double* square, void* workspace, Stream stream) {
-  StepCall call{plan_of(t, table, true), prev_sample, mean, {}, 0, square};
+  StepCall call{plan_of(t, table, true), prev_sample, mean, {}, {}, 0, square};
   Workspace w{};
   workspace_layout(call.plan, t.steps, static_cast<char*>(workspace), &w);
   call.partials = {w.partials, call.plan.chunks, false};
+  call.parts = w.parts;
   const auto kernel = t.seeds.data != nullptr ? step_chunks<true> : step_chunks<false>;
   const Launch launch = streaming(call.plan, kernel, &call.slots);
   start(kernel, launch, stream, call);
-  const int rows_a_block = stream_threads / int(row_lanes);
-  const int blocks = (int(call.plan.rows) + rows_a_block - 1) / rows_a_block;
-  start(squares_of_rows, Launch{std::min(blocks, 1024), stream_threads, 0}, stream, call);
+  start(squares_of_rows, Launch{blocks_of_rows(call.plan), stream_threads, 0}, stream, call);
 }
 
 }  // namespace guard_ops::cuda

@@ -8,6 +8,7 @@ namespace {
 struct SumsCall {
   Plan plan;
   Partials partials;
+  Sums* parts;
   uint32_t slots;
   double* out;  // [3, K, B]
 };
@@ -23,8 +24,8 @@ __global__ void __launch_bounds__(stream_threads, 3)
 
 __global__ void __launch_bounds__(stream_threads)
     sums_of_rows(const __grid_constant__ SumsCall call) {
-  const uint32_t rows_a_block = threads() / row_lanes, rows = call.plan.rows;
-  row_sums(call.plan, call.partials, block() * rows_a_block, blocks() * rows_a_block,
+  const uint32_t rows = call.plan.rows;
+  row_sums(call.plan, call.partials, call.parts, share(rows, block()), share(rows, block() + 1),
            [&](uint32_t row, const Sums& sums) {
              call.out[row] = sums.s1;
              call.out[rows + row] = sums.s2;
@@ -41,16 +42,19 @@ int64_t workspace_bytes(const Batch& t) {
   return workspace_layout(plan_of(t, none), t.steps, nullptr, nullptr);
 }
 
+int64_t counters_needed(const Batch& t) { 
+  return 2 * counter_line + std::min<int64_t>(t.steps * t.batch, most_counted_rows);
+}
+
 void sums(const Batch& t, const Rows table[5], double* out, void* workspace, Stream stream) {
-  SumsCall call{plan_of(t, table), {}, 0, out};
+  SumsCall call{plan_of(t, table), {}, {}, 0, out};
   Workspace w{};
   workspace_layout(call.plan, t.steps, static_cast<char*>(workspace), &w);
   call.partials = {w.partials, call.plan.chunks, bool(t.ref)};
+  call.parts = w.parts;
   const Launch launch = streaming(call.plan, sums_of_chunks, &call.slots);
   start(sums_of_chunks, launch, stream, call);
-  const int rows_a_block = stream_threads / int(row_lanes);
-  const int blocks = (int(call.plan.rows) + rows_a_block - 1) / rows_a_block;
-  start(sums_of_rows, Launch{std::min(blocks, 1024), stream_threads, 0}, stream, call);
+  start(sums_of_rows, Launch{blocks_of_rows(call.plan), stream_threads, 0}, stream, call);
 }
 
 }  // namespace guard_ops::cuda

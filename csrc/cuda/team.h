@@ -7,8 +7,6 @@
 
 namespace guard_ops::cuda {
 
-constexpr uint32_t row_lanes = 16;  // add one row's chunks together
-
 // [chunks] of each, float64; a chunk's sums lie apart so that neighbours' loads are one.
 struct Partials {
   double* data;
@@ -26,50 +24,64 @@ struct Partials {
   }
 };
 
-// Lane n of `row_lanes` has added up its chunks; all of the row's lanes get the total. Every path
-// adds in this order.
-__device__ __forceinline__ Sums row_total(Sums own) {
+// One part of a row's sums, by a warp: each lane adds up chunks, a tree the lanes. Every path adds in
+// this order. get(chunk of the row): its sums. A lane has several chunks under way at once: one
+// after another, each would wait for the second-level cache.
+template <class Get>
+__device__ __forceinline__ Sums part_sums(const Plan& p, uint32_t part, Get get) {
+  constexpr uint32_t at_once = 4;
+  const uint32_t stride = p.row_parts * warp_size;
+  Sums total{0, 0, 0};
+#pragma unroll 1
+  for (uint32_t n = part * warp_size + lane(); n < p.row_chunks; n += at_once * stride) {
+    Sums some[at_once];
 #pragma unroll
-  for (int mask = row_lanes / 2; mask > 0; mask /= 2) {
-    own.s1 += shuffle_xor(own.s1, mask);
-    own.s2 += shuffle_xor(own.s2, mask);
-    own.ref += shuffle_xor(own.ref, mask);
+    for (uint32_t j = 0; j < at_once; ++j) {
+      const uint32_t chunk = n + j * stride;
+      some[j] = get(chunk < p.row_chunks ? chunk : n);
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < at_once; ++j) {
+      if (n + j * stride < p.row_chunks) total = total + some[j];
+    }
   }
-  return own;
+  return {warp_total(total.s1), warp_total(total.s2), warp_total(total.ref)};
 }
 
-// Calls done(row, sums) for the rows `first + n * step`, `row_lanes` threads a row. A lane has
-// several chunks under way at once: one after another, each would wait for the second-level cache.
-template <class Done>
-__device__ __forceinline__ void row_sums(const Plan& p, const Partials& partials, uint32_t first,
-                                         uint32_t step, Done done) {
-  constexpr uint32_t at_once = 4;
-  const uint32_t own = thread() % row_lanes;
-  for (uint32_t base = first; base < p.rows; base += step) {
-    const uint32_t row = base + thread() / row_lanes;
-    Sums total{0, 0, 0};
-    if (row < p.rows) {
-      const uint32_t begin = row * p.row_chunks;
+// A row's sums from those of its parts.
+__device__ __forceinline__ Sums of_parts(const Plan& p, const Sums* parts) {
+  Sums total = parts[0];
 #pragma unroll 1
-      for (uint32_t n = own; n < p.row_chunks; n += at_once * row_lanes) {
-        Sums part[at_once];
-#pragma unroll
-        for (uint32_t j = 0; j < at_once; ++j) {
-          const uint32_t chunk = n + j * row_lanes;
-          part[j] = partials.get(begin + (chunk < p.row_chunks ? chunk : n));
-        }
-#pragma unroll
-        for (uint32_t j = 0; j < at_once; ++j) {
-          const bool there = n + j * row_lanes < p.row_chunks;
-          total.s1 = there ? total.s1 + part[j].s1 : total.s1;
-          total.s2 = there ? total.s2 + part[j].s2 : total.s2;
-          total.ref = there ? total.ref + part[j].ref : total.ref;
-        }
-      }
+  for (uint32_t n = 1; n < p.row_parts; ++n) total = total + parts[n];
+  return total;
+}
+
+// Calls done(row, sums) for the rows [begin, end), by a thread each; the block has synchronized
+// when it returns. `parts`: [rows, row_parts] in global memory, whatever is in it.
+template <class Done>
+__device__ __forceinline__ void row_sums(const Plan& p, const Partials& partials, Sums* parts,
+                                         uint32_t begin, uint32_t end, Done done) {
+  const uint32_t last = end * p.row_parts;
+#pragma unroll 1
+  for (uint32_t n = begin * p.row_parts + warp(); n < last; n += warps()) {
+    const uint32_t row = n / p.row_parts;
+    const Sums sums = part_sums(p, n - row * p.row_parts, [&](uint32_t chunk) {
+      return partials.get(row * p.row_chunks + chunk);
+    });
+    if (lane() != 0) continue;
+    if (p.row_parts == 1) {
+      done(row, sums);
+    } else {
+      parts[n] = sums;
     }
-    total = row_total(total);
-    if (row < p.rows && own == 0) done(row, total);
   }
+  sync_block();
+  if (p.row_parts == 1) return;
+#pragma unroll 1
+  for (uint32_t row = begin + thread(); row < end; row += threads()) {
+    done(row, of_parts(p, parts + row * p.row_parts));
+  }
+  sync_block();
 }
 
 // evaluate()'s Group: a warp.
@@ -117,12 +129,36 @@ struct LossOut {
 };
 
 struct Workspace {
-  uint32_t *arrived, *evaluated;  // zeroed before the launch
-  double* partials;               // [3, chunks]
-  Sums* sums;                     // [K, B]
-  Coefficients* assumed;          // [K, B]
+  double* partials;       // [3, chunks]
+  Sums* parts;            // [K, B, row_parts]
+  Sums* sums;             // [K, B]
+  Coefficients* assumed;  // [K, B]
   Scratch scratch;
 };
+
+// Integers that a launch finds at 0 and leaves so, but for `evaluated`, which changes.
+struct Counters {
+  uint32_t *arrived, *evaluated;
+  uint32_t* of_rows;  // [K, B]
+};
+constexpr uint32_t counter_line = 32;  // of them: nobody polls where others count
+
+inline Counters counters_at(uint32_t* base) {
+  return {base, base + counter_line, base + 2 * counter_line};
+}
+
+// A row's of [3, K, B].
+__device__ __forceinline__ Coefficients coefficients_at(const double* sum_grads, uint32_t rows,
+                                                        uint32_t row) {
+  return {sum_grads[row], sum_grads[rows + row], sum_grads[2 * rows + row]};
+}
+
+__device__ __forceinline__ void put_coefficients(double* sum_grads, uint32_t rows, uint32_t row,
+                                                 const Coefficients& c) {
+  sum_grads[row] = c.c1;
+  sum_grads[rows + row] = c.c2;
+  sum_grads[2 * rows + row] = c.c3;
+}
 
 struct Into {  // evaluate()'s Out
   LossOut to;
@@ -137,16 +173,14 @@ struct Into {  // evaluate()'s Out
     to.per_row[rows + n] = float(r.excess);
     to.per_row[2 * rows + n] = float(r.weight);
     to.per_row[3 * rows + n] = float(r.ratio.kl);
-    to.sum_grads[n] = c.c1;
-    to.sum_grads[rows + n] = c.c2;
-    to.sum_grads[2 * rows + n] = c.c3;
+    put_coefficients(to.sum_grads, uint32_t(rows), uint32_t(n), c);
   }
 };
 
-// [3, K, B] as written by Into.
-__device__ __forceinline__ Coefficients coefficients_at(const double* sum_grads, uint32_t rows,
-                                                        uint32_t row) {
-  return {sum_grads[row], sum_grads[rows + row], sum_grads[2 * rows + row]};
+// What another block wrote.
+__device__ __forceinline__ Sums fresh_sums(const Sums* from) {
+  const double* const s = reinterpret_cast<const double*>(from);
+  return {load_fresh(s), load_fresh(s + 1), load_fresh(s + 2)};
 }
 
 // The block's [K, B] arithmetic on the rows' sums in `workspace`.
@@ -155,26 +189,37 @@ __device__ __forceinline__ void evaluate_by_block(const Problem& problem,
   const Sums* const sums = workspace.sums;
   evaluate(
       Block{}, problem,
-      [=](int64_t n) {
-        const double* const s = reinterpret_cast<const double*>(sums + n);
-        return Sums{load_fresh(s), load_fresh(s + 1), load_fresh(s + 2)};
-      },
+      [=](int64_t n) { return fresh_sums(sums + n); },
       workspace.scratch, Into{out, problem.steps, problem.steps * problem.batch});
 }
 
-// Whether this block is the last to arrive: then it sees what all others wrote before. The whole
-// block calls it; `shared` is a word of its shared memory. One thread's count is enough, as what
-// the block's barriers order before it is ordered for whoever counts after it.
-__device__ __forceinline__ bool arrives_last(uint32_t* arrived, uint32_t* shared) {
+// Counts this block's `by` in; whether they complete `all`, in which case the counter is 0 again and
+// this block sees what the others wrote before they counted. The whole block calls it; `shared` is a
+// word of its shared memory. One thread's count is enough, as what the block's barriers order before
+// it is ordered for whoever counts after it.
+__device__ __forceinline__ bool completes(uint32_t* counter, uint32_t by, uint32_t all,
+                                          uint32_t* shared) {
   sync_block();
-  if (thread() == 0) *shared = count_up(arrived);
+  if (thread() == 0) {
+    *shared = count_up(counter, by) + by;
+    if (*shared == all) *counter = 0;
+  }
   sync_block();
-  return *shared == blocks() - 1;
+  return *shared == all;
 }
 
 // A block's even share of n.
 __device__ __forceinline__ uint32_t share(uint32_t n, uint32_t block) {
   return uint32_t(uint64_t(n) * block / blocks());
 }
+
+// Chunks, or rows, that follow each other: all of the batch or some.
+struct Range {
+  uint32_t first, count;
+
+  __device__ __forceinline__ uint32_t begin(uint32_t block) const {
+    return first + share(count, block);
+  }
+};
 
 }  // namespace guard_ops::cuda

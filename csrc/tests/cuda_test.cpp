@@ -96,6 +96,17 @@ char* aligned(std::vector<char>& x) {
   return x.data() + (256 - reinterpret_cast<uintptr_t>(x.data()) % 256);
 }
 
+// The counters of all calls, which each leaves as the next one needs them.
+std::vector<uint32_t> counters(1024, 0);
+
+void check_counters(const Batch& t) {
+  const int64_t needed = cuda::counters_needed(t);
+  CHECK(needed <= int64_t(counters.size()));
+  for (int64_t n = 0; n < int64_t(counters.size()); ++n) {
+    if (n != 32) CHECK(counters[n] == 0);  // that one only changes
+  }
+}
+
 Result run(const Batch& t, const Problem& problem, Path path, bool is_aligned, bool wanted = true) {
   const int64_t rows = t.steps * t.batch;
   Result out{NAN,
@@ -108,7 +119,9 @@ Result run(const Batch& t, const Problem& problem, Path path, bool is_aligned, b
   out.path = cuda::guard_loss(t, problem,
                               {&out.loss, out.per_row.data(), out.metrics.data(),
                                out.sum_grads.data(), out.cond.operand(), out.uncond.operand()},
-                              aligned(workspace), path, nullptr);
+                              aligned(workspace), counters.data(), path, nullptr);
+  cuda::emulation::finish();
+  check_counters(t);
   CHECK(path == Path::automatic || out.path == path);
   if (wanted && !is_aligned) CHECK(out.cond.loose.guards_intact());
   return out;
@@ -193,10 +206,15 @@ void check_paths(const Batch& t, const Problem& problem, bool independent, bool 
   check_against_cpu(expected, t, problem);
   for (const int kibibytes : {10, 20, 40, 400}) {  // of which the rows' tiles take up to 6 a warp
     cuda::emulated.shared_bytes = kibibytes << 10;
-    const uint32_t slots = (cuda::emulated.shared_bytes - 128) / 3 / (6 * 1024);
+    const uint32_t slots = (cuda::emulated.shared_bytes - 256) / 3 / (6 * 1024);
     if (slots > 0) check_same(run(t, problem, Path::cooperative, is_aligned), expected, t);
   }
-  if (independent) check_same(run(t, problem, Path::cluster, is_aligned), expected, t);
+  if (!independent) return;
+  check_same(run(t, problem, Path::cluster, is_aligned), expected, t);
+  for (const int kibibytes : {1, 60}) {  // a row a turn; some rows; the last turn has fewer
+    cuda::emulated.cache_bytes = kibibytes << 10;
+    check_same(run(t, problem, Path::in_turn, is_aligned), expected, t);
+  }
 }
 
 void test_guard_loss() {
@@ -239,6 +257,28 @@ void test_long_rows() {
   }
 }
 
+// Rows that several warps add up the chunks of.
+void test_rows_of_parts() {
+  constexpr int64_t numel = 256 * 4 * (2 * 256 + 9) - 11;
+  Operands in(dtypes[1], 1, 2, numel, true);
+  const AlignedBatch a(in.of(Form::noise, false, false));
+  for_each_problem(Form::noise, numel, [&](Problem problem, bool independent) {
+    if (problem.config.kl_beta != 0 || problem.mean != nullptr) return;
+    CONTEXT("rows of parts, ratio_norm %d", int(problem.config.ratio_norm));
+    problem.steps = 1;
+    problem.batch = 2;
+    cuda::emulated = {0, 8, 1 << 20, true, true};
+    const Result expected = run(a.t, problem, Path::two_launches, true);
+    check_against_cpu(expected, a.t, problem);
+    check_same(run(a.t, problem, Path::cooperative, true), expected, a.t);
+    if (independent) {
+      check_same(run(a.t, problem, Path::cluster, true), expected, a.t);
+      check_same(run(a.t, problem, Path::in_turn, true), expected, a.t);
+    }
+    cuda::emulated = {0, 3, 1 << 16, true, true};
+  });
+}
+
 // A transition that is not finite: alone in its gradient, and the others' corrected in every path.
 void test_not_finite() {
   for (const bool drop : {false, true}) {
@@ -274,6 +314,14 @@ void test_choice() {
   cuda::emulated = {0, 3, 1 << 16, true, true};
   CHECK(run(t, independent, Path::automatic, false).path == Path::cluster);
   CHECK(run(t, joint, Path::automatic, false).path == Path::cooperative);
+  cuda::emulated.clusters = false;  // then a block has to hold a row, and cannot
+  cuda::emulated.shared_bytes = 14 << 10;
+  cuda::emulated.cache_bytes = 40 << 10;  // two rows or three of 13 KB
+  CHECK(run(t, independent, Path::automatic, false).path == Path::in_turn);
+  CHECK(run(t, independent, Path::automatic, false, false).path == Path::two_launches);
+  cuda::emulated.cache_bytes = 20 << 10;  // less than twice a row: it would be gone again
+  CHECK(run(t, independent, Path::automatic, false).path != Path::in_turn);
+  cuda::emulated = {0, 3, 1 << 16, true, true};
   CHECK(run(t, joint, Path::automatic, false, false).path == Path::two_launches);
   cuda::emulated.cooperative = false;
   CHECK(run(t, joint, Path::automatic, false).path == Path::two_launches);
@@ -283,13 +331,15 @@ void test_choice() {
   cuda::emulated.busy = true;
   CHECK(run(t, joint, Path::automatic, false).path == Path::two_launches);
   cuda::emulated.busy = false;
-  bool refused = false;
-  try {
-    run(t, joint, Path::cluster, false);
-  } catch (const std::runtime_error&) {
-    refused = true;
+  for (const Path path : {Path::cluster, Path::in_turn}) {  // rows of `joint` need each other
+    bool refused = false;
+    try {
+      run(t, joint, path, false);
+    } catch (const std::runtime_error&) {
+      refused = true;
+    }
+    CHECK(refused);
   }
-  CHECK(refused);
 }
 
 void test_sums_and_gradient() {
@@ -311,6 +361,7 @@ void test_sums_and_gradient() {
           std::vector<char> workspace = workspace_for(loose);
           cuda::sums(loose, problem.table, got.data(), aligned(workspace), nullptr);
           cuda::sums(a.t, problem.table, again.data(), aligned(workspace), nullptr);
+          cuda::emulation::finish();
           CHECK(same(got.data(), again.data(), got.size() * 8));
           for (int64_t n = 0; n < rows; ++n) {
             const double size = std::sqrt(double(numel)) + expected[n].s2;
@@ -336,6 +387,7 @@ void test_sums_and_gradient() {
                         want_uncond.operand());
           cuda::gradient(loose, problem.table, from, cond.operand(), uncond.operand(), {}, false,
                          nullptr);
+          cuda::emulation::finish();
           check_rows(cond.operand(), want.operand(), loose);
           if (guided) check_rows(uncond.operand(), want_uncond.operand(), loose);
           CHECK(cond.loose.guards_intact());
@@ -344,9 +396,11 @@ void test_sums_and_gradient() {
           const Output kept(loose.v, loose, false);
           cuda::gradient(loose, problem.table, from, kept.operand(), {}, {&one, false}, true,
                          nullptr);
+          cuda::emulation::finish();
           CHECK(std::isnan(kept.loose.get(0, 0, 0)));
           cuda::gradient(loose, problem.table, from, kept.operand(), {}, {&half, false}, true,
                          nullptr);
+          cuda::emulation::finish();
           for (int64_t n = 0; n < rows; ++n) {
             const double g = cond.loose.get(n / batch, n % batch, 0);
             CHECK_CLOSE(kept.loose.get(n / batch, n % batch, 0), g / 2, 0x1p-24);
@@ -387,6 +441,7 @@ void test_unread_operands() {
       hide(less.m, cuda::role_old), hide(less.v_old, cuda::role_old);
       hide(less.noise, cuda::role_noise);
       cuda::gradient(less, problem.table, from, cond.operand(), {}, {}, false, nullptr, shape);
+      cuda::emulation::finish();
       check_rows(cond.operand(), want.operand(), t);
     }
   }
@@ -410,6 +465,7 @@ void test_sde_step() {
         std::vector<char> workspace = workspace_for(t);
         cuda::sde_step(t, problem.table, y.operand(), mean.operand(), square, aligned(workspace),
                        nullptr);
+        cuda::emulation::finish();
         cpu::sde_step(serial, t, problem.table, want.operand(), want_mean.operand(), expected);
         CHECK(same_rows(mean.operand(), want_mean.operand(), t));  // on policy is exactly 0
         if (seeded) {
@@ -434,6 +490,7 @@ int main() {
   test_choice();
   test_not_finite();
   test_long_rows();
+  test_rows_of_parts();
   test_guard_loss();
   return finish();
 }

@@ -30,34 +30,52 @@ struct Block {
 };
 
 using Copies = std::vector<std::pair<void*, const void*>>;
+struct Grid;
 
 struct Fiber {
   ucontext_t context;  // of its beginning; from then on it is `resume`
   jmp_buf resume;
   bool begun = false;
   Position position;
+  Grid* grid;
   Block* block;
   Barrier* cluster;
   const Barrier* waits_for = nullptr;
   uint64_t until = 0;  // waits while the barrier's generation is this
+  bool waits_for_previous = false, lets_next_start = false;
   uint32_t exchanges = 0;
   Copies open;
   std::deque<Copies> committed;
   bool done = false;
 };
 
+// A launch that has not ended.
+struct Grid {
+  std::function<void()> thread;
+  std::vector<Block> blocks;
+  std::vector<Barrier> clusters;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  Grid* previous = nullptr;  // that it is chained to and that has not ended
+  size_t left = 0;           // threads that still run
+  size_t holding = 0;        // threads before the end of which, or their word, no next grid starts
+};
+
 std::vector<std::unique_ptr<char[]>> stacks;  // kept: fresh memory costs a page fault a page
 ucontext_t scheduler;
 jmp_buf back;
 Fiber* current;
-const std::function<void()>* body;
-std::vector<Block>* grid;
+std::deque<std::unique_ptr<Grid>> chain;
+
+void let_go(Fiber& fiber) {
+  if (!std::exchange(fiber.lets_next_start, true)) --fiber.grid->holding;
+}
 
 void begin() {
-  (*body)();
+  current->grid->thread();
   Block& block = *current->block;
   // Nobody may read a block's shared memory once it has left.
   if (--block.left == 0) std::memset(block.shared.data(), 0xFF, block.shared.size());
+  let_go(*current);
   current->done = true;
   _longjmp(back, 1);
 }
@@ -98,7 +116,15 @@ Barrier& cluster_barrier() { return *current->cluster; }
 
 char* shared_of(uint32_t rank) {
   const Position& p = current->position;
-  return (*grid)[p.block - p.rank + rank].shared.data();
+  return current->grid->blocks[p.block - p.rank + rank].shared.data();
+}
+
+void let_next_start() { let_go(*current); }
+
+void await_previous() {
+  if (current->grid->previous == nullptr) return;
+  current->waits_for_previous = true;
+  yield();
 }
 
 uint64_t exchange(uint64_t own, uint32_t from_lane) {
@@ -125,15 +151,17 @@ void complete(size_t pending) {
   }
 }
 
-void run(const Launch& launch, const std::function<void()>& thread) {
-  std::vector<Block> blocks(launch.blocks);
-  std::vector<Barrier> clusters(launch.blocks / launch.cluster);
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  for (Barrier& c : clusters) c.expected = launch.cluster * launch.threads;
-  body = &thread;
-  grid = &blocks;
+void launch(const Launch& launch, std::function<void()> thread) {
+  if (!launch.chained) finish();
+  auto grid = std::make_unique<Grid>();
+  grid->thread = std::move(thread);
+  grid->blocks.resize(launch.blocks);
+  grid->clusters.resize(launch.blocks / launch.cluster);
+  grid->left = grid->holding = size_t(launch.blocks) * launch.threads;
+  if (!chain.empty()) grid->previous = chain.back().get();
+  for (Barrier& c : grid->clusters) c.expected = launch.cluster * launch.threads;
   for (int b = 0; b < launch.blocks; ++b) {
-    Block& block = blocks[b];
+    Block& block = grid->blocks[b];
     block.barrier.expected = launch.threads;
     block.left = launch.threads;
     block.shared.assign(launch.shared_bytes, char(0xFF));
@@ -148,29 +176,62 @@ void run(const Launch& launch, const std::function<void()>& thread) {
                          uint32_t(b % launch.cluster),
                          uint32_t(launch.cluster),
                          block.shared.data()};
+      fiber->grid = grid.get();
       fiber->block = &block;
-      fiber->cluster = &clusters[b / launch.cluster];
-      if (stacks.size() == fibers.size()) stacks.emplace_back(new char[stack_bytes]);
-      getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = stacks[fibers.size()].get();
-      fiber->context.uc_stack.ss_size = stack_bytes;
-      fiber->context.uc_link = &scheduler;
-      makecontext(&fiber->context, begin, 0);
-      fibers.push_back(std::move(fiber));
+      fiber->cluster = &grid->clusters[b / launch.cluster];
+      grid->fibers.push_back(std::move(fiber));
     }
   }
-  for (size_t left = fibers.size(); left > 0;) {
-    bool moved = false;
-    for (const auto& fiber : fibers) {
-      if (fiber->done) continue;
-      if (fiber->waits_for != nullptr && fiber->waits_for->generation == fiber->until) continue;
-      fiber->waits_for = nullptr;
-      resume(*fiber);
-      moved = true;
-      left -= fiber->done;
-    }
+  chain.push_back(std::move(grid));
+}
+
+namespace {
+
+__attribute__((noinline)) bool turn(Fiber& fiber, char* stack) {
+  if (fiber.done || (fiber.waits_for_previous && fiber.grid->previous != nullptr)) return false;
+  if (fiber.waits_for != nullptr && fiber.waits_for->generation == fiber.until) return false;
+  fiber.waits_for = nullptr;
+  fiber.waits_for_previous = false;
+  if (!fiber.begun) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stack;
+    fiber.context.uc_stack.ss_size = stack_bytes;
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, begin, 0);
+  }
+  resume(fiber);
+  fiber.grid->left -= fiber.done;
+  return true;
+}
+
+// One turn of every thread of a grid that can go on; whether there was one.
+bool step(Grid& grid, size_t first_stack) {
+  bool moved = false;
+  for (size_t n = 0; n < grid.fibers.size(); ++n) {
+    while (stacks.size() <= first_stack + n) stacks.emplace_back(new char[stack_bytes]);
+    moved |= turn(*grid.fibers[n], stacks[first_stack + n].get());
+  }
+  return moved;
+}
+
+}  // namespace
+
+void finish() {
+  size_t ended = 0;  // of the chain, from its beginning
+  while (ended < chain.size()) {
+    size_t started = ended + 1;
+    while (started < chain.size() && chain[started - 1]->holding == 0) ++started;
+    std::vector<size_t> stack(1, 0);
+    for (const auto& grid : chain) stack.push_back(stack.back() + grid->fibers.size());
+    bool moved = false;  // the newest that can go on, and no other
+    for (size_t n = started; n-- > ended && !moved;) moved = step(*chain[n], stack[n]);
     if (!moved) std::abort();  // a deadlock
+    for (size_t n = ended; n + 1 < chain.size(); ++n) {
+      if (chain[n]->left == 0) chain[n + 1]->previous = nullptr;
+    }
+    while (ended < chain.size() && chain[ended]->left == 0) ++ended;
   }
+  chain.clear();
 }
 
 }  // namespace guard_ops::cuda::emulation

@@ -1,7 +1,8 @@
 // The device on the host: every CUDA thread a fiber, all of a grid's on one thread of the host, in
 // turns. What ../cuda/device.h asks for is here in plain C++, stricter than the device where that
 // finds mistakes: copies land when they are waited for and not before, shared memory starts, and
-// ends when its block does, as NaNs. What it cannot find are races between two synchronizations.
+// ends when its block does, as NaNs; a chained launch runs as early as it may, before the one that it
+// is chained to. What it cannot find are races between two synchronizations.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +42,8 @@ uint64_t exchange(uint64_t own, uint32_t from_lane);
 void enqueue_copy(void* to, const void* from);
 void commit();
 void complete(size_t pending);
+void let_next_start();
+void await_previous();
 
 }  // namespace emulation
 
@@ -95,12 +98,24 @@ inline uint16_t to_bfloat(float x) {
   return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-inline uint32_t count_up(uint32_t* counter) { return (*counter)++; }
-inline void raise_flag(uint32_t* flag) { *static_cast<volatile uint32_t*>(flag) = 1; }
-inline void await_flag(const uint32_t* flag) {
-  while (*static_cast<const volatile uint32_t*>(flag) == 0) emulation::pause();
+inline uint32_t count_up(uint32_t* counter, uint32_t by) {
+  const uint32_t before = *counter;
+  *counter += by;
+  return before;
+}
+inline uint32_t flag_now(const uint32_t* flag) {
+  return *static_cast<const volatile uint32_t*>(flag);
+}
+inline void set_flag(uint32_t* flag, uint32_t value) {
+  *static_cast<volatile uint32_t*>(flag) = value;
+}
+inline void await_change(const uint32_t* flag, uint32_t before) {
+  while (flag_now(flag) == before) emulation::pause();
 }
 inline double load_fresh(const double* x) { return *x; }
+
+inline void let_next_start() { emulation::let_next_start(); }
+inline void await_previous() { emulation::await_previous(); }
 
 inline void sync_cluster() { emulation::arrive_and_wait(emulation::cluster_barrier()); }
 inline uint32_t cluster_rank() { return emulation::position().rank; }

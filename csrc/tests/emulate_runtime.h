@@ -1,7 +1,6 @@
 // The launches on the emulated device, whose properties a test may set.
 #pragma once
 
-#include <cstring>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -13,6 +12,7 @@ constexpr int stream_threads = 64, cooperative_threads = 96, cluster_threads = 6
 struct Device {
   int number, multiprocessors, shared_bytes;
   bool cooperative, clusters;
+  int cache_bytes = 1 << 15;
   bool busy = false;  // says that it launches blocks together, and does not
 };
 
@@ -24,6 +24,7 @@ struct Launch {
   int blocks, threads, shared_bytes;
   bool cooperative = false;
   int cluster = 1;
+  bool chained = false;
 };
 
 inline std::string why_not(const void*) { return ""; }
@@ -34,13 +35,14 @@ inline int at_once(const void*, const Launch& launch) {
 }
 
 namespace emulation {
-void run(const Launch& launch, const std::function<void()>& thread);
+void launch(const Launch& launch, std::function<void()> thread);
+void finish();  // everything that was launched
 }  // namespace emulation
 
 template <class Argument>
 bool starts(void (*kernel)(Argument), const Launch& launch, void*, Argument argument) {
   if (emulated.busy && (launch.cooperative || launch.cluster > 1)) return false;
-  emulation::run(launch, [&] { kernel(argument); });
+  emulation::launch(launch, [=] { kernel(argument); });
   return true;
 }
 
@@ -48,7 +50,5 @@ template <class Argument>
 void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
   if (!starts(kernel, launch, stream, argument)) throw std::runtime_error("no launch");
 }
-
-inline void zero(void* data, size_t bytes, void*) { std::memset(data, 0, bytes); }
 
 }  // namespace guard_ops::cuda
