@@ -6,8 +6,10 @@ Every call computes the loss of a batch and its gradient, as in ``test_speed.py`
 graph replay (the GPU's own time, without Python's), on the same tensors and, where those would stay
 in the cache, on tensors in turn that do not; and as it is called, which is what a trainer waits
 for. Ours are also timed as ``guard_loss_and_grad``, which leaves out autograd's own kernels. The
-plain chain and ``torch.compile`` of it are timed alike. Bytes are the least
-there can be: every operand read once, the gradient written once.
+plain chain and ``torch.compile`` of it are timed alike. ``share_of_copy`` counts the least bytes
+there can be: every operand read once, the gradient written once. ``moved_share_of_copy`` counts
+those that have to move: the article's objective needs every ratio before any gradient, and where
+the batch is larger than every chip, its gradient's pass reads from memory again.
 
 What the bounds look at comes first, each number is saved as soon as it is there, and what fails or
 hangs takes nothing with it but its own row (:mod:`benchmarks.isolated`).
@@ -36,16 +38,16 @@ from . import contenders, gpu_timing, isolated, measure, results
 from .cases import COPY
 from .device_bounds import DTYPES, LARGE, OBJECTIVES, SMALL, bounds
 from .measure import Call
-from .workloads import bytes_per_element
+from .workloads import bytes_in_two_passes, bytes_per_element
 
 WORKLOADS = {workload.name: workload for workload in (LARGE, SMALL)}
 FORMS = ("mean", "velocity", "noise", "seeded")
 CHAINS = ("eager", "torch.compile")
 PATHS = {  # of a backend, and which of them only objectives whose rows are independent can take
     "triton": ("two_launches", "one_launch", "rows"),
-    "cuda": ("two_launches", "cooperative", "cluster"),
+    "cuda": ("two_launches", "cooperative", "cluster", "in_turn"),
 }
-INDEPENDENT = ("rows", "cluster")
+INDEPENDENT = ("rows", "cluster", "in_turn")
 REFUSED = {(LARGE.name, "cluster")}  # a row of it is more than a cluster's blocks hold
 COPY_BYTES = 2 << 30  # read and written
 JOB_SECONDS = 90.0  # at most, compilation included
@@ -187,7 +189,10 @@ def row(job: Job, answer: isolated.Answer, copy: float | None) -> results.Row:
         del out["path"]
     if copy and "microseconds" in answer:
         seconds = answer["microseconds"] / 1e6
+        again = job.objective == "article" and workload == LARGE
+        moved = (bytes_in_two_passes if again else bytes_per_element)(job.form, dtype)
         out["share_of_copy"] = workload.floor_bytes(job.form, dtype) / seconds / copy
+        out["moved_share_of_copy"] = workload.numel * moved / seconds / copy
     return out
 
 
@@ -253,6 +258,7 @@ def line(found: results.Row) -> str:
         text += f" {found['microseconds']:10.1f} us"
     if "share_of_copy" in found:
         text += f" {found['share_of_copy']:6.2f} of copy"
+        text += f" ({found['moved_share_of_copy']:.2f} moved)"
     if "loss_and_grad_microseconds" in found:
         text += f" {found['loss_and_grad_microseconds']:10.1f} us without autograd"
     if "cold_microseconds" in found:

@@ -176,11 +176,11 @@ def device_table(rows: Rows) -> str:
         shape = "[" + ", ".join(map(str, row["shape"])) + "]"
         groups.setdefault((shape, row["dtype"]), []).append(row)
     columns = ["contender", "form", "objective", "path", "graph replay", "without autograd"]
-    columns += ["on cold inputs", "as called", "of copy"]
+    columns += ["on cold inputs", "as called", "of copy", "moved, of copy"]
     parts = []
     for (shape, dtype), found in groups.items():
         lines = [f"**{shape}, {dtype}**", "", _line(*columns)]
-        lines.append(_line(*["---"] * 4, *["---:"] * 5))
+        lines.append(_line(*["---"] * 4, *["---:"] * 6))
         lines += [_line(*_device_cells(row)) for row in found]
         parts.append("\n".join(lines))
     backends = [n for n in ("triton", "cuda") if any(row["contender"] == n for row in rows)]
@@ -196,7 +196,7 @@ def _device_cells(row: dict[str, Any]) -> list[str]:
     path = row.get("path", "")
     if "ran" in row and path == "chosen":
         path = f"chosen: {row['ran']}"
-    share = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
+    shares = ("share_of_copy", "moved_share_of_copy")
     replay = microseconds("microseconds")
     if "error" in row:
         replay = f"{replay} failed: {row['error'].replace('|', '/')}".strip()
@@ -206,7 +206,7 @@ def _device_cells(row: dict[str, Any]) -> list[str]:
         microseconds("loss_and_grad_microseconds"),
         microseconds("cold_microseconds"),
         microseconds("as_called_microseconds"),
-        share,
+        *(f"{row[name]:.0%}" if name in row else "" for name in shares),
     ]
 
 

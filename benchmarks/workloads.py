@@ -21,6 +21,16 @@ READS = {
     "log-prob": ("model_output", "sample", "prev_sample"),
 }
 
+# Of them, what the gradient reads again where it needs every transition's ratio first, as the
+# article's does, and the batch does not fit on the chip: docs/math.md, "One pass".
+READ_AGAIN = {
+    "mean": ("model_output", "sample", "prev_sample"),
+    "velocity": ("model_output", "sample", "prev_sample"),
+    "noise": ("model_output", "old_model_output", "noise"),
+    "seeded": ("model_output", "old_model_output"),
+    "log-prob": ("model_output", "sample", "prev_sample"),
+}
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -70,9 +80,21 @@ def bytes_per_element(form: str, dtype: torch.dtype) -> int:
     Raises:
         KeyError: not a form.
     """
+    return _bytes(READS[form], dtype) + dtype.itemsize
+
+
+def bytes_in_two_passes(form: str, dtype: torch.dtype) -> int:
+    """The same where the gradient's pass has to read from memory again what it needs.
+
+    Raises:
+        KeyError: not a form.
+    """
+    return bytes_per_element(form, dtype) + _bytes(READ_AGAIN[form], dtype)
+
+
+def _bytes(operands: tuple[str, ...], dtype: torch.dtype) -> int:
     wide = max(dtype.itemsize, torch.float32.itemsize)
-    reads = (wide if name == "old_mean" else dtype.itemsize for name in READS[form])
-    return sum(reads) + dtype.itemsize
+    return sum(wide if name == "old_mean" else dtype.itemsize for name in operands)
 
 
 CI = Workload("ci", "FLUX.1-dev 1024, one step", (4096, 64), 8, 1, "none: a quick race")

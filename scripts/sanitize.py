@@ -28,10 +28,10 @@ TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
 SLOW = ("racecheck", "synccheck")  # follow every access to shared memory: of tiny latents
 BACKENDS = ("cuda", "triton")
 PATHS = {
-    "cuda": ("two_launches", "cooperative", "cluster"),
+    "cuda": ("two_launches", "cooperative", "cluster", "in_turn"),
     "triton": ("two_launches", "one_launch", "rows"),
 }
-INDEPENDENT = ("cluster", "rows")  # only for objectives whose transitions need no other
+INDEPENDENT = ("cluster", "in_turn", "rows")  # only for objectives whose transitions need no other
 # Elements of a latent and dtype: not a multiple of a vector; several tiles and chunks.
 SIZES = {"tiny": ((601, "float32"),), "small": ((601, "float32"), (9000, "bfloat16"))}
 SECONDS = 100  # of everything

@@ -25,7 +25,7 @@ LAUNCH_BOUNDS = {
     "gradient_of_chunks": (256, 2),
     "step_chunks": (256, 2),
     "squares_of_rows": (256, 1),
-    "loss_of_chunks": (256, 2),
+    "loss_of_chunks": (256, 3),
     "loss_cooperatively": (512, 1),
     "loss_by_clusters": (256, 1),
 }
@@ -164,5 +164,7 @@ def test_blocks_meet_as_the_paths_claim(code):
         clusters = kernel == "loss_by_clusters" and architecture == "sm_90"
         if architecture in ("sm_80", "sm_90"):
             assert ("UCGABAR_ARV" in names) == clusters, (architecture, kernel)
+        chained = kernel in ("loss_of_chunks", "gradient_of_chunks") and architecture != "sm_80"
+        assert ({"PREEXIT", "ACQBULK"} <= names) == chained, (architecture, kernel)
         if kernel == "loss_cooperatively":  # polls the last block's flag
             assert any(re.match(r"LD\S*\.STRONG\.GPU", x) for x in instructions), architecture

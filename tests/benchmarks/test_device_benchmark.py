@@ -25,7 +25,7 @@ def rows(backends=("triton", "cuda"), **changed):
                     share, us = OF[name]
                     us = changed.get(f"{name}_us", us)
                     share = changed.get(f"{name}_share", share)
-                    ours = {"contender": name, "microseconds": us, "share_of_copy": share}
+                    ours = {"contender": name, "microseconds": us, "moved_share_of_copy": share}
                     ours["loss_and_grad_microseconds"] = us
                     out += [base | ours, base | ours | {"path": "forced", "microseconds": us / 9}]
                 triton = changed.get("triton_us", 12.0)
@@ -43,8 +43,14 @@ def test_bounds_that_are_met_say_nothing():
 @pytest.mark.parametrize(
     "changed, words",
     [
-        ({"triton_share": 0.8}, ["on triton: 0.80 of a copy, not 0.85"]),
-        ({"cuda_share": 0.87}, ["on cuda: 0.87 of a copy, not 0.9"]),
+        (
+            {"triton_share": 0.8},
+            [f"on triton, {o}: 0.80 of a copy, not 0.85" for o in device.OBJECTIVES],
+        ),
+        (
+            {"cuda_share": 0.87},
+            [f"on cuda, {o}: 0.87 of a copy, not 0.9" for o in device.OBJECTIVES],
+        ),
         ({"triton_us": 13.0}, ["on triton: 13.0 microseconds, not 12.0"]),
         ({"cuda_us": 8.5}, ["on cuda: 8.5 microseconds, not 8.0"]),
         ({"eager": 19.0}, ["19.0 times eager (graph replay), not 20"] * 2),
@@ -59,10 +65,11 @@ def test_a_bound_that_is_missed_is_named(changed, words):
 
 
 def test_what_is_not_measured_is_said_to_be_so():
-    assert len(device.bounds([])) == 2 * 2 + 2 * 2 + 8
+    assert len(device.bounds([])) == 2 * 3 + 2 * 2 + 8
     assert all("not measured" in line for line in device.bounds([]))
     failed = [
-        {k: x for k, x in r.items() if k not in ("microseconds", "share_of_copy")} | {"error": "no"}
+        {k: x for k, x in r.items() if "microseconds" not in k and "share" not in k}
+        | {"error": "no"}
         if r["contender"] == "eager"
         else r
         for r in rows()
@@ -86,13 +93,21 @@ def test_what_the_bounds_look_at_is_measured_first():
     paths = {(job.contender, job.objective, job.path) for job in todo}
     assert ("triton", "article", "one_launch") in paths
     assert ("cuda", "paper", "cluster") in paths
-    assert not paths & {("triton", "article", "rows"), ("cuda", "article", "cluster")}
+    assert ("cuda", "paper", "in_turn") in paths
+    alone = {("triton", "rows"), ("cuda", "cluster"), ("cuda", "in_turn")}
+    assert not paths & {(backend, "article", path) for backend, path in alone}
 
 
 def test_a_row_knows_its_share_of_the_copy():
     job = Job(device.LARGE.name, "bfloat16", "triton", "mean", "article")
     made = device.row(job, {"microseconds": 200.0}, copy=4e12)
-    assert made["share_of_copy"] == pytest.approx(12 * device.LARGE.numel / 200e-6 / 4e12)
+    share = device.LARGE.numel / 200e-6 / 4e12
+    assert made["share_of_copy"] == pytest.approx(12 * share)
+    assert made["moved_share_of_copy"] == pytest.approx(18 * share)
+    alone = device.row(job._replace(objective="paper"), {"microseconds": 200.0}, copy=4e12)
+    assert alone["moved_share_of_copy"] == pytest.approx(12 * share)
+    small = device.row(job._replace(workload=device.SMALL.name), {"microseconds": 9.0}, copy=4e12)
+    assert small["moved_share_of_copy"] == small["share_of_copy"]
     assert "share_of_copy" not in device.row(job, {"microseconds": 200.0}, copy=None)
     failed = device.row(job, {"error": "RuntimeError: no"}, copy=4e12)
     assert "RuntimeError: no" in device.line(failed)

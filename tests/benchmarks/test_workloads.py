@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.workloads import CI, WORKLOADS, bytes_per_element
+from benchmarks.workloads import CI, WORKLOADS, bytes_in_two_passes, bytes_per_element
 
 
 def test_workloads_have_the_latents_of_their_backbones():
@@ -30,6 +30,15 @@ def test_floor_reads_every_operand_once_and_writes_the_gradient(form, fp32, bf16
     assert bytes_per_element(form, torch.float32) == fp32
     assert bytes_per_element(form, torch.bfloat16) == bf16
     assert CI.floor_bytes(form, torch.float32) == fp32 * 8 * 4096 * 64
+
+
+@pytest.mark.parametrize(
+    "form, fp32, bf16",
+    [("mean", 32, 18), ("noise", 28, 14), ("seeded", 20, 10), ("velocity", 32, 16)],
+)
+def test_a_second_pass_reads_what_the_gradient_needs(form, fp32, bf16):
+    assert bytes_in_two_passes(form, torch.float32) == fp32
+    assert bytes_in_two_passes(form, torch.bfloat16) == bf16
 
 
 def test_float64_mean_is_not_narrowed():

@@ -29,7 +29,7 @@ CONFIGS = {
     "flow_grpo": go.GuardConfig.flow_grpo(),
     "article_kl": go.GuardConfig.article(kl_beta=0.04),
 }
-INDEPENDENT = ("paper", "flow_grpo")  # rows that a cluster can do by itself
+INDEPENDENT = ("paper", "flow_grpo")  # whose rows need no other row's ratio
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +63,12 @@ def bits(given, config, **more):
 
 
 def paths(name, latent, device="cuda"):
-    """The paths that one launch can take; a forced one that cannot is an error."""
+    """What there is besides two launches; a forced path that cannot run is an error."""
     capable = torch.cuda.get_device_capability(device) >= (9, 0)
     room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     fits = math.prod(latent) * 16 <= 8 * (room - 4096)  # four float32 operands, in eight blocks
-    return ["cooperative", *(["cluster"] if name in INDEPENDENT and capable and fits else [])]
+    alone = ["in_turn", *(["cluster"] if capable and fits else [])]
+    return ["cooperative", *(alone if name in INDEPENDENT else [])]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -88,13 +89,13 @@ def test_paths_give_the_same_bits(name, latent, dtype, cuda):
 
 def config_for(path, latent):
     """An objective that the path can take; skips where the device cannot."""
-    name = "flow_grpo" if path == "cluster" else "article"
+    name = "flow_grpo" if path in ("cluster", "in_turn") else "article"
     if path not in ["two_launches", *paths(name, latent)]:
         pytest.skip("needs clusters of blocks")
     return CONFIGS[name]
 
 
-@pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster"])
+@pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster", "in_turn"])
 @pytest.mark.parametrize("form, guided", list(itertools.product(FORMS, [False, True])))
 def test_every_form_by_every_path(form, guided, path, cuda):
     given = made(form, latent=(3, 31, 17), guided=guided)
@@ -106,7 +107,7 @@ def test_every_form_by_every_path(form, guided, path, cuda):
     assert relative(out[4].cpu(), want) < 1e-3  # float32 sums, divided by the batch's spread
 
 
-@pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster"])
+@pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster", "in_turn"])
 def test_every_path_is_captured_and_replayed(path, cuda):
     given, config = on_device(made(latent=(16, 64, 64))), config_for(path, (16, 64, 64))
     given["model_output"] = v = given["model_output"].detach()
@@ -122,6 +123,49 @@ def test_every_path_is_captured_and_replayed(path, cuda):
         graph.replay()
         for got, expected in zip(captured, step(), strict=True):
             assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("nonfinite", ["drop", "propagate"])
+@pytest.mark.parametrize("latent", [(16, 64, 64), (16, 21, 60, 104)])
+def test_a_sample_that_is_not_finite_changes_the_same_rows_by_every_path(latent, nonfinite, cuda):
+    config = go.GuardConfig("none", clip_low=0.1, clip_high=0.1, nonfinite=nonfinite)
+    given = on_device(made(latent=latent, steps=2, batch=3))
+    given["model_output"][1, 2].view(-1)[5] = math.nan
+    cuda.force_cuda_path("two_launches")
+    expected = bits(given, config)
+    assert torch.isfinite(expected[4][:, :2]).all()
+    for path in paths("flow_grpo", latent):
+        cuda.force_cuda_path(path)
+        for got, want in zip(bits(given, config), expected, strict=True):
+            assert torch.equal(got.nan_to_num(9.0), want.nan_to_num(9.0)), path
+
+
+def test_calls_on_several_streams_and_graphs_beside_each_other(cuda):
+    """Each has counters of its own, and leaves them as it found them."""
+    given, config = on_device(made(latent=(16, 64, 64))), CONFIGS["article"]
+    given["model_output"] = given["model_output"].detach()
+
+    def step():
+        return go.guard_loss_and_grad(**given, config=config)
+
+    for path in ("two_launches", "cooperative"):
+        cuda.force_cuda_path(path)
+        expected = step()
+        graphs = [capture(step) for _ in range(2)]
+        streams = [torch.cuda.Stream() for _ in range(4)]
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+        eager = []
+        for _ in range(10):
+            for stream, (graph, _) in zip(streams[:2], graphs, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            for stream in streams[2:]:
+                with torch.cuda.stream(stream):
+                    eager.append(step())
+        torch.cuda.synchronize()
+        for got in [written for _, written in graphs] + eager:
+            assert all(map(torch.equal, got, expected))
 
 
 def test_a_factor_is_applied_without_asking_the_host(cuda):
