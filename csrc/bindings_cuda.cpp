@@ -161,7 +161,8 @@ TORCH_LIBRARY_IMPL(guard_ops, CUDA, m) {
 void define_cuda(pybind11::module_& m) {
   m.def(
       "force_cuda_path", [](const std::string& name) { forced = path_named(name); },
-      "How guard_loss reads the batch on CUDA from now on: automatic, cooperative, cluster, in_turn "
+      "How guard_loss reads the batch on CUDA from now on: automatic, cooperative, cluster, "
+      "in_turn "
       "or two_launches.");
   m.def(
       "last_cuda_path", [] { return std::string(cuda::name_of(last)); },

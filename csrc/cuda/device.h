@@ -28,13 +28,29 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T x, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, x, mask);
 }
+struct alignas(16) Bytes16 {
+  uint32_t w[4];
+};
+
+// A lane's pointer into global memory; what is stored there then has to say so, as the compiler
+// does not see it any more.
+__device__ __forceinline__ char* broadcast(char* pointer, uint32_t lane) {
+  const auto bits = reinterpret_cast<unsigned long long>(pointer);
+  return reinterpret_cast<char*>(__shfl_sync(0xFFFFFFFFu, bits, lane));
+}
+__device__ __forceinline__ void store_global(void* global, const Bytes16& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3])
+               : "memory");
+}
 
 // 16 bytes from global to shared memory, past the registers; a group of copies is waited for.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress address_of(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ __forceinline__ void copy_async(SharedAddress shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -44,23 +60,26 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// The storage types' conversions, each rounding once, to nearest even.
-__device__ __forceinline__ float from_half(uint16_t x) {
-  float out;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x));
+// The storage types' conversions, two numbers a word; each rounds once, to nearest even.
+__device__ __forceinline__ float from_bits(uint32_t x) { return __uint_as_float(x); }
+__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ void from_halves(uint32_t x, float* low, float* high) {
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(*low), "=f"(*high)
+      : "r"(x));
+}
+__device__ __forceinline__ uint32_t to_halves(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
   return out;
 }
-__device__ __forceinline__ uint16_t to_half(float x) {
-  uint16_t out;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(x));
-  return out;
+__device__ __forceinline__ void from_bfloats(uint32_t x, float* low, float* high) {
+  *low = __uint_as_float(x << 16);
+  *high = __uint_as_float(x & 0xFFFF0000u);
 }
-__device__ __forceinline__ float from_bfloat(uint16_t x) {
-  return __uint_as_float(static_cast<uint32_t>(x) << 16);
-}
-__device__ __forceinline__ uint16_t to_bfloat(float x) {
-  uint16_t out;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(x));
+__device__ __forceinline__ uint32_t to_bfloats(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
   return out;
 }
 

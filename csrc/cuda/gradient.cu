@@ -34,7 +34,7 @@ __device__ __forceinline__ bool changed(const GradientCall& call) {
   return any != 0;
 }
 
-__global__ void __launch_bounds__(stream_threads, 2)
+__global__ void __launch_bounds__(stream_threads, gradient_blocks)
     gradient_of_chunks(const __grid_constant__ GradientCall call) {
   let_next_start();
   await_previous();
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(stream_threads, 2)
   }
   if (call.unless_one && factor == 1) return;
   if (call.assumed != nullptr && !changed(call)) return;
-  const Walk walk(call.plan, shared_memory() + block_header, call.slots,
-                  call.chunks.begin(block()), call.chunks.begin(block() + 1), false);
+  const Walk walk(call.plan, shared_memory() + block_header, call.slots, call.chunks.begin(block()),
+                  call.chunks.begin(block() + 1), false);
   walk.gradient(call.cond, call.uncond, [&](const At& at) {
     return Coefficients{factor * *call.coefficients[0].at(at.k, at.i),
                         factor * *call.coefficients[1].at(at.k, at.i),
@@ -77,9 +77,9 @@ void gradient(const Batch& t, const Rows table[5], const Rows coefficients[3], c
 void gradient_after(const Plan& p, const Rows coefficients[3], const Operand& cond,
                     const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
                     Stream stream) {
-  GradientCall call{p,      {coefficients[0], coefficients[1], coefficients[2]},
-                    cond,   uncond,
-                    {},     false,
+  GradientCall call{p,       {coefficients[0], coefficients[1], coefficients[2]},
+                    cond,    uncond,
+                    {},      false,
                     assumed, chunks,
                     0};
   Launch launch = alone ? streaming(p, gradient_of_chunks, &call.slots)

@@ -77,7 +77,7 @@ __device__ __forceinline__ void put_partial(const LossCall& call, const At& at, 
 
 // The first of two launches: the sums of some rows or all and, by the last block, what follows from
 // them. With gradient.cu's kernel after it, every operand is read twice.
-__global__ void __launch_bounds__(stream_threads, 3)
+__global__ void __launch_bounds__(stream_threads, sums_blocks)
     loss_of_chunks(const __grid_constant__ LossCall call) {
   let_next_start();
   const Walk walk(call.plan, slot_memory(), call.slots, call.chunks.begin(block()),
@@ -202,8 +202,8 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
   return found;
 }
 
-// As many blocks as run at once, with all their shared memory, if that holds an `of`-th of the batch:
-// what is not there is read twice. 0: whatever it holds.
+// As many blocks as run at once, with all their shared memory, if that holds an `of`-th of the
+// batch: what is not there is read twice. 0: whatever it holds.
 template <class Kernel>
 bool plan_cooperative(LossCall& call, Kernel* kernel, uint32_t of, Launch* launch) {
   const Plan& p = call.plan;

@@ -15,7 +15,7 @@ using Stream = void*;  // a cudaStream_t
 // How guard_loss reads the batch. `automatic` asks the device what it can run at once.
 enum class Path : int { automatic, cooperative, cluster, in_turn, two_launches };
 inline constexpr Path paths[] = {Path::automatic, Path::cooperative, Path::cluster, Path::in_turn,
-                          Path::two_launches};
+                                 Path::two_launches};
 inline const char* name_of(Path path) {
   constexpr const char* names[] = {"automatic", "cooperative", "cluster", "in_turn",
                                    "two_launches"};

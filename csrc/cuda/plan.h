@@ -13,8 +13,16 @@
 namespace guard_ops::cuda {
 
 constexpr uint32_t lane_elements = 8, warp_size = 32, tile = lane_elements * warp_size;
+constexpr uint32_t run = 4;  // elements of a lane that lie beside each other: 16 bytes in float32
 constexpr uint32_t most_chunk_tiles = 4, chunks_aimed_at = 256;  // of a row
 constexpr uint32_t most_parts = 8, part_chunks = 256;            // of a row; aimed at, of a part
+
+// Blocks that a multiprocessor has registers for. From sm_120 on the assembler wants more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int sums_blocks = 2, gradient_blocks = 1;
+#else
+constexpr int sums_blocks = 3, gradient_blocks = 2;
+#endif
 
 enum Role { role_v, role_uncond, role_ref, role_x, role_y, role_old, role_noise, roles };
 using Roles = uint32_t;  // bit r: role r
@@ -52,13 +60,13 @@ struct Divisor {
 
 struct Plan {
   Form form;
-  Operand operand[roles];  // absent ones are null
-  uint32_t offset[roles];  // of an operand's part of a slot
-  Roles present, even;     // even: whose rows all begin on 16 bytes
-  Shape shape;             // of every row's coefficients, where it is known; else general
-  Roles again;             // what a second pass reads
-  uint32_t slot_bytes;     // of shared memory that a tile takes
-  uint32_t mean_offset;    // where sde_step puts the mean
+  Operand operand[roles];     // absent ones are null
+  uint32_t offset[roles];     // of an operand's part of a slot
+  Roles present, even, wide;  // even: whose rows all begin on 16 bytes; wide: float32
+  Shape shape;                // of every row's coefficients, where it is known; else general
+  Roles again;                // what a second pass reads
+  uint32_t slot_bytes;        // of shared memory that a tile takes
+  uint32_t mean_offset;       // where sde_step puts the mean
   uint32_t rows, chunk_tiles, row_chunks, row_parts, chunks;
   int64_t numel;
   Divisor by_batch, by_row_chunks, by_chunk_tiles;
@@ -94,6 +102,7 @@ inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
                              (t.steps > 1 ? x.stride_k * size : 0) |
                              (t.batch > 1 ? x.stride_b * size : 0);
     if (offsets % 16 == 0) p.even |= 1u << r;
+    if (x.dtype == DType::f32) p.wide |= 1u << r;
     p.slot_bytes += uint32_t(tile * size_of(p.operand[r].dtype));
   }
   p.mean_offset = p.slot_bytes;

@@ -43,7 +43,8 @@ inline const Device& device() {
     check(cudaDeviceGetAttribute(&value, a, number), "cudaDeviceGetAttribute");
     return value;
   };
-  const Device d{number, attribute(cudaDevAttrMultiProcessorCount),
+  const Device d{number,
+                 attribute(cudaDevAttrMultiProcessorCount),
                  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                  attribute(cudaDevAttrCooperativeLaunch) != 0,
                  attribute(cudaDevAttrClusterLaunch) != 0,

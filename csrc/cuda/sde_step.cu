@@ -22,7 +22,7 @@ __device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& 
   read_velocity(p, slot, v);
   read(slot + p.offset[role_x], stored, x);
   if constexpr (seeded) {
-    normals(row, at.begin + lane() * lane_elements, noise);
+    normals(row, at, noise);
   } else {
     read(slot + p.offset[role_noise], p.operand[role_noise].dtype, noise);
   }
@@ -34,12 +34,11 @@ __device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& 
   write(slot + p.mean_offset, DType::f32, v);
   write(slot + p.offset[role_x], stored, sampled);
   read(slot + p.offset[role_x], stored, sampled);  // log_prob is that of the sample as stored
-  const uint32_t own = own_elements(at);
   float square = 0;
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
     const float d = sampled[e] - v[e];
-    if (e < own) square = fma(d, d, square);
+    if (!seeded || place_of(e) < at.count) square = fma(d, d, square);  // other noise is 0 there
   }
   return square;
 }
@@ -50,18 +49,22 @@ __global__ void __launch_bounds__(stream_threads, 2)
   const Walk walk(call.plan, shared_memory() + block_header, call.slots,
                   share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
   double total = 0;
-  walk.each([&](const RowNumbers& row, const At& at, char* slot, bool last) {
-    if (at.count != 0) {
-      total += double(step_in_place<seeded>(call.plan, row, at, slot));
-      sync_warp();
-      store_tile(call.prev_sample, slot + call.plan.offset[role_x], at);
-      store_tile(call.mean, slot + call.plan.mean_offset, at);
-    }
-    if (!last) return;
-    total = warp_total(total);
-    if (lane() == 0) call.partials.put(at.chunk, {total, 0, 0});
-    total = 0;
-  });
+  const Plan& p = call.plan;
+  walk.each(call.prev_sample, call.mean,
+            [&](const RowNumbers& row, const Cursor& here, char* slot, bool last) {
+              const uint32_t count = here.at.count;
+              if (count != 0) {
+                total += double(step_in_place<seeded>(p, row, here.at, slot));
+                sync_warp();
+                store_tile(broadcast(here.own, 0), p.wide >> role_x & 1, slot + p.offset[role_x],
+                           count);
+                store_tile(broadcast(here.own, 1), true, slot + p.mean_offset, count);
+              }
+              if (!last) return;
+              total = warp_total(total);
+              if (lane() == 0) call.partials.put(here.at.chunk, {total, 0, 0});
+              total = 0;
+            });
 }
 
 __global__ void __launch_bounds__(stream_threads)

@@ -13,7 +13,7 @@ struct SumsCall {
   double* out;  // [3, K, B]
 };
 
-__global__ void __launch_bounds__(stream_threads, 3)
+__global__ void __launch_bounds__(stream_threads, sums_blocks)
     sums_of_chunks(const __grid_constant__ SumsCall call) {
   const Walk walk(call.plan, shared_memory() + block_header, call.slots,
                   share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
@@ -42,7 +42,7 @@ int64_t workspace_bytes(const Batch& t) {
   return workspace_layout(plan_of(t, none), t.steps, nullptr, nullptr);
 }
 
-int64_t counters_needed(const Batch& t) { 
+int64_t counters_needed(const Batch& t) {
   return 2 * counter_line + std::min<int64_t>(t.steps * t.batch, most_counted_rows);
 }
 

@@ -24,8 +24,8 @@ struct Partials {
   }
 };
 
-// One part of a row's sums, by a warp: each lane adds up chunks, a tree the lanes. Every path adds in
-// this order. get(chunk of the row): its sums. A lane has several chunks under way at once: one
+// One part of a row's sums, by a warp: each lane adds up chunks, a tree the lanes. Every path adds
+// in this order. get(chunk of the row): its sums. A lane has several chunks under way at once: one
 // after another, each would wait for the second-level cache.
 template <class Get>
 __device__ __forceinline__ Sums part_sums(const Plan& p, uint32_t part, Get get) {
@@ -188,15 +188,14 @@ __device__ __forceinline__ void evaluate_by_block(const Problem& problem,
                                                   const Workspace& workspace, const LossOut& out) {
   const Sums* const sums = workspace.sums;
   evaluate(
-      Block{}, problem,
-      [=](int64_t n) { return fresh_sums(sums + n); },
-      workspace.scratch, Into{out, problem.steps, problem.steps * problem.batch});
+      Block{}, problem, [=](int64_t n) { return fresh_sums(sums + n); }, workspace.scratch,
+      Into{out, problem.steps, problem.steps * problem.batch});
 }
 
-// Counts this block's `by` in; whether they complete `all`, in which case the counter is 0 again and
-// this block sees what the others wrote before they counted. The whole block calls it; `shared` is a
-// word of its shared memory. One thread's count is enough, as what the block's barriers order before
-// it is ordered for whoever counts after it.
+// Counts this block's `by` in; whether they complete `all`, in which case the counter is 0 again
+// and this block sees what the others wrote before they counted. The whole block calls it; `shared`
+// is a word of its shared memory. One thread's count is enough, as what the block's barriers order
+// before it is ordered for whoever counts after it.
 __device__ __forceinline__ bool completes(uint32_t* counter, uint32_t by, uint32_t all,
                                           uint32_t* shared) {
   sync_block();

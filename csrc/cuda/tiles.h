@@ -17,30 +17,20 @@ __device__ __forceinline__ uint32_t warps() { return threads() / warp_size; }
 
 // Where a tile lies.
 struct At {
-  int64_t k, i, begin;         // of the row, from this element on
-  uint32_t row, chunk, count;  // count: its elements, 0 behind the row's end
+  int64_t begin;              // from this element of the row on
+  uint32_t k, i, row, chunk;  // row = k B + i
+  uint32_t count;             // its elements, 0 behind the row's end
 };
 
-// Tile `sub` of a chunk.
-__device__ __forceinline__ At locate(const Plan& p, uint32_t chunk, uint32_t sub) {
-  At at;
-  at.chunk = chunk;
-  at.row = p.by_row_chunks.divide(chunk);
-  const uint32_t k = p.by_batch.divide(at.row);
-  at.k = k;
-  at.i = at.row - k * p.batch;
-  at.begin = (int64_t(chunk - at.row * p.row_chunks) * p.chunk_tiles + sub) * tile;
-  const int64_t rest = p.numel - at.begin;
-  at.count = uint32_t(rest < 0 ? 0 : rest < tile ? rest : tile);
-  return at;
-}
-
-struct alignas(16) Bytes16 {
-  uint32_t w[4];
+struct alignas(8) Bytes8 {
+  uint32_t w[2];
 };
 
-__device__ __forceinline__ char* row_of(const Operand& x, const At& at) {
-  return x.row(at.k, at.i) + at.begin * size_of(x.dtype);
+// Where element `e` of this lane lies in a tile: in runs, so that a warp reads 512 bytes of float32
+// that follow each other, and 256 of 16 bits. A lane with eight elements beside each other would
+// have the shared memory's banks in conflict.
+__device__ __forceinline__ uint32_t place_of(uint32_t e) {
+  return e / run * (run * warp_size) + lane() * run + e % run;
 }
 
 template <class T>
@@ -66,102 +56,125 @@ __device__ __forceinline__ void copy_rest(char* to, const char* from, uint32_t v
   }
 }
 
-// A tile's part of an operand, where it or its row is not whole in units of 16 bytes.
-__device__ __forceinline__ void load_uneven(const Operand& x, char* to, const At& at) {
-  const bool wide = x.dtype == DType::f32;
-  const char* const from = row_of(x, at);
-  const uint32_t vectors = aligned(from) ? at.count / (wide ? 4 : 8) : 0;
+// A tile's part of an operand, where it or its row is not whole in units of 16 bytes. What is not
+// of the row becomes 0, and so does its part of every sum.
+__device__ __forceinline__ void load_uneven(const char* from, bool wide, char* to, uint32_t count) {
+  const uint32_t vectors = aligned(from) ? count / (wide ? 4 : 8) : 0;
+  const SharedAddress address = address_of(to);
 #pragma unroll 1
   for (uint32_t v = lane(); v < vectors; v += warp_size) {
-    copy_async(to + v * sizeof(Bytes16), from + v * sizeof(Bytes16));
+    copy_async(address + v * sizeof(Bytes16), from + v * sizeof(Bytes16));
   }
-  if (vectors * (wide ? 4 : 8) < at.count) copy_rest(to, from, vectors, at.count, wide);
+  copy_rest(to, from, vectors, count, wide);
+#pragma unroll 1
+  for (uint32_t e = count + lane(); e < tile; e += warp_size) {
+    if (wide) {
+      reinterpret_cast<uint32_t*>(to)[e] = 0;
+    } else {
+      reinterpret_cast<uint16_t*>(to)[e] = 0;
+    }
+  }
 }
 
 // Starts the copies of a tile's wanted operands; they belong to the group that is committed next.
-// Unrolled where it matters: a loop looks each operand up in the arguments, loads that wait for
-// one another.
-__device__ __forceinline__ void load_tile(const Plan& p, Roles wanted, char* slot, const At& at) {
-  const Roles even = at.count == tile ? p.even & wanted : 0, uneven = p.present & wanted & ~even;
+// Lane r has the address of role r's part, `own`.
+__device__ __forceinline__ void load_tile(const Plan& p, Roles wanted, char* slot, char* own,
+                                          uint32_t count) {
+  const Roles even = count == tile ? p.even & wanted : 0, uneven = p.present & wanted & ~even;
+  const uint32_t offset = lane() * sizeof(Bytes16);
+  const SharedAddress to = address_of(slot) + offset;
 #pragma unroll
   for (uint32_t r = 0; r < roles; ++r) {
     if (!(even >> r & 1)) continue;
-    const Operand& x = p.operand[r];
-    const char* const from = row_of(x, at) + lane() * sizeof(Bytes16);
-    char* const to = slot + p.offset[r] + lane() * sizeof(Bytes16);
+    const char* const from = broadcast(own, r) + offset;
     constexpr uint32_t round = warp_size * sizeof(Bytes16);
-    copy_async(to, from);
-    if (x.dtype == DType::f32) copy_async(to + round, from + round);
+    copy_async(to + p.offset[r], from);
+    if (p.wide >> r & 1) copy_async(to + p.offset[r] + round, from + round);
   }
   if (uneven == 0) return;
 #pragma unroll 1
   for (uint32_t r = 0; r < roles; ++r) {
-    if (uneven >> r & 1) load_uneven(p.operand[r], slot + p.offset[r], at);
+    if (!(uneven >> r & 1)) continue;
+    load_uneven(broadcast(own, r), p.wide >> r & 1, slot + p.offset[r], count);
   }
 }
 
 // A tile's part of a slot to global memory; the warp has synchronized since it was written.
-__device__ __forceinline__ void store_tile(const Operand& x, const char* from, const At& at) {
-  const bool wide = x.dtype == DType::f32;
-  char* const to = row_of(x, at);
-  const uint32_t vectors = aligned(to) ? at.count / (wide ? 4 : 8) : 0;
+__device__ __forceinline__ void store_tile(char* to, bool wide, const char* from, uint32_t count) {
+  const uint32_t vectors = aligned(to) ? count / (wide ? 4 : 8) : 0;
 #pragma unroll
   for (uint32_t n = 0; n < 2; ++n) {
     const uint32_t v = n * warp_size + lane();
     if (v < vectors) {
-      reinterpret_cast<Bytes16*>(to)[v] = reinterpret_cast<const Bytes16*>(from)[v];
+      store_global(to + v * sizeof(Bytes16), reinterpret_cast<const Bytes16*>(from)[v]);
     }
   }
-  if (vectors * (wide ? 4 : 8) < at.count) copy_rest(to, from, vectors, at.count, wide);
+  if (vectors * (wide ? 4 : 8) < count) copy_rest(to, from, vectors, count, wide);
 }
 
-// This lane's 8 elements of an operand.
+// This lane's 8 elements of an operand. Its type is asked for once: two conversions of which one is
+// not wanted would be half of what a warp does.
 __device__ __forceinline__ void read(const char* from, DType dtype, float out[lane_elements]) {
+  constexpr uint32_t runs = lane_elements / run;
   if (dtype == DType::f32) {
-    const float* const x = reinterpret_cast<const float*>(
-        __builtin_assume_aligned(from + lane() * lane_elements * 4, 16));
 #pragma unroll
-    for (uint32_t e = 0; e < lane_elements; ++e) out[e] = x[e];
+    for (uint32_t n = 0; n < runs; ++n) {
+      const Bytes16 x = reinterpret_cast<const Bytes16*>(from)[n * warp_size + lane()];
+#pragma unroll
+      for (uint32_t e = 0; e < run; ++e) out[n * run + e] = from_bits(x.w[e]);
+    }
     return;
   }
-  const Bytes16 x = reinterpret_cast<const Bytes16*>(from)[lane()];
+  Bytes8 x[runs];
 #pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) {
-    const uint16_t bits = uint16_t(x.w[e / 2] >> (e % 2 * 16));
-    out[e] = dtype == DType::bf16 ? from_bfloat(bits) : from_half(bits);
+  for (uint32_t n = 0; n < runs; ++n) {
+    x[n] = reinterpret_cast<const Bytes8*>(from)[n * warp_size + lane()];
+  }
+  const auto convert = [&](auto one_word) {
+#pragma unroll
+    for (uint32_t w = 0; w < lane_elements / 2; ++w) {
+      one_word(x[w / (run / 2)].w[w % (run / 2)], out + 2 * w, out + 2 * w + 1);
+    }
+  };
+  if (dtype == DType::bf16) {
+    convert([](uint32_t word, float* low, float* high) { from_bfloats(word, low, high); });
+  } else {
+    convert([](uint32_t word, float* low, float* high) { from_halves(word, low, high); });
   }
 }
 
 // And its 8 elements back, each rounded once.
 __device__ __forceinline__ void write(char* to, DType dtype, const float in[lane_elements]) {
-  if (dtype == DType::f32) {
-    float* const x =
-        reinterpret_cast<float*>(__builtin_assume_aligned(to + lane() * lane_elements * 4, 16));
 #pragma unroll
-    for (uint32_t e = 0; e < lane_elements; ++e) x[e] = in[e];
-    return;
-  }
-  Bytes16 x;
+  for (uint32_t n = 0; n < lane_elements / run; ++n) {
+    if (dtype == DType::f32) {
+      Bytes16 x;
 #pragma unroll
-  for (uint32_t w = 0; w < 4; ++w) {
-    const float low = in[2 * w], high = in[2 * w + 1];
-    x.w[w] = dtype == DType::bf16 ? to_bfloat(low) | uint32_t(to_bfloat(high)) << 16
-                                  : to_half(low) | uint32_t(to_half(high)) << 16;
+      for (uint32_t e = 0; e < run; ++e) x.w[e] = bits_of(in[n * run + e]);
+      reinterpret_cast<Bytes16*>(to)[n * warp_size + lane()] = x;
+      continue;
+    }
+    Bytes8 x;
+#pragma unroll
+    for (uint32_t w = 0; w < run / 2; ++w) {
+      const float* const two = in + n * run + 2 * w;
+      x.w[w] = dtype == DType::bf16 ? to_bfloats(two[0], two[1]) : to_halves(two[0], two[1]);
+    }
+    reinterpret_cast<Bytes8*>(to)[n * warp_size + lane()] = x;
   }
-  reinterpret_cast<Bytes16*>(to)[lane()] = x;
 }
 
 // One row's numbers, as the arithmetic takes them.
 struct RowNumbers {
-  Step<double> exact;
   Step<float> step;
+  double b;  // not rounded
   uint64_t key, transition;
 };
 
 __device__ __forceinline__ RowNumbers numbers_of(const Plan& p, const At& at) {
   RowNumbers n{};
-  n.exact = {*p.table[0].at(at.k, at.i), *p.table[1].at(at.k, at.i), *p.table[2].at(at.k, at.i)};
-  n.step = {float(n.exact.a), float(n.exact.b), float(n.exact.s)};
+  n.b = *p.table[1].at(at.k, at.i);
+  n.step = {float(*p.table[0].at(at.k, at.i)), float(n.b), float(*p.table[2].at(at.k, at.i))};
   if (p.seeds.data != nullptr) {
     n.key = p.seeds.word(at.k, at.i, 0);
     n.transition = p.seeds.word(at.k, at.i, 1);
@@ -186,11 +199,13 @@ struct Elements {
   }
 };
 
-__device__ __forceinline__ void normals(const RowNumbers& row, int64_t first,
+__device__ __forceinline__ void normals(const RowNumbers& row, const At& at,
                                         float out[lane_elements]) {
+  static_assert(run == 4, "the numbers of one counter");
 #pragma unroll
-  for (uint32_t q = 0; q < lane_elements / 4; ++q) {
-    const philox::Words words = philox::generate(row.key, uint64_t(first) / 4 + q, row.transition);
+  for (uint32_t q = 0; q < lane_elements / run; ++q) {
+    const uint64_t counter = uint64_t(at.begin + place_of(q * run)) / run;
+    const philox::Words words = philox::generate(row.key, counter, row.transition);
     philox::box_muller(words.w[0], words.w[2], out + 4 * q, out + 4 * q + 1);
     philox::box_muller(words.w[1], words.w[3], out + 4 * q + 2, out + 4 * q + 3);
   }
@@ -221,14 +236,8 @@ __device__ __forceinline__ Elements<F> read_tile(const Plan& p, const RowNumbers
   if constexpr (F == Form::noise) {
     read(slot + p.offset[role_noise], p.operand[role_noise].dtype, in.noise);
   }
-  if constexpr (F == Form::seeded) normals(row, at.begin + lane() * lane_elements, in.noise);
+  if constexpr (F == Form::seeded) normals(row, at, in.noise);
   return in;
-}
-
-// How many of this lane's elements the tile has.
-__device__ __forceinline__ uint32_t own_elements(const At& at) {
-  const uint32_t first = lane() * lane_elements;
-  return at.count < first ? 0 : at.count - first;
 }
 
 // Adds this lane's part of the tile's sums: in float32 within it, in float64 to `total`.
@@ -236,16 +245,13 @@ template <Form F>
 __device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row, const At& at,
                                             const char* slot, Sums& total) {
   const Elements<F> in = read_tile<F>(p, row, at, slot);
-  const uint32_t own = own_elements(at);
   float s1 = 0, s2 = 0;
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
     const Element<float> x = in.at(e);
     const float d = delta<F>(row.step, x);
-    if (e < own) {
-      if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);
-      s2 = fma(d, d, s2);
-    }
+    if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);
+    s2 = fma(d, d, s2);
   }
   total.s1 += double(s1);
   total.s2 += double(s2);
@@ -255,7 +261,7 @@ __device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
     const float d = row.step.b * (in.v[e] - ref[e]);
-    if (e < own) drift = fma(d, d, drift);
+    drift = fma(d, d, drift);
   }
   total.ref += double(drift);
 }
@@ -272,32 +278,44 @@ __device__ __forceinline__ double warp_total(double x) {
   return x;
 }
 
+// What the gradient of a row is made of, as the arithmetic takes it.
+struct Direction {
+  Factors<float> k;
+  Shape shape;
+  bool silent, nan, with_ref;  // silent: its coefficients but the reference's are 0
+};
+
+__device__ __forceinline__ Direction direction_of(const Plan& p, const RowNumbers& row,
+                                                  const Coefficients& c) {
+  const Factors<double> exact = factors_of(row.b, c);
+  return {{float(exact.k1), float(exact.k2), float(exact.k3)},
+          p.shape == Shape::general ? shape_of(c.c1, c.c2) : p.shape,
+          c.c1 == 0 && c.c2 == 0,
+          c.c1 != c.c1,
+          p.operand[role_ref] && c.c3 != 0};
+}
+
 // The gradient of a tile in place of v, and of uncond, in the slot. Coefficients of 0 give 0, and
 // NaN ones NaN, whatever the operands hold, as some may not have been read.
 template <Form F>
 __device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row,
-                                            const Coefficients& c, const At& at, char* slot) {
-  const Factors<double> exact = factors_of(row.exact.b, c);
-  const Factors<float> k{float(exact.k1), float(exact.k2), float(exact.k3)};
-  const bool with_ref = p.operand[role_ref] && c.c3 != 0;
-  const Shape shape = p.shape == Shape::general ? shape_of(c.c1, c.c2) : p.shape;
-  const bool silent = c.c1 == 0 && c.c2 == 0, nan = c.c1 != c.c1;
+                                            const Direction& to, const At& at, char* slot) {
   const Elements<F> in = read_tile<F>(p, row, at, slot);
   float g[lane_elements], ref[lane_elements];
-  if (with_ref) read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
+  if (to.with_ref) read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
     const Element<float> x = in.at(e);
-    if (silent || nan) {
-      g[e] = nan ? k.k1 : 0;
-    } else if (shape == Shape::departure) {
-      g[e] = k.k1 * departure<F>(row.step, x);
-    } else if (shape == Shape::residual) {
-      g[e] = k.k1 * residual<F>(row.step, x);
+    if (to.silent || to.nan) {
+      g[e] = to.nan ? to.k.k1 : 0;
+    } else if (to.shape == Shape::departure) {
+      g[e] = to.k.k1 * departure<F>(row.step, x);
+    } else if (to.shape == Shape::residual) {
+      g[e] = to.k.k1 * residual<F>(row.step, x);
     } else {
-      g[e] = velocity_gradient<F>(k, row.step, x);
+      g[e] = velocity_gradient<F>(to.k, row.step, x);
     }
-    if (with_ref) g[e] = fma(k.k3, in.v[e] - ref[e], g[e]);
+    if (to.with_ref) g[e] = fma(to.k.k3, in.v[e] - ref[e], g[e]);
   }
   if (p.operand[role_uncond]) {
     float rest[lane_elements];
@@ -312,8 +330,8 @@ __device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row
 }
 
 __device__ __forceinline__ void gradient_in_place(const Plan& p, const RowNumbers& row,
-                                                  const Coefficients& c, const At& at, char* slot) {
-  by_form(p.form, [&](auto form) { gradient_of<decltype(form)::value>(p, row, c, at, slot); });
+                                                  const Direction& to, const At& at, char* slot) {
+  by_form(p.form, [&](auto form) { gradient_of<decltype(form)::value>(p, row, to, at, slot); });
 }
 
 }  // namespace guard_ops::cuda

@@ -19,6 +19,21 @@ struct Slots {
   __device__ __forceinline__ uint32_t ahead() const { return ring - 1; }
 };
 
+// At one of a warp's tiles. What follows from its row and chunk is worked out when those change;
+// addresses by a lane for each operand, as 64-bit products for all of them would be most of what a
+// warp does.
+struct Cursor {
+  At at;
+  uint32_t number;  // of the chunk, among the warp's
+  uint32_t rest;    // elements from the chunk's beginning to the row's end, or more than it has
+  int64_t chunk_begin;
+  char* own_chunk;    // this lane's operand at the chunk's beginning
+  uint32_t own_size;  // of its elements
+  char* own;          // at the tile
+
+  __device__ __forceinline__ Cursor() : number(~0u) {}
+};
+
 struct Walk {
   const Plan& p;
   uint32_t first;  // chunk of this warp
@@ -36,9 +51,27 @@ struct Walk {
     slots.resident = !keep ? 0 : tiles <= slots_a_warp ? tiles : slots_a_warp - slots.ring;
   }
 
-  __device__ __forceinline__ At at(uint32_t t) const {
-    const uint32_t n = p.by_chunk_tiles.divide(t);
-    return locate(p, first + n * warps(), t - n * p.chunk_tiles);
+  // Moves to tile t; whether that is of another chunk. `operand`: this lane's, may be absent.
+  __device__ __forceinline__ bool move(Cursor& c, uint32_t t, const Operand& operand) const {
+    const uint32_t number = p.by_chunk_tiles.divide(t), sub = t - number * p.chunk_tiles;
+    const bool other = number != c.number;
+    if (other) {
+      c.number = number;
+      c.at.chunk = first + number * warps();
+      c.at.row = p.by_row_chunks.divide(c.at.chunk);
+      c.at.k = p.by_batch.divide(c.at.row);
+      c.at.i = c.at.row - c.at.k * p.batch;
+      c.chunk_begin = int64_t(c.at.chunk - c.at.row * p.row_chunks) * (p.chunk_tiles * tile);
+      const int64_t rest = p.numel - c.chunk_begin;
+      c.rest = rest < most_chunk_tiles * tile ? uint32_t(rest) : most_chunk_tiles * tile;
+      c.own_size = uint32_t(size_of(operand.dtype));
+      c.own_chunk = operand.row(c.at.k, c.at.i) + c.chunk_begin * c.own_size;
+    }
+    const uint32_t skipped = sub * tile;
+    c.at.begin = c.chunk_begin + skipped;
+    c.at.count = c.rest < skipped ? 0 : c.rest - skipped < tile ? c.rest - skipped : tile;
+    c.own = c.own_chunk + skipped * c.own_size;
+    return other;
   }
 
   __device__ __forceinline__ char* slot(uint32_t t) const {
@@ -47,9 +80,9 @@ struct Walk {
     return slots.memory + n * p.slot_bytes;
   }
 
-  __device__ __forceinline__ void start(uint32_t t) const {
-    if (t < tiles) load_tile(p, every_role, slot(t), at(t));
-    commit_copies();
+  __device__ __forceinline__ void load(Cursor& c, uint32_t t, Roles wanted, char* slot) const {
+    move(c, t, p.operand[lane() < roles ? lane() : 0]);
+    if (c.at.count != 0) load_tile(p, wanted, slot, c.own, c.at.count);
   }
 
   // Until the oldest copies have landed, for all lanes.
@@ -64,16 +97,22 @@ struct Walk {
     sync_warp();
   }
 
-  // Calls body(row, at, slot, last) for every tile, in order; last: of its chunk.
+  // Calls body(row, cursor, slot, last) for every tile, in order; last: of its chunk. Lane 0 of the
+  // cursor has the address of the tile in `out`, lane 1 in `more_out`.
   template <class Body>
-  __device__ __forceinline__ void each(Body body) const {
+  __device__ __forceinline__ void each(const Operand& out, const Operand& more_out,
+                                       Body body) const {
+    Cursor coming, here;
+    const auto start = [&](uint32_t t) {
+      if (t < tiles) load(coming, t, every_role, slot(t));
+      commit_copies();
+    };
     for (uint32_t t = 0; t < slots.ahead(); ++t) start(t);
     RowNumbers row{};
     uint32_t sub = 0;
     for (uint32_t t = 0; t < tiles; ++t) {
       start(t + slots.ahead());
-      const At here = at(t);
-      if (sub == 0) row = numbers_of(p, here);
+      if (move(here, t, lane() == 0 ? out : more_out)) row = numbers_of(p, here.at);
       wait();
       const bool last = ++sub == p.chunk_tiles;
       body(row, here, slot(t), last);
@@ -87,13 +126,13 @@ struct Walk {
   template <class Done>
   __device__ __forceinline__ void sums(Done done) const {
     Sums total{0, 0, 0};
-    each([&](const RowNumbers& row, const At& here, const char* tile_slot, bool last) {
-      if (here.count != 0) add_sums(p, row, here, tile_slot, total);
+    each({}, {}, [&](const RowNumbers& row, const Cursor& here, const char* slot, bool last) {
+      if (here.at.count != 0) add_sums(p, row, here.at, slot, total);
       if (!last) return;
       total.s1 = warp_total(total.s1);
       total.s2 = warp_total(total.s2);
       if (p.operand[role_ref]) total.ref = warp_total(total.ref);
-      done(here, total);
+      done(here.at, total);
       total = {0, 0, 0};
     });
   }
@@ -108,30 +147,35 @@ struct Walk {
     const auto ring_slot = [&](uint32_t q) {
       return slots.memory + (slots.resident + (q & (slots.ring - 1))) * p.slot_bytes;
     };
+    Cursor coming, here;
     const auto restart = [&](uint32_t q) {
-      if (q < streamed) load_tile(p, p.again, ring_slot(q), at(tiles - 1 - q));
+      if (q < streamed) load(coming, tiles - 1 - q, p.again, ring_slot(q));
       commit_copies();
     };
     for (uint32_t q = 0; q < slots.ahead(); ++q) restart(q);
     RowNumbers row{};
-    Coefficients c{};
-    uint32_t chunk = ~0u;
+    Direction to{};
     for (uint32_t q = 0; q < tiles; ++q) {
       const uint32_t t = tiles - 1 - q;
       restart(q + slots.ahead());
-      const At here = at(t);
-      if (here.chunk != chunk) {
-        chunk = here.chunk;
-        row = numbers_of(p, here);
-        c = coefficients_of(here);
+      if (move(here, t, lane() == 0 ? cond : uncond)) {
+        row = numbers_of(p, here.at);
+        to = direction_of(p, row, coefficients_of(here.at));
       }
       char* const at_slot = t < slots.resident ? slot(t) : ring_slot(q);
       wait();
-      if (here.count != 0) {
-        gradient_in_place(p, row, c, here, at_slot);
+      const uint32_t count = here.at.count;
+      if (count != 0) {
+        gradient_in_place(p, row, to, here.at, at_slot);
         sync_warp();
-        if (cond) store_tile(cond, at_slot + p.offset[role_v], here);
-        if (uncond) store_tile(uncond, at_slot + p.offset[role_uncond], here);
+        if (cond) {
+          store_tile(broadcast(here.own, 0), p.wide >> role_v & 1, at_slot + p.offset[role_v],
+                     count);
+        }
+        if (uncond) {
+          store_tile(broadcast(here.own, 1), p.wide >> role_uncond & 1,
+                     at_slot + p.offset[role_uncond], count);
+        }
       }
       sync_warp();
     }

@@ -1,8 +1,8 @@
 // The device on the host: every CUDA thread a fiber, all of a grid's on one thread of the host, in
 // turns. What ../cuda/device.h asks for is here in plain C++, stricter than the device where that
 // finds mistakes: copies land when they are waited for and not before, shared memory starts, and
-// ends when its block does, as NaNs; a chained launch runs as early as it may, before the one that it
-// is chained to. What it cannot find are races between two synchronizations.
+// ends when its block does, as NaNs; a chained launch runs as early as it may, before the one that
+// it is chained to. What it cannot find are races between two synchronizations.
 #pragma once
 
 #include <cstdint>
@@ -65,7 +65,17 @@ T shuffle_xor(T x, int mask) {
   return x;
 }
 
-inline void copy_async(void* shared, const void* global) {
+struct alignas(16) Bytes16 {
+  uint32_t w[4];
+};
+inline void store_global(void* global, const Bytes16& x) { std::memcpy(global, &x, sizeof x); }
+inline char* broadcast(char* pointer, uint32_t lane) {
+  return reinterpret_cast<char*>(emulation::exchange(reinterpret_cast<uintptr_t>(pointer), lane));
+}
+
+using SharedAddress = char*;
+inline SharedAddress address_of(char* shared) { return shared; }
+inline void copy_async(SharedAddress shared, const void* global) {
   emulation::enqueue_copy(shared, global);
 }
 inline void commit_copies() { emulation::commit(); }
@@ -74,28 +84,36 @@ void wait_copies() {
   emulation::complete(pending);
 }
 
-inline float from_half(uint16_t x) {
-  _Float16 half;
-  std::memcpy(&half, &x, sizeof x);
-  return float(half);
-}
-inline uint16_t to_half(float x) {
-  const _Float16 half = _Float16(x);
-  uint16_t bits;
-  std::memcpy(&bits, &half, sizeof bits);
-  return bits;
-}
-inline float from_bfloat(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
+inline float from_bits(uint32_t x) {
   float out;
-  std::memcpy(&out, &bits, sizeof out);
+  std::memcpy(&out, &x, sizeof x);
   return out;
 }
-inline uint16_t to_bfloat(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+inline uint32_t bits_of(float x) {
+  uint32_t out;
+  std::memcpy(&out, &x, sizeof x);
+  return out;
+}
+inline void from_halves(uint32_t x, float* low, float* high) {
+  _Float16 halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  *low = float(halves[0]), *high = float(halves[1]);
+}
+inline uint32_t to_halves(float low, float high) {
+  const _Float16 halves[2] = {_Float16(low), _Float16(high)};
+  uint32_t out;
+  std::memcpy(&out, halves, sizeof out);
+  return out;
+}
+inline void from_bfloats(uint32_t x, float* low, float* high) {
+  *low = from_bits(x << 16), *high = from_bits(x & 0xFFFF0000u);
+}
+inline uint32_t to_bfloats(float low, float high) {
+  const auto one = [](float x) {
+    const uint32_t bits = bits_of(x);
+    return x != x ? bits >> 16 | 0x40 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  };
+  return one(low) | one(high) << 16;
 }
 
 inline uint32_t count_up(uint32_t* counter, uint32_t by) {
