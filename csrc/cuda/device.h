@@ -23,6 +23,7 @@ __device__ __forceinline__ char* shared_memory() {
 }
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ bool any_of_block(bool mine) { return __syncthreads_or(mine) != 0; }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T x, int mask) {

@@ -20,18 +20,15 @@ struct GradientCall {
 // Whether a row's coefficients are others than those that its gradient was formed by. NaN ones were
 // NaN before. Every block looks at all rows.
 __device__ __forceinline__ bool changed(const GradientCall& call) {
-  uint32_t& any = *reinterpret_cast<uint32_t*>(shared_memory());
-  if (thread() == 0) any = 0;
-  sync_block();
+  bool other = false;
 #pragma unroll 1
   for (uint32_t row = thread(); row < call.plan.rows; row += threads()) {
     const uint32_t k = call.plan.by_batch.divide(row), i = row - k * call.plan.batch;
     const Coefficients now{*call.coefficients[0].at(k, i), *call.coefficients[1].at(k, i),
                            *call.coefficients[2].at(k, i)};
-    if (!(call.assumed[row] == now) && now.c1 == now.c1) any = 1;
+    other = other || (!(call.assumed[row] == now) && now.c1 == now.c1);
   }
-  sync_block();
-  return any != 0;
+  return any_of_block(other);
 }
 
 __global__ void __launch_bounds__(stream_threads, gradient_blocks)

@@ -27,6 +27,7 @@ struct Block {
   std::vector<char> shared;
   std::vector<Warp> warps;
   uint32_t left = 0;  // threads that still run
+  bool vote = false;
 };
 
 using Copies = std::vector<std::pair<void*, const void*>>;
@@ -111,6 +112,16 @@ void arrive_and_wait(Barrier& barrier) {
 void pause() { yield(); }
 
 Barrier& block_barrier() { return current->block->barrier; }
+bool any_of_block(bool mine) {
+  Block& block = *current->block;
+  if (mine) block.vote = true;
+  arrive_and_wait(block.barrier);
+  const bool any = block.vote;
+  arrive_and_wait(block.barrier);
+  block.vote = false;
+  arrive_and_wait(block.barrier);
+  return any;
+}
 Barrier& warp_barrier() { return current->block->warps[current->position.thread / lanes].barrier; }
 Barrier& cluster_barrier() { return *current->cluster; }
 

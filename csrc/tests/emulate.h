@@ -34,6 +34,7 @@ void arrive_and_wait(Barrier& barrier);
 void pause();  // lets the others run
 
 Barrier& block_barrier();
+bool any_of_block(bool mine);
 Barrier& warp_barrier();
 Barrier& cluster_barrier();
 char* shared_of(uint32_t rank);  // of a block of this cluster
@@ -54,6 +55,7 @@ inline uint32_t blocks() { return emulation::position().blocks; }
 inline char* shared_memory() { return emulation::position().shared; }
 
 inline void sync_block() { emulation::arrive_and_wait(emulation::block_barrier()); }
+inline bool any_of_block(bool mine) { return emulation::any_of_block(mine); }
 inline void sync_warp() { emulation::arrive_and_wait(emulation::warp_barrier()); }
 template <class T>
 T shuffle_xor(T x, int mask) {
