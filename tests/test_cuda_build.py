@@ -185,7 +185,9 @@ def test_blocks_meet_as_the_paths_claim(code):
         clusters = kernel == "loss_by_clusters" and architecture == "sm_90"
         if architecture in ("sm_80", "sm_90"):
             assert ("UCGABAR_ARV" in names) == clusters, (architecture, kernel)
-        chained = kernel in ("loss_of_chunks", "gradient_of_chunks") and architecture != "sm_80"
-        assert ({"PREEXIT", "ACQBULK"} <= names) == chained, (architecture, kernel)
+        first = kernel not in ("loss_cooperatively", "sums_of_rows", "squares_of_rows")
+        second = kernel.endswith("_of_rows") or kernel in ("loss_of_chunks", "gradient_of_chunks")
+        chained = (first, second) if architecture != "sm_80" else (False, False)
+        assert ("PREEXIT" in names, "ACQBULK" in names) == chained, (architecture, kernel)
         if kernel == "loss_cooperatively":  # polls the last block's flag
             assert any(re.match(r"LD\S*\.STRONG\.GPU", x) for x in instructions), architecture

@@ -18,6 +18,8 @@ struct LossCall {
   bool all;            // of the batch's rows have their sums after it
   bool by_row;         // each row's sums by the block that completes it
   uint32_t slots;
+  uint32_t near;          // where in a block's shared memory [K, B] numbers have room, or 0
+  bool sums_near;         // rows' sums too
   uint32_t block_chunks;  // of a cluster's block
 };
 
@@ -32,13 +34,26 @@ __device__ __forceinline__ Header& header() { return *reinterpret_cast<Header*>(
 
 __device__ __forceinline__ char* slot_memory() { return shared_memory() + block_header; }
 
+// The rows' sums and what evaluate() keeps between its parts, nearer than the second-level cache:
+// one block works on them, through half a dozen of barriers.
+__device__ __forceinline__ Scratch scratch_of(const LossCall& call) {
+  if (call.near == 0) return call.workspace.scratch;
+  return scratch_at(shared_memory() + call.near, call.plan.rows, call.problem.steps);
+}
+
+__device__ __forceinline__ Sums* sums_of(const LossCall& call) {
+  if (!call.sums_near) return call.workspace.sums;
+  return reinterpret_cast<Sums*>(scratch_of(call).finite + call.plan.batch);
+}
+
 // The rows' sums, once every block has written its partial ones; true for the block that sees them
 // all.
 __device__ __forceinline__ bool summed_by_last(const LossCall& call) {
   const Plan& p = call.plan;
+  Sums* const into = sums_of(call);
   const auto sum_rows = [&](uint32_t begin, uint32_t end) {
     row_sums(p, call.partials, call.workspace.parts, begin, end,
-             [&](uint32_t row, const Sums& sums) { call.workspace.sums[row] = sums; });
+             [&](uint32_t row, const Sums& sums) { into[row] = sums; });
   };
   if (!call.by_row) {
     if (!completes(call.counters.arrived, 1, blocks(), &header().arrival)) return false;
@@ -60,7 +75,7 @@ __device__ __forceinline__ bool summed_by_last(const LossCall& call) {
 }
 
 __device__ __forceinline__ void evaluate_all(const LossCall& call) {
-  evaluate_by_block(call.problem, call.workspace, call.out);
+  evaluate_by_block(call.problem, sums_of(call), call.sums_near, scratch_of(call), call.out);
 }
 
 // A row's coefficients from its own sums, remembered: they are others if a row that they depend on
@@ -173,6 +188,24 @@ uint32_t tiles_of(uint32_t chunks, int threads, const Plan& p) {  // of a block'
   return (chunks + warps - 1) / warps * p.chunk_tiles;
 }
 
+// Room for [K, B] numbers behind the slots, if there is any and `least` blocks still run at once;
+// where that is, and how many do.
+template <class Kernel>
+uint32_t make_near(const LossCall& call, Kernel* kernel, int least, Launch* launch, int* most) {
+  *most = at_once(address(kernel), *launch);
+  const int64_t rows = call.plan.rows, at = (launch->shared_bytes + 15) / 16 * 16;
+  const int64_t end =
+      at + scratch_bytes(rows, call.problem.steps, call.plan.batch) + rows * sizeof(Sums);
+  if (*most == 0 || end > device().shared_bytes) return 0;
+  Launch larger = *launch;
+  larger.shared_bytes = int(end);
+  const int more = at_once(address(kernel), larger);
+  if (more < std::min(least, *most)) return 0;
+  *launch = larger;
+  *most = more;
+  return uint32_t(at);
+}
+
 // The smallest cluster that holds a row and, as long as all of them run at once, gives every
 // multiprocessor a block.
 template <class Kernel>
@@ -191,9 +224,11 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
         candidate.shared_bytes > device().shared_bytes) {
       continue;
     }
-    const int most = at_once(address(kernel), candidate);  // clusters, or blocks of one each
+    int most = 0;  // clusters, or blocks of one each
+    const uint32_t near = make_near(call, kernel, int(p.rows), &candidate, &most);
     if (most == 0 || (found && most < int(p.rows))) continue;
     *launch = candidate;
+    call.near = near;
     call.block_chunks = block_chunks;
     call.slots = tiles;
     found = true;
@@ -217,7 +252,9 @@ bool plan_cooperative(LossCall& call, Kernel* kernel, uint32_t of, Launch* launc
   if (of != 0 && tiles > of * kept) return false;
   candidate.shared_bytes = shared_bytes(p, cooperative_threads, call.slots);
   candidate.cooperative = true;
-  const int most = at_once(address(kernel), candidate);
+  int most = 0;
+  call.near = make_near(call, kernel, candidate.blocks, &candidate, &most);
+  call.sums_near = call.near != 0 && !call.by_row;
   candidate.blocks = std::min({candidate.blocks, most, int(p.chunks)});
   *launch = candidate;
   return most > 0;
@@ -241,6 +278,8 @@ void launch_turns(LossCall call, const Rows coefficients[3], uint32_t rows, Stre
   const Plan& p = call.plan;
   const uint32_t turns = (p.rows + rows - 1) / rows;
   const bool alone = turns == 1;
+  call.near = 0;
+  call.sums_near = false;
   for (uint32_t turn = 0; turn < turns; ++turn) {
     const uint32_t first = turn * rows;
     call.rows = {first, std::min(rows, p.rows - first)};

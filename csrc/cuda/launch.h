@@ -26,9 +26,7 @@ inline int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Worksp
   w.parts = reinterpret_cast<Sums*>(take(rows * p.row_parts * sizeof(Sums)));
   w.sums = reinterpret_cast<Sums*>(take(rows * sizeof(Sums)));
   w.assumed = reinterpret_cast<Coefficients*>(take(rows * sizeof(Coefficients)));
-  w.scratch.rows = reinterpret_cast<RowState*>(take(rows * sizeof(RowState)));
-  w.scratch.stats = reinterpret_cast<Statistics*>(take(steps * sizeof(Statistics)));
-  w.scratch.finite = reinterpret_cast<int64_t*>(take(p.batch * sizeof(int64_t)));
+  w.scratch = scratch_at(take(scratch_bytes(rows, steps, p.batch)), rows, steps);
   if (out != nullptr) *out = w;
   return at;
 }
@@ -50,10 +48,12 @@ void gradient_after(const Plan&, const Rows coefficients[3], const Operand& cond
                     const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
                     Stream);
 
-// Rows whose sums are formed by blocks of this many threads, a warp a part.
-inline int blocks_of_rows(const Plan& p) {
+// The launch, after that over chunks, in which warps add up the parts of rows.
+inline Launch after_chunks(const Plan& p) {
   const int warps = stream_threads / int(warp_size);
-  return std::min(int(p.rows * p.row_parts) / warps + 1, 1024);
+  Launch launch{std::min(int(p.rows * p.row_parts) / warps + 1, 1024), stream_threads, 0};
+  launch.chained = true;
+  return launch;
 }
 
 // Blocks with a chunk for each of their warps.

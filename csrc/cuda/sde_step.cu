@@ -46,6 +46,7 @@ __device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& 
 template <bool seeded>
 __global__ void __launch_bounds__(stream_threads, 2)
     step_chunks(const __grid_constant__ StepCall call) {
+  let_next_start();
   const Walk walk(call.plan, shared_memory() + block_header, call.slots,
                   share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
   double total = 0;
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(stream_threads, 2)
 
 __global__ void __launch_bounds__(stream_threads)
     squares_of_rows(const __grid_constant__ StepCall call) {
+  await_previous();
   const uint32_t rows = call.plan.rows;
   row_sums(call.plan, call.partials, call.parts, share(rows, block()), share(rows, block() + 1),
            [&](uint32_t row, const Sums& sums) { call.square[row] = sums.s1; });
@@ -86,7 +88,7 @@ void sde_step(const Batch& t, const Rows table[5], const Operand& prev_sample, c
   const auto kernel = t.seeds.data != nullptr ? step_chunks<true> : step_chunks<false>;
   const Launch launch = streaming(call.plan, kernel, &call.slots);
   start(kernel, launch, stream, call);
-  start(squares_of_rows, Launch{blocks_of_rows(call.plan), stream_threads, 0}, stream, call);
+  start(squares_of_rows, after_chunks(call.plan), stream, call);
 }
 
 }  // namespace guard_ops::cuda

@@ -15,6 +15,7 @@ struct SumsCall {
 
 __global__ void __launch_bounds__(stream_threads, sums_blocks)
     sums_of_chunks(const __grid_constant__ SumsCall call) {
+  let_next_start();
   const Walk walk(call.plan, shared_memory() + block_header, call.slots,
                   share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
   walk.sums([&](const At& at, const Sums& sums) {
@@ -24,6 +25,7 @@ __global__ void __launch_bounds__(stream_threads, sums_blocks)
 
 __global__ void __launch_bounds__(stream_threads)
     sums_of_rows(const __grid_constant__ SumsCall call) {
+  await_previous();
   const uint32_t rows = call.plan.rows;
   row_sums(call.plan, call.partials, call.parts, share(rows, block()), share(rows, block() + 1),
            [&](uint32_t row, const Sums& sums) {
@@ -54,7 +56,7 @@ void sums(const Batch& t, const Rows table[5], double* out, void* workspace, Str
   call.parts = w.parts;
   const Launch launch = streaming(call.plan, sums_of_chunks, &call.slots);
   start(sums_of_chunks, launch, stream, call);
-  start(sums_of_rows, Launch{blocks_of_rows(call.plan), stream_threads, 0}, stream, call);
+  start(sums_of_rows, after_chunks(call.plan), stream, call);
 }
 
 }  // namespace guard_ops::cuda

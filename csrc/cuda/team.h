@@ -128,6 +128,16 @@ struct LossOut {
   double* sum_grads;                // [3, K, B]
 };
 
+inline int64_t scratch_bytes(int64_t rows, int64_t steps, int64_t batch) {
+  return rows * sizeof(RowState) + steps * sizeof(Statistics) + batch * sizeof(int64_t);
+}
+GUARD_OPS_HD Scratch scratch_at(char* base, int64_t rows, int64_t steps) {
+  char* const stats = base + rows * sizeof(RowState);
+  char* const finite = stats + steps * sizeof(Statistics);
+  return {reinterpret_cast<RowState*>(base), reinterpret_cast<Statistics*>(stats),
+          reinterpret_cast<int64_t*>(finite)};
+}
+
 struct Workspace {
   double* partials;       // [3, chunks]
   Sums* parts;            // [K, B, row_parts]
@@ -183,12 +193,12 @@ __device__ __forceinline__ Sums fresh_sums(const Sums* from) {
   return {load_fresh(s), load_fresh(s + 1), load_fresh(s + 2)};
 }
 
-// The block's [K, B] arithmetic on the rows' sums in `workspace`.
-__device__ __forceinline__ void evaluate_by_block(const Problem& problem,
-                                                  const Workspace& workspace, const LossOut& out) {
-  const Sums* const sums = workspace.sums;
+// The block's [K, B] arithmetic on rows' sums, which may be `own`: in its shared memory.
+__device__ __forceinline__ void evaluate_by_block(const Problem& problem, const Sums* sums,
+                                                  bool own, const Scratch& scratch,
+                                                  const LossOut& out) {
   evaluate(
-      Block{}, problem, [=](int64_t n) { return fresh_sums(sums + n); }, workspace.scratch,
+      Block{}, problem, [=](int64_t n) { return own ? sums[n] : fresh_sums(sums + n); }, scratch,
       Into{out, problem.steps, problem.steps * problem.batch});
 }
 
