@@ -56,6 +56,7 @@ struct Grid {
   std::vector<Block> blocks;
   std::vector<Barrier> clusters;
   std::vector<std::unique_ptr<Fiber>> fibers;
+  bool copies_at_once;
   Grid* previous = nullptr;  // that it is chained to and that has not ended
   size_t left = 0;           // threads that still run
   size_t holding = 0;        // threads before the end of which, or their word, no next grid starts
@@ -150,6 +151,7 @@ void enqueue_copy(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     std::abort();  // the device would
   }
+  if (current->grid->copies_at_once) std::memcpy(to, from, 16);
   current->open.emplace_back(to, from);
 }
 
@@ -163,8 +165,10 @@ void complete(size_t pending) {
 }
 
 void launch(const Launch& launch, std::function<void()> thread) {
+  static bool at_once = false;
   if (!launch.chained) finish();
   auto grid = std::make_unique<Grid>();
+  grid->copies_at_once = at_once = !at_once;
   grid->thread = std::move(thread);
   grid->blocks.resize(launch.blocks);
   grid->clusters.resize(launch.blocks / launch.cluster);
@@ -215,10 +219,14 @@ __attribute__((noinline)) bool turn(Fiber& fiber, char* stack) {
   return true;
 }
 
-// One turn of every thread of a grid that can go on; whether there was one.
+// One turn of every thread of a grid that can go on, the first thread first and the next time the
+// last one; whether there was one.
 bool step(Grid& grid, size_t first_stack) {
   bool moved = false;
-  for (size_t n = 0; n < grid.fibers.size(); ++n) {
+  static bool backwards = false;
+  backwards = !backwards;
+  for (size_t m = 0; m < grid.fibers.size(); ++m) {
+    const size_t n = backwards ? grid.fibers.size() - 1 - m : m;
     while (stacks.size() <= first_stack + n) stacks.emplace_back(new char[stack_bytes]);
     moved |= turn(*grid.fibers[n], stacks[first_stack + n].get());
   }

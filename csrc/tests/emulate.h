@@ -1,7 +1,8 @@
 // The device on the host: every CUDA thread a fiber, all of a grid's on one thread of the host, in
 // turns. What ../cuda/device.h asks for is here in plain C++, stricter than the device where that
-// finds mistakes: copies land when they are waited for and not before, shared memory starts, and
-// ends when its block does, as NaNs; a chained launch runs as early as it may, before the one that
+// finds mistakes: asynchronous copies land at once in one launch and only when they are waited for
+// in the next; shared memory starts, and ends when its block does, as NaNs; threads take turns from
+// the first on and from the last on; a chained launch runs as early as it may, before the one that
 // it is chained to. What it cannot find are races between two synchronizations.
 #pragma once
 
