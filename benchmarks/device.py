@@ -8,8 +8,8 @@ in the cache, on tensors in turn that do not; and as it is called, which is what
 for. Ours are also timed as ``guard_loss_and_grad``, which leaves out autograd's own kernels. The
 plain chain and ``torch.compile`` of it are timed alike. ``share_of_copy`` counts the least bytes
 there can be: every operand read once, the gradient written once. ``moved_share_of_copy`` counts
-those that have to move: the article's objective needs every ratio before any gradient, and where
-the batch is larger than every chip, its gradient's pass reads from memory again.
+those that have to move: the article's objective needs every ratio before any gradient, and its
+gradient's pass reads a batch that no chip holds from memory again.
 
 What the bounds look at comes first, each number is saved as soon as it is there, and what fails or
 hangs takes nothing with it but its own row (:mod:`benchmarks.isolated`).

@@ -84,7 +84,7 @@ def bytes_per_element(form: str, dtype: torch.dtype) -> int:
 
 
 def bytes_in_two_passes(form: str, dtype: torch.dtype) -> int:
-    """The same where the gradient's pass has to read from memory again what it needs.
+    """Those, and what the gradient's pass reads from memory a second time: ``READ_AGAIN``.
 
     Raises:
         KeyError: not a form.

@@ -1,11 +1,12 @@
 // The same operators for CUDA tensors: memory from torch's allocator, work on its current stream,
-// nothing that waits for the device.
+// nothing that waits for the device but its first call, for the counters.
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <atomic>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 
@@ -21,7 +22,7 @@ cuda::Path path_named(const std::string& name) {
     if (name == cuda::name_of(path)) return path;
     names += std::string(names.empty() ? "" : ", ") + cuda::name_of(path);
   }
-  throw std::runtime_error("guard_ops: there is no path " + name + "; one of " + names);
+  throw std::invalid_argument("guard_ops: there is no path " + name + "; one of " + names);
 }
 
 std::atomic<cuda::Path> forced{cuda::Path::automatic}, last{cuda::Path::automatic};
@@ -162,8 +163,7 @@ void define_cuda(pybind11::module_& m) {
   m.def(
       "force_cuda_path", [](const std::string& name) { forced = path_named(name); },
       "How guard_loss reads the batch on CUDA from now on: automatic, cooperative, cluster, "
-      "in_turn "
-      "or two_launches.");
+      "in_turn or two_launches.");
   m.def(
       "last_cuda_path", [] { return std::string(cuda::name_of(last)); },
       "The path that the last guard_loss took.");

@@ -28,13 +28,13 @@ struct Sums {  // S1 = sum(delta e), S2 = sum(delta^2), ref = sum((b (v - v_ref)
   double s1, s2, ref;
 };
 
-struct Coefficients {  // d loss / d Sums
-  double c1, c2, c3;
-};
-
 GUARD_OPS_HD Sums operator+(const Sums& p, const Sums& q) {
   return {p.s1 + q.s1, p.s2 + q.s2, p.ref + q.ref};
 }
+
+struct Coefficients {  // d loss / d Sums
+  double c1, c2, c3;
+};
 
 GUARD_OPS_HD bool operator==(const Coefficients& p, const Coefficients& q) {
   return p.c1 == q.c1 && p.c2 == q.c2 && p.c3 == q.c3;

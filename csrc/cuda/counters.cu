@@ -13,7 +13,6 @@ namespace {
 
 constexpr int64_t reserved = 1 << 18;  // integers, 1 MB a device
 constexpr int64_t least = 1024;        // of a stream
-constexpr int64_t line = 32;           // of the cache: no two slices share one
 
 struct Reserve {
   uint32_t* data = nullptr;
@@ -21,15 +20,16 @@ struct Reserve {
   std::map<unsigned long long, std::pair<uint32_t*, int64_t>> of_stream;
 
   uint32_t* take(int64_t count) {
-    count = (count + line - 1) / line * line;
+    count = (count + counter_line - 1) / counter_line * counter_line;  // no two share one
     if (data == nullptr || taken + count > reserved) return nullptr;
     taken += count;
     return data + taken - count;
   }
 };
 
-// Not torch's memory: it outlives every pool that a graph's capture allocates from. Waits for the
-// device, once.
+// Not torch's memory: it outlives every pool that a graph's capture allocates from. Waits for its
+// own stream, once a device. Null where torch has taken all memory there is; the next call asks
+// again.
 uint32_t* zeroed() {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // another thread's capture goes on
   check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
@@ -42,8 +42,16 @@ uint32_t* zeroed() {
     if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
     cudaStreamDestroy(stream);
   }
+  if (status != cudaSuccess && data != nullptr) {
+    cudaFree(data);
+    data = nullptr;
+  }
   cudaThreadExchangeStreamCaptureMode(&mode);
-  check(status, "the counters' memory");
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+  } else {
+    check(status, "the counters' memory");
+  }
   return static_cast<uint32_t*>(data);
 }
 
@@ -53,7 +61,7 @@ uint32_t* counters_of(int64_t count, Stream of) {
   static std::mutex mutex;
   static auto& reserves = *new std::map<int, Reserve>;  // never freed: a driver may be gone first
   const auto stream = static_cast<cudaStream_t>(of);
-  if (stream == cudaStreamPerThread) return nullptr;  // as many streams as threads
+  if (stream == cudaStreamPerThread) return nullptr;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
   const int number = device().number;
@@ -61,15 +69,18 @@ uint32_t* counters_of(int64_t count, Stream of) {
   Reserve& reserve = reserves[number];
   if (capture != cudaStreamCaptureStatusNone) return reserve.take(count);
   if (reserve.data == nullptr) reserve.data = zeroed();
+  if (reserve.data == nullptr) return nullptr;
   unsigned long long id = 0;
   check(cudaStreamGetId(stream, &id), "cudaStreamGetId");
   auto& [data, size] = reserve.of_stream[id];
-  if (size < count) {
-    size = std::max(least, count);
-    data = reserve.take(size);
-    if (data == nullptr) size = 0;
+  if (size >= count) return data;
+  const int64_t larger = std::max(least, count);
+  uint32_t* const found = reserve.take(larger);
+  if (found != nullptr) {  // else it keeps what it has, for smaller calls
+    data = found;
+    size = larger;
   }
-  return data;
+  return found;
 }
 
 }  // namespace guard_ops::cuda

@@ -33,8 +33,8 @@ struct alignas(16) Bytes16 {
   uint32_t w[4];
 };
 
-// A lane's pointer into global memory; what is stored there then has to say so, as the compiler
-// does not see it any more.
+// For every lane the pointer that `lane` has, into global memory: to be stored to by store_global,
+// as the compiler does not see any more what it points to.
 __device__ __forceinline__ char* broadcast(char* pointer, uint32_t lane) {
   const auto bits = reinterpret_cast<unsigned long long>(pointer);
   return reinterpret_cast<char*>(__shfl_sync(0xFFFFFFFFu, bits, lane));
@@ -85,7 +85,7 @@ __device__ __forceinline__ uint32_t to_bfloats(float low, float high) {
 }
 
 // Integers that blocks tell each other how far they are with: release what was written, acquire
-// what others have.
+// what others have, which is then read as any memory is.
 __device__ __forceinline__ uint32_t count_up(uint32_t* counter, uint32_t by) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
@@ -106,8 +106,6 @@ __device__ __forceinline__ void await_change(const uint32_t* flag, uint32_t befo
   while (flag_now(flag) == before) {
   }
 }
-// What another block wrote: from where the blocks meet, not from this multiprocessor's cache.
-__device__ __forceinline__ double load_fresh(const double* x) { return __ldcg(x); }
 
 // Launches that overlap: the next one of a stream may begin once every block of this one has called
 // let_next_start, and has what this one wrote, and all before it, once its await_previous returns.
@@ -124,6 +122,10 @@ __device__ __forceinline__ void await_previous() {
 __device__ __forceinline__ void let_next_start() {}
 __device__ __forceinline__ void await_previous() {}
 #endif
+
+// Past this multiprocessor's cache, into which a launch that runs beside this one may have read
+// what was there before.
+__device__ __forceinline__ double load_fresh(const double* x) { return __ldcg(x); }
 
 // The blocks of one cluster; before sm_90 a block is a cluster of its own.
 #if __CUDA_ARCH__ >= 900

@@ -17,6 +17,14 @@ struct GradientCall {
   uint32_t slots;
 };
 
+// A row's coefficients times `factor`.
+__device__ __forceinline__ Coefficients coefficients_of(const GradientCall& call, int64_t k,
+                                                        int64_t i, double factor) {
+  return {factor * load_fresh(call.coefficients[0].at(k, i)),
+          factor * load_fresh(call.coefficients[1].at(k, i)),
+          factor * load_fresh(call.coefficients[2].at(k, i))};
+}
+
 // Whether a row's coefficients are others than those that its gradient was formed by. NaN ones were
 // NaN before. Every block looks at all rows.
 __device__ __forceinline__ bool changed(const GradientCall& call) {
@@ -24,8 +32,7 @@ __device__ __forceinline__ bool changed(const GradientCall& call) {
 #pragma unroll 1
   for (uint32_t row = thread(); row < call.plan.rows; row += threads()) {
     const uint32_t k = call.plan.by_batch.divide(row), i = row - k * call.plan.batch;
-    const Coefficients now{*call.coefficients[0].at(k, i), *call.coefficients[1].at(k, i),
-                           *call.coefficients[2].at(k, i)};
+    const Coefficients now = coefficients_of(call, k, i, 1);
     other = other || (!(call.assumed[row] == now) && now.c1 == now.c1);
   }
   return any_of_block(other);
@@ -44,11 +51,8 @@ __global__ void __launch_bounds__(stream_threads, gradient_blocks)
   if (call.assumed != nullptr && !changed(call)) return;
   const Walk walk(call.plan, shared_memory() + block_header, call.slots, call.chunks.begin(block()),
                   call.chunks.begin(block() + 1), false);
-  walk.gradient(call.cond, call.uncond, [&](const At& at) {
-    return Coefficients{factor * *call.coefficients[0].at(at.k, at.i),
-                        factor * *call.coefficients[1].at(at.k, at.i),
-                        factor * *call.coefficients[2].at(at.k, at.i)};
-  });
+  walk.gradient(call.cond, call.uncond,
+                [&](const At& at) { return coefficients_of(call, at.k, at.i, factor); });
 }
 
 }  // namespace
@@ -67,9 +71,11 @@ void gradient(const Batch& t, const Rows table[5], const Rows coefficients[3], c
                     0};
   call.chunks.count = call.plan.chunks;
   expect(call.plan, shape);
-  const Launch launch = streaming(call.plan, gradient_of_chunks, &call.slots);
+  const Launch launch = streaming(call.plan, gradient_of_chunks, call.plan.chunks, &call.slots);
   start(gradient_of_chunks, launch, stream, call);
 }
+
+const void* gradient_kernel() { return address(gradient_of_chunks); }
 
 void gradient_after(const Plan& p, const Rows coefficients[3], const Operand& cond,
                     const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
@@ -79,7 +85,7 @@ void gradient_after(const Plan& p, const Rows coefficients[3], const Operand& co
                     {},      false,
                     assumed, chunks,
                     0};
-  Launch launch = alone ? streaming(p, gradient_of_chunks, &call.slots)
+  Launch launch = alone ? streaming(p, gradient_of_chunks, chunks.count, &call.slots)
                         : beside_another(p, gradient_of_chunks, chunks.count, 1,
                                          device().shared_bytes / 4, &call.slots);
   launch.chained = true;

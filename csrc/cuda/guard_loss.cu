@@ -25,7 +25,7 @@ struct LossCall {
 
 struct Header {  // at the beginning of a block's shared memory
   uint32_t arrival;
-  Coefficients row;
+  Coefficients coefficients;  // of a cluster's row
   Sums parts[most_parts];
 };
 static_assert(sizeof(Header) <= block_header);
@@ -34,13 +34,14 @@ __device__ __forceinline__ Header& header() { return *reinterpret_cast<Header*>(
 
 __device__ __forceinline__ char* slot_memory() { return shared_memory() + block_header; }
 
-// The rows' sums and what evaluate() keeps between its parts, nearer than the second-level cache:
-// one block works on them, through half a dozen of barriers.
+// What evaluate() keeps between its parts, in shared memory where that has room: one block works on
+// it, and would wait for the second-level cache behind each of half a dozen barriers.
 __device__ __forceinline__ Scratch scratch_of(const LossCall& call) {
   if (call.near == 0) return call.workspace.scratch;
   return scratch_at(shared_memory() + call.near, call.plan.rows, call.problem.steps);
 }
 
+// The rows' sums, behind the scratch where one block forms them all.
 __device__ __forceinline__ Sums* sums_of(const LossCall& call) {
   if (!call.sums_near) return call.workspace.sums;
   return reinterpret_cast<Sums*>(scratch_of(call).finite + call.plan.batch);
@@ -75,11 +76,11 @@ __device__ __forceinline__ bool summed_by_last(const LossCall& call) {
 }
 
 __device__ __forceinline__ void evaluate_all(const LossCall& call) {
-  evaluate_by_block(call.problem, sums_of(call), call.sums_near, scratch_of(call), call.out);
+  evaluate_by_block(call.problem, sums_of(call), scratch_of(call), call.out);
 }
 
-// A row's coefficients from its own sums, remembered: they are others if a row that they depend on
-// proves not to be finite.
+// A row's coefficients from its own sums. They are others if a row that they depend on proves not
+// to be finite, so the caller remembers them.
 __device__ __forceinline__ Coefficients assume(const LossCall& call, uint32_t row,
                                                const Sums& sums) {
   const uint32_t k = call.plan.by_batch.divide(row);
@@ -91,7 +92,7 @@ __device__ __forceinline__ void put_partial(const LossCall& call, const At& at, 
 }
 
 // The first of two launches: the sums of some rows or all and, by the last block, what follows from
-// them. With gradient.cu's kernel after it, every operand is read twice.
+// them. gradient.cu's kernel, the second one, reads again what it needs.
 __global__ void __launch_bounds__(stream_threads, sums_blocks)
     loss_of_chunks(const __grid_constant__ LossCall call) {
   let_next_start();
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(stream_threads, sums_blocks)
 #pragma unroll 1
     for (uint32_t n = thread(); n < call.rows.count; n += threads()) {
       const uint32_t row = call.rows.first + n;
-      const Coefficients c = assume(call, row, fresh_sums(call.workspace.sums + row));
+      const Coefficients c = assume(call, row, call.workspace.sums[row]);
       call.workspace.assumed[row] = c;
       put_coefficients(call.out.sum_grads, call.plan.rows, row, c);
     }
@@ -147,10 +148,10 @@ __global__ void __launch_bounds__(cluster_threads, 1)
       begin + call.block_chunks < p.row_chunks ? begin + call.block_chunks : p.row_chunks;
   // this block's partial sums lie behind the header
   Sums* const partials = reinterpret_cast<Sums*>(slot_memory());
-  const uint32_t partial_bytes = uint32_t(call.block_chunks * sizeof(Sums) + 15) / 16 * 16;
+
   const uint32_t base = row * p.row_chunks;
-  const Walk walk(p, slot_memory() + partial_bytes, call.slots, base + (begin < end ? begin : end),
-                  base + end, true);
+  const Walk walk(p, slot_memory() + partial_bytes(call.block_chunks), call.slots,
+                  base + (begin < end ? begin : end), base + end, true);
   walk.sums([&](const At& at, const Sums& sums) {
     if (lane() == 0) partials[at.chunk - base - begin] = sums;
   });
@@ -165,15 +166,15 @@ __global__ void __launch_bounds__(cluster_threads, 1)
   sync_block();
   if (thread() == 0) {
     const Sums sums = of_parts(p, header().parts);
-    header().row = assume(call, row, sums);
+    header().coefficients = assume(call, row, sums);
     if (rank == 0) {
       call.workspace.sums[row] = sums;
-      call.workspace.assumed[row] = header().row;
+      call.workspace.assumed[row] = header().coefficients;
     }
   }
   sync_cluster();  // no block leaves, or writes over, what another reads
   if (call.cond || call.uncond) {
-    const Coefficients own = header().row;
+    const Coefficients own = header().coefficients;
     walk.gradient(call.cond, call.uncond, [&](const At&) { return own; });
   }
   if (completes(call.counters.arrived, 1, blocks(), &header().arrival)) evaluate_all(call);
@@ -188,21 +189,21 @@ uint32_t tiles_of(uint32_t chunks, int threads, const Plan& p) {  // of a block'
   return (chunks + warps - 1) / warps * p.chunk_tiles;
 }
 
-// Room for [K, B] numbers behind the slots, if there is any and `least` blocks still run at once;
-// where that is, and how many do.
+// Makes room for [K, B] numbers behind the slots, if there is any and `least` blocks, or clusters,
+// still run at once. Returns where, or 0; `running`: how many run at once.
 template <class Kernel>
-uint32_t make_near(const LossCall& call, Kernel* kernel, int least, Launch* launch, int* most) {
-  *most = at_once(address(kernel), *launch);
+uint32_t make_near(const LossCall& call, Kernel* kernel, int least, Launch* launch, int* running) {
+  *running = at_once(address(kernel), *launch);
   const int64_t rows = call.plan.rows, at = (launch->shared_bytes + 15) / 16 * 16;
   const int64_t end =
       at + scratch_bytes(rows, call.problem.steps, call.plan.batch) + rows * sizeof(Sums);
-  if (*most == 0 || end > device().shared_bytes) return 0;
+  if (*running == 0 || end > device().shared_bytes) return 0;
   Launch larger = *launch;
   larger.shared_bytes = int(end);
-  const int more = at_once(address(kernel), larger);
-  if (more < std::min(least, *most)) return 0;
+  const int still = at_once(address(kernel), larger);
+  if (still < std::min(least, *running)) return 0;
   *launch = larger;
-  *most = more;
+  *running = still;
   return uint32_t(at);
 }
 
@@ -216,17 +217,18 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
     if (uint32_t(size) > p.row_chunks) break;  // blocks without a chunk
     const uint32_t block_chunks = (p.row_chunks + size - 1) / size;
     const uint32_t tiles = tiles_of(block_chunks, cluster_threads, p);
-    const int partial_bytes = int((block_chunks * sizeof(Sums) + 15) / 16 * 16);
+
     Launch candidate{int(p.rows) * size, cluster_threads,
-                     shared_bytes(p, cluster_threads, tiles) + partial_bytes};
+                     shared_bytes(p, cluster_threads, tiles) + int(partial_bytes(block_chunks))};
     candidate.cluster = size;
+    // in 64 bits first: of a long row the other may have overflowed
     if (int64_t(tiles) * p.slot_bytes * (cluster_threads / warp_size) > device().shared_bytes ||
         candidate.shared_bytes > device().shared_bytes) {
       continue;
     }
-    int most = 0;  // clusters, or blocks of one each
-    const uint32_t near = make_near(call, kernel, int(p.rows), &candidate, &most);
-    if (most == 0 || (found && most < int(p.rows))) continue;
+    int running = 0;
+    const uint32_t near = make_near(call, kernel, int(p.rows), &candidate, &running);
+    if (running == 0 || (found && running < int(p.rows))) continue;
     *launch = candidate;
     call.near = near;
     call.block_chunks = block_chunks;
@@ -237,10 +239,10 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
   return found;
 }
 
-// As many blocks as run at once, with all their shared memory, if that holds an `of`-th of the
-// batch: what is not there is read twice. 0: whatever it holds.
+// As many blocks as run at once, with all their shared memory, if that holds one `fraction`-th of
+// the batch: what is not there is read twice. 0: whatever it holds.
 template <class Kernel>
-bool plan_cooperative(LossCall& call, Kernel* kernel, uint32_t of, Launch* launch) {
+bool plan_cooperative(LossCall& call, Kernel* kernel, uint32_t fraction, Launch* launch) {
   const Plan& p = call.plan;
   if (!device().cooperative) return false;
   Launch candidate{device().multiprocessors, cooperative_threads, 0};
@@ -249,27 +251,37 @@ bool plan_cooperative(LossCall& call, Kernel* kernel, uint32_t of, Launch* launc
   call.slots = slots_a_warp(p, cooperative_threads, tiles);
   if (call.slots == 0) return false;
   const uint32_t kept = tiles <= call.slots ? tiles : call.slots - ring_of(call.slots, true);
-  if (of != 0 && tiles > of * kept) return false;
+  if (fraction != 0 && tiles > fraction * kept) return false;
   candidate.shared_bytes = shared_bytes(p, cooperative_threads, call.slots);
   candidate.cooperative = true;
-  int most = 0;
-  call.near = make_near(call, kernel, candidate.blocks, &candidate, &most);
+  int running = 0;
+  call.near = make_near(call, kernel, candidate.blocks, &candidate, &running);
   call.sums_near = call.near != 0 && !call.by_row;
-  candidate.blocks = std::min({candidate.blocks, most, int(p.chunks)});
+  candidate.blocks = std::min({candidate.blocks, running, int(p.chunks)});
   *launch = candidate;
-  return most > 0;
+  return running > 0;
 }
 
-// What a row's operands take, and how many rows a third of the second-level cache holds: while
-// their gradient is formed, the next ones come in.
+// What a row's operands take, and how many rows are taken at a time, of which a third of the
+// second-level cache holds the operands: while their gradient is formed, the next ones come in. At
+// least two turns, of the same length if possible.
 int64_t row_bytes(const Plan& p) { return (p.numel + tile - 1) / tile * p.slot_bytes; }
 uint32_t rows_a_turn(const Plan& p) {
-  const int64_t rows = device().cache_bytes / 3 / row_bytes(p);
-  return uint32_t(std::clamp<int64_t>(rows, 1, p.rows));
+  const int64_t fit = std::clamp<int64_t>(device().cache_bytes / 3 / row_bytes(p), 1, p.rows);
+  const int64_t turns = std::max<int64_t>((p.rows + fit - 1) / fit, 2);
+  return uint32_t((p.rows + turns - 1) / turns);
+}
+
+constexpr int sums_beside_a_gradient = 2;  // blocks of a multiprocessor
+
+bool turns_overlap() {
+  return overlap(address(loss_of_chunks), sums_beside_a_gradient, gradient_kernel(),
+                 stream_threads);
 }
 
 bool turns_pay(const Plan& p) {
-  return rows_a_turn(p) < p.rows && row_bytes(p) <= device().cache_bytes / 2;
+  const int64_t cache = device().cache_bytes;
+  return row_bytes(p) <= cache / 2 && p.rows * row_bytes(p) > cache / 3 && turns_overlap();
 }
 
 // Some rows at a time, sums and gradient: two launches a turn. The launches overlap: the next rows'
@@ -277,7 +289,7 @@ bool turns_pay(const Plan& p) {
 void launch_turns(LossCall call, const Rows coefficients[3], uint32_t rows, Stream stream) {
   const Plan& p = call.plan;
   const uint32_t turns = (p.rows + rows - 1) / rows;
-  const bool alone = turns == 1;
+  const bool alone = turns == 1 || !turns_overlap();
   call.near = 0;
   call.sums_near = false;
   for (uint32_t turn = 0; turn < turns; ++turn) {
@@ -286,10 +298,10 @@ void launch_turns(LossCall call, const Rows coefficients[3], uint32_t rows, Stre
     call.chunks = {first * p.row_chunks, call.rows.count * p.row_chunks};
     call.all = turn + 1 == turns;
     call.by_row = adds_up_by_row(call.rows.count, p, stream_threads);
-    // two blocks of the one beside one of the other are all registers of a multiprocessor
-    Launch launch = alone ? streaming(p, loss_of_chunks, &call.slots)
-                          : beside_another(p, loss_of_chunks, call.chunks.count, 2,
-                                           device().shared_bytes * 3 / 8, &call.slots);
+    Launch launch =
+        alone ? streaming(p, loss_of_chunks, call.chunks.count, &call.slots)
+              : beside_another(p, loss_of_chunks, call.chunks.count, sums_beside_a_gradient,
+                               device().shared_bytes * 3 / 8, &call.slots);
     launch.chained = turn > 0;
     start(loss_of_chunks, launch, stream, call);
     if (call.cond || call.uncond) {
@@ -310,6 +322,10 @@ bool rows_may_change(const Problem& problem) {
 }
 
 }  // namespace
+
+int64_t counters_needed(const Batch& t) {
+  return 2 * counter_line + std::min<int64_t>(t.steps * t.batch, most_counted_rows);
+}
 
 Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result, void* workspace,
                 uint32_t* counters, Path wanted, Stream stream) {
@@ -339,7 +355,7 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
     gradient_after(p, coefficients, result.cond, result.uncond, call.chunks, true,
                    call.workspace.assumed, stream);
   };
-  const bool turns = independent && wanted == Path::automatic && turns_pay(p);
+  const bool take_turns = independent && wanted == Path::automatic && turns_pay(p);
   Launch launch;
   if (may(Path::cluster) && independent && plan_clusters(call, loss_by_clusters, &launch) &&
       starts(loss_by_clusters, launch, stream, call)) {
@@ -348,13 +364,13 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
   }
   if (wanted == Path::cluster) refuse(wanted);
   call.by_row = adds_up_by_row(p.rows, p, cooperative_threads);
-  const uint32_t of = wanted == Path::cooperative ? 0 : turns ? 2 : 8;
-  if (may(Path::cooperative) && plan_cooperative(call, loss_cooperatively, of, &launch) &&
+  const uint32_t fraction = wanted == Path::cooperative ? 0 : take_turns ? 2 : 8;
+  if (may(Path::cooperative) && plan_cooperative(call, loss_cooperatively, fraction, &launch) &&
       starts(loss_cooperatively, launch, stream, call)) {
     return Path::cooperative;
   }
   if (wanted == Path::cooperative) refuse(wanted);
-  if (wanted == Path::in_turn || (turns && any)) {
+  if (wanted == Path::in_turn || (take_turns && any)) {
     if (!independent) refuse(Path::in_turn);
     launch_turns(call, coefficients, rows_a_turn(p), stream);
     if (rows_a_turn(p) < p.rows) mend();

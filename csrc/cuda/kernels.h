@@ -1,6 +1,6 @@
 // What the CUDA kernels offer to whoever has pointers and a stream: see ../cpu/driver.h for the
-// same on the CPU. Every call enqueues on the stream of the current device and returns; nothing
-// waits for the device, nothing is allocated but a device's counters, once. Errors are
+// same on the CPU. Every call enqueues on the stream of the current device and returns: nothing
+// waits for the device and nothing is allocated, but by counters_of, once a device. Errors are
 // std::runtime_error.
 #pragma once
 
@@ -42,10 +42,12 @@ int64_t workspace_bytes(const Batch&);
 // Integers on the device that guard_loss needs: 0 before its first launch, as it leaves them for
 // the next one. One launch at a time may have them.
 int64_t counters_needed(const Batch&);
+constexpr int64_t counter_line = 32;  // of them in a line of the cache
 
 // So many of them on the current device: the stream's, whose calls follow each other; while it is
 // captured ones that nobody else gets, as a graph may be replayed beside anything. Null where there
-// are none: a capture before the device's first call, or too many captured calls.
+// are none: in a capture before the device's first call, after too many streams or captured calls,
+// or on the per-thread stream, which is several.
 uint32_t* counters_of(int64_t count, Stream);
 
 // out: [3, K, B] float64.

@@ -11,7 +11,6 @@
 namespace guard_ops::cuda {
 
 constexpr int block_header = 256;  // bytes of shared memory before the slots
-constexpr uint32_t ring_slots = 4;
 
 inline int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Workspace* out) {
   int64_t at = 0;
@@ -41,6 +40,8 @@ inline bool adds_up_by_row(uint32_t rows, const Plan& p, int threads) {
   return rows <= most_counted_rows && rows * p.row_parts > 2 * uint32_t(threads) / warp_size;
 }
 
+const void* gradient_kernel();
+
 // The gradient of some chunks' rows, in a launch that may begin while the one before it in the
 // stream, which forms the coefficients, still runs. `alone`: with the whole device for itself.
 // `assumed` [K, B]: only if other coefficients than these hold for any row.
@@ -48,11 +49,22 @@ void gradient_after(const Plan&, const Rows coefficients[3], const Operand& cond
                     const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
                     Stream);
 
-// The launch, after that over chunks, in which warps add up the parts of rows.
-inline Launch after_chunks(const Plan& p) {
+inline void check_runs(int blocks) {
+  if (blocks == 0) throw std::runtime_error("guard_ops: the device runs no block");
+}
+
+template <class Kernel>
+const void* address(Kernel* kernel) {
+  return reinterpret_cast<const void*>(kernel);
+}
+
+// The launch, after that over chunks, in which the kernel's warps add up the parts of rows.
+template <class Kernel>
+Launch after_chunks(const Plan& p, Kernel* kernel) {
   const int warps = stream_threads / int(warp_size);
   Launch launch{std::min(int(p.rows * p.row_parts) / warps + 1, 1024), stream_threads, 0};
   launch.chained = true;
+  check_runs(at_once(address(kernel), launch));
   return launch;
 }
 
@@ -62,22 +74,17 @@ inline int useful_blocks(uint32_t chunks) {
   return int((chunks + warps - 1) / warps);
 }
 
-// The slots that a warp of such a block can have, `most` of them if there is room.
+// The slots that a warp of a block of `threads` can have, `most` of them if there is room.
 inline uint32_t slots_a_warp(const Plan& p, int threads, uint32_t most) {
   const uint32_t room = (device().shared_bytes - block_header) / (threads / warp_size);
   return std::min(most, room / p.slot_bytes);
 }
 
+// A launch of blocks that walk through so many chunks, as many as run at once or are of use. Slots
+// for copies far ahead, but not so many that a multiprocessor has room for one block alone: it is
+// the other's warps that work while one's wait for each other's instructions.
 template <class Kernel>
-const void* address(Kernel* kernel) {
-  return reinterpret_cast<const void*>(kernel);
-}
-
-// A launch of blocks that walk through the chunks, as many as run at once or are of use. Slots for
-// copies far ahead, but not so many that a multiprocessor has room for one block alone: it is the
-// other's warps that work while one's wait for each other's instructions.
-template <class Kernel>
-Launch streaming(const Plan& p, Kernel* kernel, uint32_t* slots) {
+Launch streaming(const Plan& p, Kernel* kernel, uint32_t chunks, uint32_t* slots) {
   Launch launch{0, stream_threads, 0};
   int most = 0;
   for (uint32_t ring = ring_slots; ring > 0 && most < 2 * device().multiprocessors; ring /= 2) {
@@ -89,8 +96,8 @@ Launch streaming(const Plan& p, Kernel* kernel, uint32_t* slots) {
     launch = candidate;
     *slots = count;
   }
-  if (most == 0) throw std::runtime_error("guard_ops: the device runs no block");
-  launch.blocks = std::min(most, useful_blocks(p.chunks));
+  check_runs(most);
+  launch.blocks = std::min(most, useful_blocks(chunks));
   return launch;
 }
 
@@ -104,6 +111,7 @@ Launch beside_another(const Plan& p, Kernel* kernel, uint32_t chunks, int blocks
   *slots = room >= ring_slots ? ring_slots : room >= 2 ? 2 : 1;
   Launch launch{0, stream_threads, shared_bytes(p, stream_threads, *slots)};
   const int most = std::min(at_once(address(kernel), launch), blocks * device().multiprocessors);
+  check_runs(most);
   launch.blocks = std::min(most, useful_blocks(chunks));
   return launch;
 }

@@ -2,10 +2,11 @@
 // bits.
 //
 // A tile is what a warp holds at once, 8 elements a lane. A chunk is a run of tiles of one row
-// whose sums a warp forms. A part is every so many chunks of a row, whose sums a warp adds up. How
-// many tiles a chunk and parts a row has depends on the row's length alone.
+// whose sums a warp forms. A part is every `row_parts`-th 32 chunks of a row, whose sums a warp
+// adds up. How many tiles a chunk and parts a row has depends on the row's length alone.
 #pragma once
 
+#include <stdexcept>
 #include <type_traits>
 
 #include "../batch.h"
@@ -15,7 +16,8 @@ namespace guard_ops::cuda {
 constexpr uint32_t lane_elements = 8, warp_size = 32, tile = lane_elements * warp_size;
 constexpr uint32_t run = 4;  // elements of a lane that lie beside each other: 16 bytes in float32
 constexpr uint32_t most_chunk_tiles = 4, chunks_aimed_at = 256;  // of a row
-constexpr uint32_t most_parts = 8, part_chunks = 256;            // of a row; aimed at, of a part
+constexpr uint32_t most_parts = 8, part_chunks = 256;  // of a row; of a part, where 8 suffice
+constexpr uint32_t ring_slots = 4;                     // that copies go around in, at most
 
 // Blocks that a multiprocessor has registers for. From sm_120 on the assembler wants more of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
@@ -79,7 +81,7 @@ struct Plan {
 // How many of a warp's slots its copies go around in; the rest keep their tiles for a second pass,
 // `keeps`, where not all of them fit.
 GUARD_OPS_HD uint32_t ring_of(uint32_t slots, bool keeps) {
-  const uint32_t most = keeps && slots < 8 ? 2 : 4;
+  const uint32_t most = keeps && slots < 2 * ring_slots ? 2 : ring_slots;
   return slots >= most ? most : slots >= 2 ? 2 : 1;
 }
 
@@ -114,6 +116,9 @@ inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   p.row_parts = 1;
   while (p.row_parts < most_parts && p.row_parts * part_chunks < p.row_chunks) p.row_parts *= 2;
   p.rows = uint32_t(t.steps * t.batch);
+  if (t.steps * t.batch * p.row_chunks >= int64_t(1) << 30) {
+    throw std::runtime_error("guard_ops: more than 2^40 elements are too many for one call");
+  }
   p.chunks = p.rows * p.row_chunks;
   p.numel = t.numel;
   p.batch = uint32_t(t.batch);

@@ -28,6 +28,7 @@ struct Device {
   int number, multiprocessors, shared_bytes;  // a block's most
   bool cooperative, clusters;
   int cache_bytes;  // second level
+  int registers;    // of a multiprocessor
 };
 
 inline const Device& device() {
@@ -48,7 +49,8 @@ inline const Device& device() {
                  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                  attribute(cudaDevAttrCooperativeLaunch) != 0,
                  attribute(cudaDevAttrClusterLaunch) != 0,
-                 attribute(cudaDevAttrL2CacheSize)};
+                 attribute(cudaDevAttrL2CacheSize),
+                 attribute(cudaDevAttrMaxRegistersPerMultiprocessor)};
   return known.emplace(number, d).first->second;
 }
 
@@ -80,18 +82,25 @@ inline bool refused(cudaError_t status) {
          status == cudaErrorLaunchOutOfResources || status == cudaErrorCooperativeLaunchTooLarge;
 }
 
-// Whether device and code know of clusters and chained launches: PTX for sm_80 that a driver
-// compiles for sm_90 would take each of a cluster's blocks for a whole one, and wait for nothing.
-inline bool knows_hopper(const void* kernel) {
+// What the current device runs a kernel by.
+struct Code {
+  bool sm_90;  // device and code know of clusters and chained launches: PTX for sm_80 that a driver
+               // compiles for sm_90 would take each of a cluster's blocks for a whole one, and wait
+               // for nothing
+  int registers;  // of a thread, as they are handed out: by eights
+};
+
+inline Code code_of(const void* kernel) {
   static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, bool> known;
+  static std::map<std::pair<int, const void*>, Code> known;
   const Device& d = device();
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find({d.number, kernel});
   if (found != known.end()) return found->second;
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return known[{d.number, kernel}] = d.clusters && attributes.ptxVersion >= 90;
+  return known[{d.number, kernel}] = {d.clusters && attributes.ptxVersion >= 90,
+                                      (attributes.numRegs + 7) / 8 * 8};
 }
 
 struct Launch {
@@ -112,11 +121,18 @@ inline int at_once(const void* kernel, const Launch& launch) {
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int count = 0;
-  // The most that any launch may ask for; a smaller later one must not take it back.
+  // The most that any launch may ask for; a smaller later one must not take it back. As much shared
+  // memory as there is, of any kernel: blocks of two whose shares differ would not run side by
+  // side.
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
+  if (status == cudaSuccess &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                           cudaSharedmemCarveoutMaxShared) != cudaSuccess) {
+    cudaGetLastError();  // a hint
+  }
   if (status == cudaSuccess && launch.cluster > 1) {
-    if (!knows_hopper(kernel)) return known.emplace(key, 0).first->second;
+    if (!code_of(kernel).sm_90) return known.emplace(key, 0).first->second;
     if (launch.cluster > 8) {  // more than every device has to have
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
@@ -145,6 +161,13 @@ inline int at_once(const void* kernel, const Launch& launch) {
   return known.emplace(key, count).first->second;
 }
 
+// Whether the second kernel's blocks can begin while the first's run: whether a multiprocessor has
+// registers for `blocks` of these and one of those.
+inline bool overlap(const void* first, int blocks, const void* second, int threads) {
+  const Code p = code_of(first), q = code_of(second);
+  return p.sm_90 && q.sm_90 && (blocks * p.registers + q.registers) * threads <= device().registers;
+}
+
 // False where the device, for all that it said, does not launch so: no room for blocks that have to
 // run at once, under MPS, or busy.
 template <class Argument>
@@ -164,7 +187,7 @@ bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argume
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
   const void* const code = reinterpret_cast<const void*>(kernel);
-  const bool chained = launch.chained && knows_hopper(code);
+  const bool chained = launch.chained && code_of(code).sm_90;
   if (chained) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

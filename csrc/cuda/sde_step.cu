@@ -86,9 +86,9 @@ void sde_step(const Batch& t, const Rows table[5], const Operand& prev_sample, c
   call.partials = {w.partials, call.plan.chunks, false};
   call.parts = w.parts;
   const auto kernel = t.seeds.data != nullptr ? step_chunks<true> : step_chunks<false>;
-  const Launch launch = streaming(call.plan, kernel, &call.slots);
+  const Launch launch = streaming(call.plan, kernel, call.plan.chunks, &call.slots);
   start(kernel, launch, stream, call);
-  start(squares_of_rows, after_chunks(call.plan), stream, call);
+  start(squares_of_rows, after_chunks(call.plan, squares_of_rows), stream, call);
 }
 
 }  // namespace guard_ops::cuda

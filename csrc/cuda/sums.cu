@@ -44,19 +44,15 @@ int64_t workspace_bytes(const Batch& t) {
   return workspace_layout(plan_of(t, none), t.steps, nullptr, nullptr);
 }
 
-int64_t counters_needed(const Batch& t) {
-  return 2 * counter_line + std::min<int64_t>(t.steps * t.batch, most_counted_rows);
-}
-
 void sums(const Batch& t, const Rows table[5], double* out, void* workspace, Stream stream) {
   SumsCall call{plan_of(t, table), {}, {}, 0, out};
   Workspace w{};
   workspace_layout(call.plan, t.steps, static_cast<char*>(workspace), &w);
   call.partials = {w.partials, call.plan.chunks, bool(t.ref)};
   call.parts = w.parts;
-  const Launch launch = streaming(call.plan, sums_of_chunks, &call.slots);
+  const Launch launch = streaming(call.plan, sums_of_chunks, call.plan.chunks, &call.slots);
   start(sums_of_chunks, launch, stream, call);
-  start(sums_of_rows, after_chunks(call.plan), stream, call);
+  start(sums_of_rows, after_chunks(call.plan, sums_of_rows), stream, call);
 }
 
 }  // namespace guard_ops::cuda

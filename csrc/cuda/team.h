@@ -14,9 +14,10 @@ struct Partials {
   bool with_ref;  // else the third is neither written nor read
 
   __device__ __forceinline__ void put(uint32_t chunk, const Sums& sums) const {
-    data[chunk] = sums.s1;
-    data[chunks + chunk] = sums.s2;
-    if (with_ref) data[2 * chunks + chunk] = sums.ref;
+    double* const at = data + chunk;
+    at[0] = sums.s1;
+    at[chunks] = sums.s2;
+    if (with_ref) at[2 * size_t(chunks)] = sums.ref;
   }
   __device__ __forceinline__ Sums get(uint32_t chunk) const {
     const double* const at = data + chunk;
@@ -128,6 +129,11 @@ struct LossOut {
   double* sum_grads;                // [3, K, B]
 };
 
+// The bytes of a cluster's block for its chunks' sums.
+GUARD_OPS_HD uint32_t partial_bytes(uint32_t chunks) {
+  return uint32_t(chunks * sizeof(Sums) + 15) / 16 * 16;
+}
+
 inline int64_t scratch_bytes(int64_t rows, int64_t steps, int64_t batch) {
   return rows * sizeof(RowState) + steps * sizeof(Statistics) + batch * sizeof(int64_t);
 }
@@ -146,13 +152,12 @@ struct Workspace {
   Scratch scratch;
 };
 
-// Integers that a launch finds at 0 and leaves so, but for `evaluated`, which changes.
+// Integers that a launch finds at 0 and leaves so, but for `evaluated`, which changes. Nobody polls
+// in the cache line where others count.
 struct Counters {
   uint32_t *arrived, *evaluated;
   uint32_t* of_rows;  // [K, B]
 };
-constexpr uint32_t counter_line = 32;  // of them: nobody polls where others count
-
 inline Counters counters_at(uint32_t* base) {
   return {base, base + counter_line, base + 2 * counter_line};
 }
@@ -187,18 +192,11 @@ struct Into {  // evaluate()'s Out
   }
 };
 
-// What another block wrote.
-__device__ __forceinline__ Sums fresh_sums(const Sums* from) {
-  const double* const s = reinterpret_cast<const double*>(from);
-  return {load_fresh(s), load_fresh(s + 1), load_fresh(s + 2)};
-}
-
-// The block's [K, B] arithmetic on rows' sums, which may be `own`: in its shared memory.
+// The block's [K, B] arithmetic on the rows' sums.
 __device__ __forceinline__ void evaluate_by_block(const Problem& problem, const Sums* sums,
-                                                  bool own, const Scratch& scratch,
-                                                  const LossOut& out) {
+                                                  const Scratch& scratch, const LossOut& out) {
   evaluate(
-      Block{}, problem, [=](int64_t n) { return own ? sums[n] : fresh_sums(sums + n); }, scratch,
+      Block{}, problem, [=](int64_t n) { return sums[n]; }, scratch,
       Into{out, problem.steps, problem.steps * problem.batch});
 }
 

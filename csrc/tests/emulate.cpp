@@ -12,6 +12,9 @@
 #include "emulate_runtime.h"
 
 namespace guard_ops::cuda::emulation {
+
+bool copies_land_at_once = false;
+
 namespace {
 
 constexpr uint32_t lanes = 32;
@@ -56,7 +59,7 @@ struct Grid {
   std::vector<Block> blocks;
   std::vector<Barrier> clusters;
   std::vector<std::unique_ptr<Fiber>> fibers;
-  bool copies_at_once;
+
   Grid* previous = nullptr;  // that it is chained to and that has not ended
   size_t left = 0;           // threads that still run
   size_t holding = 0;        // threads before the end of which, or their word, no next grid starts
@@ -151,8 +154,12 @@ void enqueue_copy(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     std::abort();  // the device would
   }
-  if (current->grid->copies_at_once) std::memcpy(to, from, 16);
-  current->open.emplace_back(to, from);
+
+  if (copies_land_at_once) {
+    std::memcpy(to, from, 16);
+  } else {
+    current->open.emplace_back(to, from);
+  }
 }
 
 void commit() { current->committed.push_back(std::exchange(current->open, {})); }
@@ -165,10 +172,9 @@ void complete(size_t pending) {
 }
 
 void launch(const Launch& launch, std::function<void()> thread) {
-  static bool at_once = false;
   if (!launch.chained) finish();
   auto grid = std::make_unique<Grid>();
-  grid->copies_at_once = at_once = !at_once;
+
   grid->thread = std::move(thread);
   grid->blocks.resize(launch.blocks);
   grid->clusters.resize(launch.blocks / launch.cluster);

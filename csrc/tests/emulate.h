@@ -1,7 +1,7 @@
 // The device on the host: every CUDA thread a fiber, all of a grid's on one thread of the host, in
 // turns. What ../cuda/device.h asks for is here in plain C++, stricter than the device where that
-// finds mistakes: asynchronous copies land at once in one launch and only when they are waited for
-// in the next; shared memory starts, and ends when its block does, as NaNs; threads take turns from
+// finds mistakes: asynchronous copies land only when they are waited for, or all at once, as a test
+// likes; shared memory starts, and ends when its block does, as NaNs; threads take turns from
 // the first on and from the last on; a chained launch runs as early as it may, before the one that
 // it is chained to. What it cannot find are races between two synchronizations.
 #pragma once
@@ -133,10 +133,11 @@ inline void set_flag(uint32_t* flag, uint32_t value) {
 inline void await_change(const uint32_t* flag, uint32_t before) {
   while (flag_now(flag) == before) emulation::pause();
 }
-inline double load_fresh(const double* x) { return *x; }
 
 inline void let_next_start() { emulation::let_next_start(); }
 inline void await_previous() { emulation::await_previous(); }
+
+inline double load_fresh(const double* x) { return *x; }
 
 inline void sync_cluster() { emulation::arrive_and_wait(emulation::cluster_barrier()); }
 inline uint32_t cluster_rank() { return emulation::position().rank; }

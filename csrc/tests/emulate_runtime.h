@@ -14,6 +14,7 @@ struct Device {
   bool cooperative, clusters;
   int cache_bytes = 1 << 15;
   bool busy = false;  // says that it launches blocks together, and does not
+  bool overlaps = true;
 };
 
 inline Device emulated{0, 3, 1 << 16, true, true};
@@ -29,6 +30,8 @@ struct Launch {
 
 inline std::string why_not(const void*) { return ""; }
 
+inline bool overlap(const void*, int, const void*, int) { return emulated.overlaps; }
+
 inline int at_once(const void*, const Launch& launch) {
   if (launch.shared_bytes > emulated.shared_bytes) return 0;
   return emulated.multiprocessors / launch.cluster;
@@ -36,7 +39,8 @@ inline int at_once(const void*, const Launch& launch) {
 
 namespace emulation {
 void launch(const Launch& launch, std::function<void()> thread);
-void finish();  // everything that was launched
+void finish();                    // everything that was launched
+extern bool copies_land_at_once;  // and not only when they are waited for
 }  // namespace emulation
 
 template <class Argument>

@@ -105,6 +105,7 @@ def test_a_row_knows_its_share_of_the_copy():
     assert alone["moved_share_of_copy"] == pytest.approx(12 * share)
     small = device.row(job._replace(workload=device.SMALL.name), {"microseconds": 9.0}, copy=4e12)
     assert small["moved_share_of_copy"] == small["share_of_copy"]
+    assert f"{18 * share:.2f} moved" in device.line(made)
     assert "share_of_copy" not in device.row(job, {"microseconds": 200.0}, copy=None)
     failed = device.row(job, {"error": "RuntimeError: no"}, copy=4e12)
     assert "RuntimeError: no" in device.line(failed)
