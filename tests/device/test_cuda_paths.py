@@ -168,6 +168,15 @@ def test_calls_on_several_streams_and_graphs_beside_each_other(cuda):
             assert all(map(torch.equal, got, expected))
 
 
+def test_more_rows_than_a_stream_has_counters_for(cuda):
+    small, large = on_device(made(latent=(64,))), on_device(made(latent=(64,), steps=5, batch=400))
+    for path in ("two_launches", "cooperative"):
+        cuda.force_cuda_path(path)
+        for given in (small, large, small):
+            first, again = (bits(given, CONFIGS["article"]) for _ in range(2))
+            assert all(map(torch.equal, first, again)), path
+
+
 def test_a_factor_is_applied_without_asking_the_host(cuda):
     given = on_device(made(latent=(4, 33)))
     v = given["model_output"].detach().requires_grad_()
