@@ -148,7 +148,6 @@ __global__ void __launch_bounds__(cluster_threads, 1)
       begin + call.block_chunks < p.row_chunks ? begin + call.block_chunks : p.row_chunks;
   // this block's partial sums lie behind the header
   Sums* const partials = reinterpret_cast<Sums*>(slot_memory());
-
   const uint32_t base = row * p.row_chunks;
   const Walk walk(p, slot_memory() + partial_bytes(call.block_chunks), call.slots,
                   base + (begin < end ? begin : end), base + end, true);
@@ -217,7 +216,6 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
     if (uint32_t(size) > p.row_chunks) break;  // blocks without a chunk
     const uint32_t block_chunks = (p.row_chunks + size - 1) / size;
     const uint32_t tiles = tiles_of(block_chunks, cluster_threads, p);
-
     Launch candidate{int(p.rows) * size, cluster_threads,
                      shared_bytes(p, cluster_threads, tiles) + int(partial_bytes(block_chunks))};
     candidate.cluster = size;
