@@ -3,6 +3,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <deque>
 #include <memory>
@@ -79,7 +80,7 @@ void begin() {
   current->grid->thread();
   Block& block = *current->block;
   // Nobody may read a block's shared memory once it has left.
-  if (--block.left == 0) std::memset(block.shared.data(), 0xFF, block.shared.size());
+  if (--block.left == 0) std::fill(block.shared.begin(), block.shared.end(), char(0xFF));
   let_go(*current);
   current->done = true;
   _longjmp(back, 1);
