@@ -47,7 +47,7 @@ constexpr int64_t counter_line = 32;  // of them in a line of the cache
 // So many of them on the current device: the stream's, whose calls follow each other; while it is
 // captured ones that nobody else gets, as a graph may be replayed beside anything. Null where there
 // are none: in a capture before the device's first call, after too many streams or captured calls,
-// or on the per-thread stream, which is several.
+// on a device without memory left, or on the per-thread stream, which is several.
 uint32_t* counters_of(int64_t count, Stream);
 
 // out: [3, K, B] float64.

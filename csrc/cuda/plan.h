@@ -117,7 +117,7 @@ inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   while (p.row_parts < most_parts && p.row_parts * part_chunks < p.row_chunks) p.row_parts *= 2;
   p.rows = uint32_t(t.steps * t.batch);
   if (t.steps * t.batch * p.row_chunks >= int64_t(1) << 30) {
-    throw std::runtime_error("guard_ops: more than 2^40 elements are too many for one call");
+    throw std::runtime_error("guard_ops: model_output has too many elements for one CUDA call");
   }
   p.chunks = p.rows * p.row_chunks;
   p.numel = t.numel;
