@@ -60,7 +60,6 @@ struct Grid {
   std::vector<Block> blocks;
   std::vector<Barrier> clusters;
   std::vector<std::unique_ptr<Fiber>> fibers;
-
   Grid* previous = nullptr;  // that it is chained to and that has not ended
   size_t left = 0;           // threads that still run
   size_t holding = 0;        // threads before the end of which, or their word, no next grid starts
@@ -155,7 +154,6 @@ void enqueue_copy(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     std::abort();  // the device would
   }
-
   if (copies_land_at_once) {
     std::memcpy(to, from, 16);
   } else {
@@ -175,7 +173,6 @@ void complete(size_t pending) {
 void launch(const Launch& launch, std::function<void()> thread) {
   if (!launch.chained) finish();
   auto grid = std::make_unique<Grid>();
-
   grid->thread = std::move(thread);
   grid->blocks.resize(launch.blocks);
   grid->clusters.resize(launch.blocks / launch.cluster);
