@@ -6,10 +6,16 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 GRACE_SECONDS = 5.0  # to say what was done so far, after an interrupt
+# A shell's background job ignores interrupts, and so does what it starts, unless told not to.
+HEED = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 def run(
@@ -24,6 +30,8 @@ def run(
     In a group of its own: what it started (compilers, test workers, a kernel that never ends) is
     interrupted, then killed, with it; also when this process is interrupted itself.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        command = [sys.executable, "-c", HEED, *command]
     stderr = subprocess.STDOUT if output is not None else None
     process = subprocess.Popen(
         command, cwd=folder, env=dict(environment), stdout=output, stderr=stderr, text=True,
