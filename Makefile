@@ -7,17 +7,17 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt setup.py pyproject.toml \
   scripts/toolchain.py scripts/compiling.py
 
-.PHONY: demo test test-cpp test-triton gpu-check lint format bench wheels wheel-check clean
+.PHONY: demo test test-cpp test-triton test-emulated gpu-check lint format bench wheels wheel-check clean
 
 demo: $(VENV)/runtime
 	$(BIN)/guard-ops demo
 
 # Two processes of as many threads as there are cores: none may spin while it waits for another.
-test test-triton: export OMP_WAIT_POLICY = passive
+test test-triton test-emulated: export OMP_WAIT_POLICY = passive
 
 test: lint test-cpp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-	$(MAKE) test-triton
+	$(MAKE) test-triton test-emulated
 
 # The Triton kernels on the CPU, by Triton's interpreter: their own tests, and some of the others'.
 test-triton: $(VENV)/development
@@ -25,6 +25,15 @@ test-triton: $(VENV)/development
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q tests/test_goldens.py tests/test_sde_step.py \
 	  tests/test_torch_operators.py \
 	  -k "triton and not cps and not K3 and not K2 and not 0.001"
+
+# The CUDA kernels on an emulated device, through their backend and its bindings: their own tests, and
+# those that run over every backend.
+test-emulated: $(VENV)/development
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/compiling.py --emulated
+	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -k cuda --ignore tests/device/test_triton_launch_paths.py \
+	  tests/device $(patsubst %,tests/test_%.py, \
+	  autograd determinism goldens gradients layouts nonfinite numerics peers plain_call sde_step \
+	  single_sample statistics torch_operators)
 
 # On a machine with a GPU: device tests and benchmarks, written to benchmarks/results. Needs no
 # network and no virtual environment: PYTHON's torch, triton, numpy, pytest, pytest-benchmark.

@@ -30,8 +30,8 @@ def record(chosen: toolchain.Toolchain) -> str:
     return json.dumps({"torch": chosen.torch.version, "cuda": cuda}) + "\n"
 
 
-def extension(chosen: toolchain.Toolchain) -> Path:
-    """Compile; the extension's file."""
+def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
+    """Compile; the extension's file. ``emulated``: the one with CUDA kernels that a CPU runs."""
     import pybind11
 
     torch, nvcc = chosen.torch, chosen.nvcc
@@ -64,14 +64,16 @@ def extension(chosen: toolchain.Toolchain) -> Path:
     cmake = toolchain.find_program("cmake", os.environ) or "cmake"
     run = subprocess.check_call
     run([cmake, "-G", "Ninja", *options, "-S", str(ROOT), "-B", str(build)])
-    run([cmake, "--build", str(build), "--parallel", jobs])
-    run([cmake, "--install", str(build)])
-    (built,) = (build / "install").glob("_C*.so")
+    target = ["--target", "emulated"] if emulated else []
+    run([cmake, "--build", str(build), "--parallel", jobs, *target])
+    if not emulated:
+        run([cmake, "--install", str(build)])
+    (built,) = (build / ("emulated" if emulated else "install")).glob("_C*.so")
     return built
 
 
 def main() -> int:
-    """Compile into the checkout; 1 where nothing can be."""
+    """Compile into the checkout, for the tests with ``--emulated``; 1 where nothing can be."""
     try:
         chosen = toolchain.choose(os.environ)
         toolchain.architectures(os.environ)
@@ -81,6 +83,11 @@ def main() -> int:
     print(f"guard-ops: {chosen.line}", flush=True)
     if chosen.torch is None:
         return 1
+    if "--emulated" in sys.argv:
+        folder = ROOT / "build" / "emulated"
+        folder.mkdir(exist_ok=True)
+        shutil.copy2(extension(chosen, emulated=True), folder)
+        return 0
     target = ROOT / "guard_ops" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     for earlier in (target, target.with_suffix(".json")):
         earlier.unlink(missing_ok=True)

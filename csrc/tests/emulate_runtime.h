@@ -15,6 +15,7 @@ struct Device {
   int cache_bytes = 1 << 15;
   bool busy = false;  // says that it launches blocks together, and does not
   bool overlaps = true;
+  bool synchronous = false;  // a launch ends before the call of it does
 };
 
 inline Device emulated{0, 3, 1 << 16, true, true};
@@ -47,6 +48,7 @@ template <class Argument>
 bool starts(void (*kernel)(Argument), const Launch& launch, void*, Argument argument) {
   if (emulated.busy && (launch.cooperative || launch.cluster > 1)) return false;
   emulation::launch(launch, [=] { kernel(argument); });
+  if (emulated.synchronous) emulation::finish();
   return true;
 }
 

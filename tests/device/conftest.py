@@ -1,4 +1,5 @@
-"""Every backend that drives a GPU, on one; and Triton's kernels on the CPU, interpreted."""
+"""Every backend that drives a GPU, on one; Triton's kernels on the CPU, interpreted; and CUDA's, on
+an emulated device."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import guard_ops as go
 from guard_ops.backends import select, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = os.environ.get("GUARD_OPS_EMULATED") == "1"
 
 
 class Place(NamedTuple):
@@ -23,8 +25,10 @@ class Place(NamedTuple):
 
 
 def places() -> list[object]:
-    """The interpreter's, and a GPU's with every backend but the plain one."""
+    """The interpreter's, the emulated one, and a GPU's with every backend but the plain one."""
     found: list[object] = []
+    if EMULATED:
+        found.append(pytest.param(Place("cuda", torch.device("cpu")), id="cuda-emulated"))
     if INTERPRETED and "triton" in go.available_backends():
         found.append(pytest.param(Place("triton", torch.device("cpu")), id="triton-interpreted"))
     for name in go.available_backends() if torch.cuda.is_available() and not INTERPRETED else ():
@@ -36,7 +40,7 @@ def places() -> list[object]:
         if name != "reference":
             place = Place(name, torch.device("cuda", 0))
             found.append(pytest.param(place, id=f"{name}-gpu", marks=pytest.mark.gpu))
-    reason = "needs a GPU, or TRITON_INTERPRET=1"
+    reason = "needs a GPU, TRITON_INTERPRET=1 or GUARD_OPS_EMULATED=1"
     return found or [pytest.param(None, marks=pytest.mark.skip(reason=reason), id="nowhere")]
 
 

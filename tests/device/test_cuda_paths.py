@@ -1,7 +1,7 @@
-"""guard_loss on CUDA by each of its paths, on a GPU: the same bits, the right numbers.
+"""guard_loss on CUDA by each of its paths, on a GPU or emulated: the same bits, the right numbers.
 
-What holds for every backend of a GPU is tested beside this file; the same kernels' logic runs
-without one in ``csrc/tests/cuda_test.cpp``.
+What holds for every backend of a GPU is tested beside this file; more of the kernels, without
+Python, in ``csrc/tests/cuda_test.cpp``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from emulated import EMULATED
 from on_device import capture
 from problems import FORMS, problem, relative, truth
 
@@ -22,6 +23,10 @@ pytestmark = [
         "cuda" not in go.available_backends(), reason="needs a GPU and a build with CUDA kernels"
     ),
 ]
+needs_gpu = pytest.mark.skipif(EMULATED, reason="needs a GPU")
+DEVICE = "cpu" if EMULATED else "cuda"
+# A row for a cluster, and one that is too long.
+SIZES = [(3, 64, 64), (16, 64, 64)] if EMULATED else [(16, 64, 64), (16, 21, 60, 104)]
 
 CONFIGS = {
     "article": go.GuardConfig.article(),
@@ -42,7 +47,7 @@ def cuda():
     _C.force_cuda_path("automatic")
 
 
-def on_device(given, device="cuda"):
+def on_device(given, device=DEVICE):
     """The problem, which ``problem`` makes on the CPU, on a device."""
     return {
         name: value.to(device) if hasattr(value, "to") else value for name, value in given.items()
@@ -50,7 +55,7 @@ def on_device(given, device="cuda"):
 
 
 def made(form="velocity", **more):
-    with go.use_backend("cpu"):
+    with go.use_backend("reference"):
         return problem(form, **{"dtype": torch.float32, **more})
 
 
@@ -62,17 +67,19 @@ def bits(given, config, **more):
     return [out.loss.detach(), out.log_ratio, out.excess, out.weights, grad, *out.metrics]
 
 
-def paths(name, latent, device="cuda"):
+def paths(name, latent):
     """What there is besides two launches; a forced path that cannot run is an error."""
-    capable = torch.cuda.get_device_capability(device) >= (9, 0)
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    capable, room = True, 1 << 16  # csrc/tests/emulate_runtime.h
+    if not EMULATED:
+        capable = torch.cuda.get_device_capability() >= (9, 0)
+        room = torch.cuda.get_device_properties().shared_memory_per_block_optin
     fits = math.prod(latent) * 16 <= 8 * (room - 4096)  # four float32 operands, in eight blocks
     alone = ["in_turn", *(["cluster"] if capable and fits else [])]
     return ["cooperative", *(alone if name in INDEPENDENT else [])]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("latent", [(7,), (16, 64, 64), (16, 21, 60, 104)])
+@pytest.mark.parametrize("latent", [(7,), *SIZES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_paths_give_the_same_bits(name, latent, dtype, cuda):
     given = on_device(
@@ -103,10 +110,12 @@ def test_every_form_by_every_path(form, guided, path, cuda):
     expected, want = truth(given, config)
     cuda.force_cuda_path(path)
     out = bits(on_device(given), config)
-    assert relative(out[0].cpu(), expected.loss) < 1e-4
+    # of terms of order 1 that cancel, by float32 log-ratios divided by their spread
+    assert out[0].item() == pytest.approx(expected.loss.item(), abs=2e-5)
     assert relative(out[4].cpu(), want) < 1e-3  # float32 sums, divided by the batch's spread
 
 
+@needs_gpu
 @pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster", "in_turn"])
 def test_every_path_is_captured_and_replayed(path, cuda):
     given, config = on_device(made(latent=(16, 64, 64))), config_for(path, (16, 64, 64))
@@ -126,7 +135,7 @@ def test_every_path_is_captured_and_replayed(path, cuda):
 
 
 @pytest.mark.parametrize("nonfinite", ["drop", "propagate"])
-@pytest.mark.parametrize("latent", [(16, 64, 64), (16, 21, 60, 104)])
+@pytest.mark.parametrize("latent", SIZES)
 def test_a_sample_that_is_not_finite_changes_the_same_rows_by_every_path(latent, nonfinite, cuda):
     config = go.GuardConfig("none", clip_low=0.1, clip_high=0.1, nonfinite=nonfinite)
     given = on_device(made(latent=latent, steps=2, batch=3))
@@ -140,6 +149,7 @@ def test_a_sample_that_is_not_finite_changes_the_same_rows_by_every_path(latent,
             assert torch.equal(got.nan_to_num(9.0), want.nan_to_num(9.0)), path
 
 
+@needs_gpu
 def test_calls_on_several_streams_and_graphs_beside_each_other(cuda):
     """Each has counters of its own, and leaves them as it found them."""
     given, config = on_device(made(latent=(16, 64, 64))), CONFIGS["article"]
@@ -177,6 +187,7 @@ def test_more_rows_than_a_stream_has_counters_for(cuda):
             assert all(map(torch.equal, first, again)), path
 
 
+@needs_gpu
 def test_a_factor_is_applied_without_asking_the_host(cuda):
     given = on_device(made(latent=(4, 33)))
     v = given["model_output"].detach().requires_grad_()
@@ -198,7 +209,7 @@ def test_opcheck_of_the_scaling_in_place():
     v = given["model_output"].flatten(2)
     table = given["coeffs"].table.unsqueeze(-1).expand(5, 3, 4)
     arguments = (v, None, None, *flat, table, 1.0, True, False)
-    factor, c = torch.tensor(0.5, device="cuda"), torch.ones(3, 3, 4, device="cuda").double()
+    factor, c = torch.tensor(0.5, device=DEVICE), torch.ones(3, 3, 4, device=DEVICE).double()
     operator = torch.ops.guard_ops.scaled_.default
     torch.library.opcheck(operator, (v.clone(), v.new_empty(0), factor, c, *arguments))
 

@@ -1,0 +1,12 @@
+// torch's streams, of which the emulated device has one.
+#pragma once
+
+namespace c10::cuda {
+
+struct CUDAStream {
+  void* stream() const { return nullptr; }
+};
+
+inline CUDAStream getCurrentCUDAStream() { return {}; }
+
+}  // namespace c10::cuda

@@ -1,0 +1,47 @@
+"""The CUDA kernels on an emulated device, as the backend ``cuda`` of CPU tensors.
+
+``csrc/tests/emulate.h`` says what that device is. The extension is that of a GPU but for machine
+code and run time, so that the backend and the bindings are tested too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EMULATED = os.environ.get("GUARD_OPS_EMULATED") == "1"  # `make test-emulated`
+FOLDER = Path(__file__).parents[1] / "build" / "emulated"
+OPERATORS = ("sums", "gradient", "scaled_", "guard_loss", "sde_step")
+_library = torch.library.Library("guard_ops", "FRAGMENT")
+
+
+def prepare() -> None:
+    """Must be called before ``guard_ops`` is imported."""
+    (path,) = FOLDER.glob("_C*.so")
+    spec = importlib.util.spec_from_file_location("guard_ops._C", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["guard_ops._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    count, torch.cuda.device_count = torch.cuda.device_count, lambda: 1
+    from guard_ops.backends import cpu, cuda
+
+    torch.cuda.device_count = count
+    cuda.supports = lambda device: device.type == "cpu"
+    cpu.supports = lambda device: False  # its operators are now the others
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for name in OPERATORS:
+        operator = getattr(torch.ops.guard_ops, name).default
+
+        def run(*args: Any, operator: Any = operator) -> Any:
+            return operator.redispatch(on_cuda, *args)
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")
+            _library.impl(name, run, "CPU")
