@@ -146,6 +146,7 @@ def log_ratio(
         LossArguments(
             model_output, model_output_uncond, None, sample, prev_sample, old_mean,
             old_model_output, noise, seed, coeffs, guidance_scale, old_log_prob,
+            config=_ARTICLE,  # torch.compile of 2.11 cannot find a default's origin
         ),
     )  # fmt: skip
     _check_reduction(reduction)

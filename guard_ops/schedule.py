@@ -239,14 +239,15 @@ class SdeSchedule:
             return StepCoefficients._of(self._table[:, step], gaussian, zero)
         if isinstance(k, slice):
             steps = list(range(*k.indices(n)))
-            table = self._table[:, k] if (k.step or 1) > 0 else self._table[:, steps]
+            table = self._table[:, k] if (k.step or 1) > 0 else None
         elif isinstance(k, (list, tuple, range)) and all(type(x) is int for x in k):
-            steps = [self._step(x) for x in k]
-            table = self._table[:, steps]
+            steps, table = [self._step(x) for x in k], None
         else:
             raise TypeError(f"`k` is {_describe(k)}; it needs an int, slice, list or LongTensor")
         if not steps:
             raise ValueError(f"`k` is {k!r}, which selects none of the {n} steps")
+        if table is None:  # a list as an index would be a copy to the device, which is waited for
+            table = torch.stack([self._table[:, step] for step in steps], 1)
         zeros = tuple(i for i, step in enumerate(steps) if step in self._deterministic)
         return StepCoefficients._of(table, gaussian, zeros)
 
