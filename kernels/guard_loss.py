@@ -41,7 +41,7 @@ from .launch import (
     strides_of,
 )
 from .objective import BALANCE, RATIO_NORM, Mode
-from .paths import choose, cut, machine
+from .paths import choose, cut, machine, refused
 from .sums import (
     combine,
     is_last,
@@ -322,16 +322,22 @@ def guard_loss(
         else:
             programs = machine(device).processors
             resident = parts.tiles == 1 and parts.units <= programs
-            start(
-                grid_kernel,
-                min(parts.units, programs),
-                *common,
-                *last,
-                resident,
-                independent,
-                warps=WARPS["grid"],
-                programs=1,
-                **({} if device.type == "cpu" else {"launch_cooperative_grid": True}),
-            )
+            try:
+                start(
+                    grid_kernel,
+                    min(parts.units, programs),
+                    *common,
+                    *last,
+                    resident,
+                    independent,
+                    warps=WARPS["grid"],
+                    programs=1,
+                    **({} if device.type == "cpu" else {"launch_cooperative_grid": True}),
+                )
+            except RuntimeError as error:
+                if not refused(device, error):
+                    raise
+                guard_loss(t, objective, grad, grad_uncond, loss, per_row, metrics, sum_grads)
+                return
         if independent and objective.others_count(steps):
             gradient(t, sum_grads, grad, grad_uncond, written=written)

@@ -151,7 +151,8 @@ def prepare(device: torch.device) -> None:
     if device.type != "cuda" or device in _reserved or torch.cuda.is_current_stream_capturing():
         return
     with _lock, no_dispatch(), torch.cuda.device(device):
-        if device not in _reserved:
+        # asked again, now of this device's stream
+        if device not in _reserved and not torch.cuda.is_current_stream_capturing():
             reserve = torch.zeros(RESERVED, dtype=torch.int32, device=device)
             _filled[device] = torch.cuda.Event()
             _filled[device].record()

@@ -25,9 +25,28 @@ class Machine(NamedTuple):
     cooperative: bool  # whether a launch can promise that all its programs are resident
 
 
-@functools.cache
+_apart: set[torch.device] = set()  # that have refused a cooperative launch
+
+
 def machine(device: torch.device) -> Machine:
     """Of a device; the interpreter's is one processor that runs a program after the other."""
+    known = _machine(device)
+    return known._replace(cooperative=False) if device in _apart else known
+
+
+def refused(device: torch.device, error: RuntimeError) -> bool:
+    """Whether a launch failed because it was cooperative; then the device gets no more of them.
+
+    A partition of a GPU may run fewer programs at once than the GPU has processors.
+    """
+    if "cooperative launch" not in str(error):
+        return False
+    _apart.add(device)
+    return True
+
+
+@functools.cache
+def _machine(device: torch.device) -> Machine:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         cache = getattr(properties, "L2_cache_size", 0)

@@ -90,6 +90,25 @@ def test_one_launch_that_holds_its_tile(triton, monkeypatch):
     assert same(result(alone, ARTICLE, "one_launch", monkeypatch), expected)
 
 
+def test_a_cooperative_launch_that_is_refused_is_two_and_not_tried_again(triton, monkeypatch):
+    monkeypatch.setattr(paths, "_machine", lambda device: Machine(132, 50 << 20, True))
+    monkeypatch.setattr(paths, "_apart", set())
+    tried, start = [], guard_loss.start
+
+    def refuse(kernel, *args, **options):
+        if kernel is guard_loss.grid_kernel:
+            tried.append(kernel)
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+        start(kernel, *args, **options)
+
+    _, given = problem_on(triton.device, "noise", dtype=torch.float32, drift=0.3)
+    expected = result(given, ARTICLE, "two_launches", monkeypatch)
+    monkeypatch.setattr(guard_loss, "start", refuse)
+    for path in ("", "", "one_launch"):  # chosen, and forced
+        assert same(result(given, ARTICLE, path, monkeypatch), expected)
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize("path", ["rows", "one_launch"])
 @pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
 def test_a_row_that_is_not_finite_mends_the_others(path, nonfinite, triton, monkeypatch):
