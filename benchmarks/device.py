@@ -84,7 +84,7 @@ def jobs(backends: Sequence[str]) -> list[Job]:
                 if objective == "paper" or path not in INDEPENDENT
                 if (workload, path) not in REFUSED
             ]
-        if dtype == "bfloat16":
+        if dtype == "bfloat16" and objective == "article":
             bounded += [Job(workload, dtype, chain, "mean", objective) for chain in CHAINS]
     return [*bounded, *forms, *paths]
 
@@ -203,7 +203,7 @@ def device_backends() -> list[str]:
         with go.use_backend(name):
             try:
                 select(torch.device("cuda"))
-            except ValueError:
+            except (ValueError, RuntimeError):  # RuntimeError: it cannot even be asked
                 continue
         if name != "reference":
             found.append(name)

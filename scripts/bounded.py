@@ -24,6 +24,7 @@ def run(
     folder: Path,
     environment: Mapping[str, str],
     output: int | None = None,  # as of subprocess: None is this process's own
+    grace: float | None = None,  # instead of GRACE_SECONDS
 ) -> tuple[int | None, str]:
     """Exit status, None when it took longer than ``seconds``; and what it wrote to a pipe.
 
@@ -42,16 +43,16 @@ def run(
         return process.returncode, text or ""
     except subprocess.TimeoutExpired:
         _signal(process, signal.SIGINT)
-        return None, _rest(process)
+        return None, _rest(process, GRACE_SECONDS if grace is None else grace)
     finally:
         _signal(process, signal.SIGKILL)
-        _rest(process)
+        _rest(process, GRACE_SECONDS)
 
 
-def _rest(process: subprocess.Popen[str]) -> str:
+def _rest(process: subprocess.Popen[str], seconds: float) -> str:
     """What it still writes; not waited for longer, should a driver not let go of it."""
     try:
-        return process.communicate(timeout=GRACE_SECONDS)[0] or ""
+        return process.communicate(timeout=seconds)[0] or ""
     except subprocess.TimeoutExpired as error:
         return error.output.decode(errors="replace") if error.output else ""
 

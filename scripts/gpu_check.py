@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import bounded  # noqa: E402
+import sanitize  # noqa: E402
 import toolchain  # noqa: E402
 
 BEGAN = time.monotonic()
@@ -43,6 +44,8 @@ class Step(NamedTuple):
     least: int  # kept for it, whatever the steps before it take
     required: bool  # whether the check fails with it
     wanted: Callable[[], str] = lambda: ""  # why not to run it, or nothing
+    variables: Mapping[str, str] = {}  # of its environment, besides
+    grace: float | None = None  # seconds to say what it has found, once interrupted
     meaning: Mapping[int, str] = {}  # of an exit status
 
 
@@ -69,11 +72,12 @@ def no_build() -> str:
 
 def plugins() -> list[str]:
     """pytest's options to run in several processes, and to end a test that hangs, where it can."""
-    options = ["-o", "faulthandler_timeout=100"]  # says what a hung test was doing
-    if importlib.util.find_spec("xdist"):
-        options += ["-n", "4"]
+    options = ["-o", "faulthandler_timeout=60"]  # says what a hung test was doing
+    if importlib.util.find_spec("xdist"):  # most of the time Triton and its assembler compile
+        workers = min(12, max(2, len(os.sched_getaffinity(0)) - 2))
+        options += ["-n", str(workers), "--max-worker-restart=64"]
         if importlib.util.find_spec("pytest_timeout"):  # it ends the process, xdist starts another
-            options += ["--timeout=100", "--timeout-method=thread"]
+            options += ["--timeout=60", "--timeout-method=thread"]
     return options
 
 
@@ -84,9 +88,11 @@ GPU_TESTS = [  # what only a device can show first; the trainer's tests would wa
     "tests/device/test_device_launches.py",
     "tests/device/test_device_loss.py",
     "tests/device/test_triton_launch_paths.py",
-    "tests/device",
     "tests/kernels",
+    "tests/device/test_device_goldens.py",
+    "tests/device/test_unusable_device.py",
 ]
+ONE_OF_MANY = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}  # processes
 BOUND_MISSED = 3  # benchmarks.device's exit status
 STEPS = [  # the benchmarks' numbers are had nowhere else, so they come before what takes long
     Step("build", [PYTHON, "scripts/compiling.py"], 200, 0, False, no_build),
@@ -99,8 +105,17 @@ STEPS = [  # the benchmarks' numbers are had nowhere else, so they come before w
         True,
         meaning={BOUND_MISSED: "a bound is missed, or was not measured"},
     ),
-    Step("tests", [*PYTEST, *GPU_TESTS], 300, 120, True),
-    Step("sanitizer", [PYTHON, "scripts/sanitize.py", "--seconds", SECONDS], 115, 70, True),
+    # xdist waits 10 s for a worker that a kernel holds, before it says what failed
+    Step("tests", [*PYTEST, *GPU_TESTS], 300, 120, True, variables=ONE_OF_MANY, grace=12.0),
+    Step(
+        "sanitizer",
+        [PYTHON, "scripts/sanitize.py", "--seconds", SECONDS],
+        200,
+        90,
+        True,
+        sanitize.missing,
+        variables=ONE_OF_MANY,
+    ),
 ]
 
 
@@ -136,7 +151,9 @@ def run_steps(
             began = time.monotonic()
             seconds = limit(steps, index, total - (began - start))
             print(f"gpu-check: {step.name}, at most {seconds:.0f} s", flush=True)
-            status, _ = bounded.run(command_of(step, seconds), seconds, ROOT, environment)
+            variables = {**environment, **step.variables}
+            command = command_of(step, seconds)
+            status, _ = bounded.run(command, seconds, ROOT, variables, grace=step.grace)
             text = "passed"
             if status is None:
                 text = f"FAILED: more than {seconds:.0f} s"

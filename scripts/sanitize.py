@@ -34,6 +34,7 @@ PATHS = {
 INDEPENDENT = ("cluster", "in_turn", "rows")  # only for objectives whose transitions need no other
 # Elements of a latent and dtype: not a multiple of a vector; several tiles and chunks.
 SIZES = {"tiny": ((601, "float32"),), "small": ((601, "float32"), (9000, "bfloat16"))}
+FIRST_PORT, PORTS = 49152, 16
 SECONDS = 100  # of everything
 FIRST_SHARE = 0.4  # of that, for a run without a tool, in which Triton compiles
 
@@ -58,6 +59,11 @@ class Run(NamedTuple):
             return calls
         options = ["--tool", self.tool, "--error-exitcode", "1", "--launch-timeout", "0"]
         options += ["--target-processes", "application-only"]  # not the assembler
+        # torch asks the driver for functions that it may not have: those errors are no findings.
+        options += ["--report-api-errors", "no"]
+        # A range of ports each, as all of them run at once.
+        number = BACKENDS.index(self.backend) * len(TOOLS) + TOOLS.index(self.tool)
+        options += ["--port", str(FIRST_PORT + number * PORTS)]
         if self.backend == "cuda" and self.tool != "initcheck":
             options += ["--kernel-name", "kns=guard_ops"]
         return [sanitizer, *options, *calls]
@@ -124,6 +130,11 @@ def sanitizer() -> str | None:
     )
 
 
+def missing() -> str:
+    """Why nothing can be run, or nothing."""
+    return "" if sanitizer() else "compute-sanitizer is not on PATH, nor in CUDA_HOME"
+
+
 def run_all(
     runs: Sequence[Run], tool: str, seconds: float, start: Callable[..., Any] = bounded.run
 ) -> list[Run]:
@@ -174,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     tool = sanitizer()
     if tool is None:
-        print("sanitize: nothing was run, compute-sanitizer is not on PATH")
+        print(f"sanitize: nothing was run, {missing()}")
         return 0
     failed = run_all([Run(name, None) for name in here], tool, FIRST_SHARE * options.seconds)
     left = [name for name in here if Run(name, None) not in failed]

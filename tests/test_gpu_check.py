@@ -42,6 +42,11 @@ def test_the_figures_come_before_what_takes_long(check):
     assert check.TOTAL_SECONDS <= 600
 
 
+def test_every_device_test_is_run(check):
+    device = {str(path.relative_to(ROOT)) for path in (ROOT / "tests/device").glob("test_*.py")}
+    assert device | {"tests/kernels"} == set(check.GPU_TESTS)
+
+
 def test_a_step_leaves_the_others_their_least(check):
     steps = [
         fake(check, "a", seconds=400, least=0),
@@ -116,6 +121,19 @@ print(bounded.run({python(code)!r}, 2, ".", os.environ, output=subprocess.PIPE))
     assert done.stdout.strip() == repr((None, "begun\nso far: 3 passed\n"))
 
 
+def test_a_step_has_an_environment_and_a_grace_of_its_own(check, capfd):
+    code = (
+        "import os, time\n"
+        "print(os.environ['OMP_NUM_THREADS'], flush=True)\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(6); print('late', flush=True)"
+    )
+    step = fake(check, "x", code, seconds=2, variables={"OMP_NUM_THREADS": "3"}, grace=20.0)
+    (outcome,) = check.run_steps([step], {**os.environ, "OMP_NUM_THREADS": "1"})
+    assert outcome.text == "FAILED: more than 2 s"
+    assert "3\nlate" in capfd.readouterr().out
+
+
 def test_an_interrupted_check_leaves_no_step_behind(tmp_path):
     pid = tmp_path / "pid"
     hangs = f"import os,time;open({str(pid)!r},'w').write(str(os.getpid()));time.sleep(60)"
@@ -160,7 +178,7 @@ def test_outcomes_say_what_failed_and_what_counts(check):
 def test_a_later_step_may_use_what_an_earlier_one_left(check, monkeypatch):
     steps = [fake(check, "a", seconds=4, least=0), fake(check, "b", seconds=100, least=3)]
     limits = []
-    run = lambda command, seconds, *rest: limits.append(seconds) or (0, "")  # noqa: E731
+    run = lambda command, seconds, *_, grace: limits.append(seconds) or (0, "")  # noqa: E731
     monkeypatch.setattr(check.bounded, "run", run)
     check.run_steps(steps, os.environ, total=7)
     assert limits == [pytest.approx(4, abs=0.1), pytest.approx(7, abs=0.1)]

@@ -28,6 +28,13 @@ def test_every_tool_looks_at_both_backends(sanitize):
     command = sanitize.Run("cuda", "memcheck").command("/opt/compute-sanitizer")
     assert "kns=guard_ops" in command
     assert command[-1] == "small"
+    ports = [
+        command[command.index("--port") + 1]
+        for backend in sanitize.BACKENDS
+        for tool in sanitize.TOOLS
+        if (command := sanitize.Run(backend, tool).command(""))
+    ]
+    assert len(set(ports)) == 8
     # Its writes by torch would not be seen, and every input be reported as never written.
     assert "--kernel-name" not in sanitize.Run("cuda", "initcheck").command("")
     assert sanitize.Run("cuda", None).command("")[-3:] == ["--calls", "cuda", "small"]
@@ -91,6 +98,15 @@ def test_what_does_not_run_alone_is_not_run_under_a_tool(sanitize, machine, caps
     text = capsys.readouterr().out
     assert "not under any tool: cuda" in text
     assert "failed: the calls alone on cuda" in text
+
+
+def test_without_the_tool_it_says_so(sanitize, machine, capsys, monkeypatch):
+    seen, _ = machine
+    monkeypatch.setattr(sanitize, "sanitizer", lambda: None)
+    assert "not on PATH" in sanitize.missing()
+    assert sanitize.main([]) == 0
+    assert sanitize.missing() in capsys.readouterr().out
+    assert seen == []
 
 
 def test_without_a_gpu_nothing_is_run(sanitize, capsys, monkeypatch):

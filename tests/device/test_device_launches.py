@@ -92,6 +92,7 @@ def test_calls_on_two_streams_do_not_meet(gpu):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_torch_compile_without_a_graph_break(config, dtype, gpu):
+    torch.compiler.reset()  # of one function it compiles so many variants and no more
     given = make(gpu, dtype=dtype)
     operands = {k: x for k, x in given.items() if k not in ("model_output", "coeffs")}
 
@@ -109,6 +110,7 @@ def test_torch_compile_without_a_graph_break(config, dtype, gpu):
 
 def test_torch_compile_records_its_own_graphs(gpu):
     """mode="reduce-overhead" lets no memory that is first allocated inside its graphs live on."""
+    torch.compiler.reset()
     given = make(gpu)
     operands = {k: x for k, x in given.items() if k not in ("model_output", "coeffs")}
 
