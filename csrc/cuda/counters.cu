@@ -11,7 +11,7 @@
 namespace guard_ops::cuda {
 namespace {
 
-constexpr int64_t reserved = 1 << 18;  // integers, 1 MB a device
+constexpr int64_t reserved = 1 << 20;  // integers, 4 MB a device
 constexpr int64_t least = 1024;        // of a stream
 
 struct Reserve {

@@ -1,12 +1,8 @@
-// What the launches ask of a device, remembered, and the launch itself. The tests replace it, as
-// they do device.h.
+// What the launches ask of a device, remembered, and the launch itself. The tests have a run time
+// of their own.
 #pragma once
 
-#if defined(GUARD_OPS_EMULATE)
-#include "../tests/emulate_runtime.h"
-#else
-
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <map>
 #include <mutex>
@@ -16,7 +12,11 @@
 
 namespace guard_ops::cuda {
 
+#if defined(GUARD_OPS_EMULATE)
+constexpr int stream_threads = 64, cooperative_threads = 96, cluster_threads = 64;
+#else
 constexpr int stream_threads = 256, cooperative_threads = 512, cluster_threads = 256;
+#endif
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -194,8 +194,7 @@ bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argume
   }
   config.attrs = &attribute;
   config.numAttrs = launch.cooperative || launch.cluster > 1 || chained ? 1 : 0;
-  void* arguments[] = {&argument};
-  const cudaError_t status = cudaLaunchKernelExC(&config, code, arguments);
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, argument);
   if (config.numAttrs > 0 && status != cudaErrorInvalidValue && refused(status)) {
     cudaGetLastError();
     return false;
@@ -213,4 +212,3 @@ void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argumen
 }
 
 }  // namespace guard_ops::cuda
-#endif

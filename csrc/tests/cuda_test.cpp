@@ -1,28 +1,35 @@
 // The CUDA kernels, run on the host by emulate.h: every form, dtype and objective against the CPU's
-// kernels, and every path of guard_loss against every other, bit for bit.
+// kernels, and every path of guard_loss against every other, bit for bit. And what becomes of it
+// where a device refuses.
+#include <cuda_runtime.h>
+
 #include "cuda_run.h"
 
 namespace guard_ops::test {
 namespace {
 
+using cuda::emulation::become;
+using cuda::emulation::Machine;
+
+// Of a multiprocessor: two launches' blocks do not fit it side by side.
+constexpr int few_registers = 7000;
+
 // Every path and amount of shared memory gives the bits of two launches.
 void check_paths(const Batch& t, const Problem& problem, bool independent, bool is_aligned) {
-  cuda::emulated.shared_bytes = 1 << 16;
+  become({});
   const Result expected = run(t, problem, Path::two_launches, is_aligned);
   check_against_cpu(expected, t, problem);
   for (const int kibibytes : {20, 40, 400}) {  // of which the rows' tiles take up to 6 a warp
-    cuda::emulated.shared_bytes = kibibytes << 10;
-    const uint32_t slots = (cuda::emulated.shared_bytes - 256) / 3 / (6 * 1024);
+    become({.shared_bytes = kibibytes << 10});
+    const uint32_t slots = ((kibibytes << 10) - 256) / 3 / (6 * 1024);
     if (slots > 0) check_same(run(t, problem, Path::cooperative, is_aligned), expected, t);
   }
   if (!independent) return;
   check_same(run(t, problem, Path::cluster, is_aligned), expected, t);
   for (const int kibibytes : {1, 60}) {  // a row a turn; some rows; the last turn has fewer
-    cuda::emulated.cache_bytes = kibibytes << 10;
-    cuda::emulated.overlaps = kibibytes == 1;
+    become({.cache_bytes = kibibytes << 10, .registers = kibibytes == 1 ? 1 << 16 : few_registers});
     check_same(run(t, problem, Path::in_turn, is_aligned), expected, t);
   }
-  cuda::emulated.overlaps = true;
 }
 
 void test_guard_loss() {
@@ -51,16 +58,15 @@ void test_long_rows() {
         if (problem.config.kl_beta != 0 || problem.mean != nullptr) return;
         CONTEXT("long rows %s ratio_norm %d", dtypes[d].name, int(problem.config.ratio_norm));
         const AlignedBatch a(in.of(form, false, false));
-        cuda::emulated.shared_bytes = 1 << 16;
+        become({});
         const Result expected = run(a.t, problem, Path::two_launches, true);
         check_against_cpu(expected, a.t, problem);
         check_same(run(a.t, problem, Path::cooperative, true), expected, a.t);
-        cuda::emulated = {0, 8, 1 << 18, true, true};
+        become({.multiprocessors = 8, .shared_bytes = 1 << 18});
         if (independent) {
           check_same(run(a.t, problem, Path::cluster, true), expected, a.t);
           CHECK(run(a.t, problem, Path::automatic, true).path == Path::cluster);
         }
-        cuda::emulated = {0, 3, 1 << 16, true, true};
       });
     }
   }
@@ -75,7 +81,7 @@ void check_one_step(int64_t numel, int shared_bytes) {
     CONTEXT("one step, D=%ld ratio_norm %d", long(numel), int(problem.config.ratio_norm));
     problem.steps = 1;
     problem.batch = 2;
-    cuda::emulated = {0, 8, shared_bytes, true, true};
+    become({.multiprocessors = 8, .shared_bytes = shared_bytes});
     const Result expected = run(a.t, problem, Path::two_launches, true);
     check_against_cpu(expected, a.t, problem);
     check_same(run(a.t, problem, Path::cooperative, true), expected, a.t);
@@ -83,9 +89,9 @@ void check_one_step(int64_t numel, int shared_bytes) {
       check_same(run(a.t, problem, Path::cluster, true), expected, a.t);
       check_same(run(a.t, problem, Path::in_turn, true), expected, a.t);
     }
-    cuda::emulated.busy = true;  // what was planned for one launch is none of two
+    // what was planned for one launch is none of two
+    become({.multiprocessors = 8, .shared_bytes = shared_bytes, .busy = true});
     check_same(run(a.t, problem, Path::automatic, true), expected, a.t);
-    cuda::emulated = {0, 3, 1 << 16, true, true};
   });
 }
 
@@ -127,26 +133,35 @@ void test_choice() {
   const Problem joint = scalars.problem(config_of(RatioNorm::standardize, Balance::inverse_ratio),
                                         Form::velocity, 601);
   CONTEXT("choice");
-  cuda::emulated = {0, 3, 1 << 16, true, true};
+  become({});
   CHECK(run(t, independent, Path::automatic, false).path == Path::cluster);
   CHECK(run(t, joint, Path::automatic, false).path == Path::cooperative);
-  cuda::emulated.clusters = false;  // then a block has to hold a row, and cannot
-  cuda::emulated.shared_bytes = 14 << 10;
-  cuda::emulated.cache_bytes = 40 << 10;  // two rows or three of 13 KB
+  CHECK(run(t, joint, Path::automatic, false, false).path == Path::two_launches);
+  // One block at a time, which does not hold a row; the cache holds two or three, of 13 KB.
+  const Machine small{.multiprocessors = 1, .shared_bytes = 14 << 10, .cache_bytes = 40 << 10};
+  become(small);
   CHECK(run(t, independent, Path::automatic, false).path == Path::in_turn);
   CHECK(run(t, independent, Path::automatic, false, false).path == Path::two_launches);
-  cuda::emulated.cache_bytes = 20 << 10;  // less than twice a row: it would be gone again
-  CHECK(run(t, independent, Path::automatic, false).path != Path::in_turn);
-  cuda::emulated = {0, 3, 1 << 16, true, true};
-  CHECK(run(t, joint, Path::automatic, false, false).path == Path::two_launches);
-  cuda::emulated.cooperative = false;
-  CHECK(run(t, joint, Path::automatic, false).path == Path::two_launches);
-  cuda::emulated = {0, 3, 10 << 10, true, true};  // too little for a warp
-  CHECK(run(t, joint, Path::automatic, false).path == Path::two_launches);
-  cuda::emulated = {0, 3, 1 << 16, true, true};
-  cuda::emulated.busy = true;
-  CHECK(run(t, joint, Path::automatic, false).path == Path::two_launches);
-  cuda::emulated.busy = false;
+  const auto without = [&](auto change) {
+    Machine changed = small;
+    change(changed);
+    become(changed);
+    return run(t, independent, Path::automatic, false).path;
+  };
+  // Less than twice a row: it would be gone again. Then: launches that do not overlap.
+  CHECK(without([](Machine& m) { m.cache_bytes = 20 << 10; }) == Path::two_launches);
+  CHECK(without([](Machine& m) { m.clusters = false; }) == Path::two_launches);
+  CHECK(without([](Machine& m) { m.architecture = 80; }) == Path::two_launches);
+  CHECK(without([](Machine& m) { m.registers = few_registers; }) == Path::two_launches);
+  const auto joined = [&](const Machine& other) {
+    become(other);
+    return run(t, joint, Path::automatic, false).path;
+  };
+  CHECK(joined({.cooperative = false}) == Path::two_launches);
+  CHECK(joined({.busy = true}) == Path::two_launches);
+  CHECK(joined({.shared_bytes = 10 << 10}) == Path::two_launches);  // too little for every warp
+  CHECK(joined({.architecture = 80}) == Path::cooperative);
+  become({});
   for (const Path path : {Path::cluster, Path::in_turn}) {  // rows of `joint` need each other
     bool refused = false;
     try {
@@ -156,6 +171,83 @@ void test_choice() {
     }
     CHECK(refused);
   }
+}
+
+// A stream's calls share counters, a captured call has its own, and whoever gets none zeroes its
+// own.
+void test_counters() {
+  CONTEXT("counters");
+  const auto stream = [](uintptr_t n) { return reinterpret_cast<cuda::Stream>(n); };
+  const auto of = [&](int64_t count, uintptr_t n) { return cuda::counters_of(count, stream(n)); };
+  const auto captured = [&](int64_t count, uintptr_t n) {
+    cuda::emulation::being_captured = stream(n);
+    uint32_t* const found = of(count, n);
+    cuda::emulation::being_captured = nullptr;
+    return found;
+  };
+  become({.has_memory = false});
+  CHECK(of(100, 8) == nullptr);
+  become({});
+  CHECK(captured(100, 8) == nullptr);  // a capture cannot set any aside
+  uint32_t* const first = of(100, 8);
+  for (int n = 0; n < 100; ++n) CHECK(first[n] == 0);
+  CHECK(of(1024, 8) == first);
+  CHECK(of(100, 16) >= first + 1024);
+  CHECK(of(100, uintptr_t(cudaStreamPerThread)) == nullptr);
+  uint32_t *const one = captured(100, 8), *const another = captured(100, 8);
+  CHECK(one >= of(100, 16) + 1024);
+  CHECK(another >= one + 100);
+  CHECK((another - one) % cuda::counter_line == 0);
+  uint32_t* const larger = of(5000, 8);
+  CHECK(larger >= another + 100);
+  CHECK(of(100, 8) == larger);
+  CHECK(of(int64_t(1) << 20, 8) == nullptr);  // more than there are
+  CHECK(of(100, 8) == larger);
+  int64_t count = 0;
+  while (captured(4096, 8) != nullptr) CHECK(++count < 256);
+  CHECK(of(2000, 16) == nullptr);
+  CHECK(of(1000, 16) == first + 1024);
+  CHECK(of(1000, 24) == nullptr);
+  become({});  // another device has its own
+  CHECK(of(100, 8) != larger);
+  CHECK(cudaGetLastError() == cudaSuccess);
+}
+
+// Launches and questions that a device refuses, and what becomes of them.
+void test_refusals() {
+  CONTEXT("refusals");
+  become({.architecture = 0});
+  CHECK(!cuda::unsupported().empty());
+  become({});
+  CHECK(cuda::unsupported().empty());
+  Operands in(dtypes[1], steps, batch, 601, true);
+  const Batch t = in.of(Form::velocity, false, false);
+  const Problem problem =
+      scalars.problem(config_of(RatioNorm::none, Balance::none), Form::velocity, 601);
+  const auto says = [&](const Machine& other, Path path) -> std::string {
+    become(other);
+    try {
+      run(t, problem, path, false);
+    } catch (const std::runtime_error& error) {
+      cuda::emulation::finish();
+      std::fill(counters.begin(), counters.end(), 0);
+      return error.what();
+    }
+    return "";
+  };
+  const auto has = [](const std::string& text, const char* words) {
+    return text.find(words) != std::string::npos;
+  };
+  const Machine pinched{.shared_bytes = 1 << 10};
+  CHECK(has(says(pinched, Path::automatic), "the device runs no block"));
+  CHECK(has(says({.cooperative = false}, Path::cooperative), "by the path cooperative"));
+  Machine several{.multiprocessors = 8, .shared_bytes = 14 << 10};  // a row is two blocks
+  CHECK(says(several, Path::cluster).empty());
+  several.busy = true;
+  CHECK(has(says(several, Path::cluster), "by the path cluster"));
+  CHECK(has(says(pinched, Path::cluster), "by the path cluster"));
+  CHECK(has(says({.registers = 1000}, Path::cooperative), "by the path cooperative"));
+  CHECK(cudaGetLastError() == cudaSuccess);  // said by us, not to whoever asks next
 }
 
 void test_sums_and_gradient() {
@@ -306,6 +398,8 @@ int main() {
     test_unread_operands();
     test_sde_step();
     test_choice();
+    test_counters();
+    test_refusals();
     test_not_finite();
     test_long_rows();
     test_rows_of_parts();

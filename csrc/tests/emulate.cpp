@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "emulate_grids.h"
 #include "emulate_runtime.h"
 
 namespace guard_ops::cuda::emulation {
@@ -170,7 +171,7 @@ void complete(size_t pending) {
   }
 }
 
-void launch(const Launch& launch, std::function<void()> thread) {
+void enqueue(const Shape& launch, std::function<void()> thread) {
   if (!launch.chained) finish();
   auto grid = std::make_unique<Grid>();
   grid->thread = std::move(thread);

@@ -1,60 +1,24 @@
-// The launches on the emulated device, whose properties a test may set.
+// The emulated device: what it has, which a test may change, and when its launches run.
 #pragma once
 
-#include <functional>
-#include <stdexcept>
-#include <string>
+namespace guard_ops::cuda::emulation {
 
-namespace guard_ops::cuda {
-
-constexpr int stream_threads = 64, cooperative_threads = 96, cluster_threads = 64;
-
-struct Device {
-  int number, multiprocessors, shared_bytes;
-  bool cooperative, clusters;
-  int cache_bytes = 1 << 15;
-  bool busy = false;  // says that it launches blocks together, and does not
-  bool overlaps = true;
-  bool synchronous = false;  // a launch ends before the call of it does
+struct Machine {
+  int multiprocessors = 3, shared_bytes = 1 << 16;  // the most that a block may have
+  int cache_bytes = 1 << 15;                        // of the second level
+  int registers = 1 << 16, threads = 96;            // of a multiprocessor
+  bool cooperative = true, clusters = true;
+  bool busy = false;       // says that it launches blocks together, and does not
+  int architecture = 90;   // that the kernels were compiled for
+  bool has_memory = true;  // to allocate
 };
 
-inline Device emulated{0, 3, 1 << 16, true, true};
+const Machine& machine();
+void become(const Machine&);  // another device from now on, as nobody asks about one twice
 
-inline const Device& device() { return emulated; }
+void finish();                      // everything that was launched
+extern bool synchronous;            // a launch ends before the call of it does
+extern bool copies_land_at_once;    // and not only when they are waited for
+extern const void* being_captured;  // a stream, or none
 
-struct Launch {
-  int blocks, threads, shared_bytes;
-  bool cooperative = false;
-  int cluster = 1;
-  bool chained = false;
-};
-
-inline std::string why_not(const void*) { return ""; }
-
-inline bool overlap(const void*, int, const void*, int) { return emulated.overlaps; }
-
-inline int at_once(const void*, const Launch& launch) {
-  if (launch.shared_bytes > emulated.shared_bytes) return 0;
-  return emulated.multiprocessors / launch.cluster;
-}
-
-namespace emulation {
-void launch(const Launch& launch, std::function<void()> thread);
-void finish();                    // everything that was launched
-extern bool copies_land_at_once;  // and not only when they are waited for
-}  // namespace emulation
-
-template <class Argument>
-bool starts(void (*kernel)(Argument), const Launch& launch, void*, Argument argument) {
-  if (emulated.busy && (launch.cooperative || launch.cluster > 1)) return false;
-  emulation::launch(launch, [=] { kernel(argument); });
-  if (emulated.synchronous) emulation::finish();
-  return true;
-}
-
-template <class Argument>
-void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
-  if (!starts(kernel, launch, stream, argument)) throw std::runtime_error("no launch");
-}
-
-}  // namespace guard_ops::cuda
+}  // namespace guard_ops::cuda::emulation

@@ -1,0 +1,16 @@
+// Launches of the emulated device, once the run time has accepted them.
+#pragma once
+
+#include <functional>
+
+namespace guard_ops::cuda::emulation {
+
+struct Shape {
+  int blocks, threads, shared_bytes;
+  int cluster = 1;
+  bool chained = false;
+};
+
+void enqueue(const Shape&, std::function<void()> thread);
+
+}  // namespace guard_ops::cuda::emulation

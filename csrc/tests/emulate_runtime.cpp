@@ -1,0 +1,212 @@
+#include "emulate_runtime.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "emulate_grids.h"
+
+namespace guard_ops::cuda::emulation {
+
+bool synchronous = false;
+const void* being_captured = nullptr;
+
+namespace {
+
+constexpr int registers_a_thread = 40, most_threads = 1024;
+constexpr int reserved_bytes = 1024;       // of shared memory, a block
+constexpr int unasked_bytes = 48 << 10;    // that a block has without an attribute
+constexpr int portable = 8, largest = 16;  // clusters
+
+struct Kernel {
+  int shared_bytes = unasked_bytes;  // at most
+  bool any_cluster = false;
+};
+
+Machine now;
+int number = 0;
+std::map<const void*, Kernel> kernels;  // of the device that there is now
+cudaError_t last = cudaSuccess;
+cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+
+cudaError_t said(cudaError_t error) {
+  if (error != cudaSuccess) last = error;
+  return error;
+}
+
+int blocks_a_multiprocessor(const void* kernel, int threads, size_t shared_bytes) {
+  if (shared_bytes > size_t(kernels[kernel].shared_bytes)) return 0;
+  return std::min({(now.shared_bytes + reserved_bytes) / (int(shared_bytes) + reserved_bytes),
+                   now.registers / (registers_a_thread * threads), now.threads / threads});
+}
+
+cudaError_t refusal(const void* kernel, int cluster) {
+  if (cluster <= 1) return cudaSuccess;
+  if (!now.clusters) return cudaErrorNotSupported;
+  const bool fits = cluster <= (kernels[kernel].any_cluster ? largest : portable);
+  return fits ? cudaSuccess : cudaErrorInvalidClusterSize;
+}
+
+}  // namespace
+
+const Machine& machine() { return now; }
+
+void become(const Machine& other) {
+  finish();
+  now = other;
+  ++number;
+  kernels.clear();
+}
+
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
+                   std::function<void()> thread) {
+  Shape shape{int(config.gridDim.x), int(config.blockDim.x), int(config.dynamicSmemBytes)};
+  bool cooperative = false;
+  for (unsigned n = 0; n < config.numAttrs; ++n) {
+    const cudaLaunchAttribute& a = config.attrs[n];
+    if (a.id == cudaLaunchAttributeCooperative) {
+      cooperative = a.val.cooperative;
+    } else if (a.id == cudaLaunchAttributeClusterDimension) {
+      shape.cluster = int(a.val.clusterDim.x);
+    } else {
+      shape.chained = a.val.programmaticStreamSerializationAllowed;
+    }
+  }
+  if (shape.blocks < 1 || shape.threads < 1 || shape.threads > most_threads) {
+    return said(cudaErrorInvalidConfiguration);
+  }
+  const int running = blocks_a_multiprocessor(kernel, shape.threads, shape.shared_bytes);
+  if (shape.shared_bytes > kernels[kernel].shared_bytes) return said(cudaErrorInvalidValue);
+  if (running == 0) return said(cudaErrorLaunchOutOfResources);
+  if (const auto error = refusal(kernel, shape.cluster)) return said(error);
+  if (shape.blocks % shape.cluster != 0) return said(cudaErrorInvalidClusterSize);
+  if (cooperative && !now.cooperative) return said(cudaErrorNotSupported);
+  if (cooperative && (now.busy || shape.blocks > running * now.multiprocessors)) {
+    return said(cudaErrorCooperativeLaunchTooLarge);
+  }
+  if (shape.cluster > 1 && now.busy) return said(cudaErrorLaunchOutOfResources);
+  enqueue(shape, std::move(thread));
+  if (synchronous) finish();
+  return cudaSuccess;
+}
+
+}  // namespace guard_ops::cuda::emulation
+
+using namespace guard_ops::cuda::emulation;
+
+cudaError_t cudaGetLastError() { return std::exchange(last, cudaSuccess); }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorMemoryAllocation ? "out of memory" : "an error of the emulated device";
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = number;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = now.multiprocessors;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = now.shared_bytes;
+      break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = now.cooperative;
+      break;
+    case cudaDevAttrClusterLaunch:
+      *value = now.clusters;
+      break;
+    case cudaDevAttrL2CacheSize:
+      *value = now.cache_bytes;
+      break;
+    case cudaDevAttrMaxRegistersPerMultiprocessor:
+      *value = now.registers;
+      break;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  if (now.architecture == 0) return said(cudaErrorNoKernelImageForDevice);
+  *attributes = {registers_a_thread, now.architecture};
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value > now.shared_bytes) return said(cudaErrorInvalidValue);
+    kernels[kernel].shared_bytes = value;
+  } else if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    if (!now.clusters) return said(cudaErrorNotSupported);
+    kernels[kernel].any_cluster = value != 0;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
+                                                          int threads, size_t shared_bytes) {
+  *blocks = blocks_a_multiprocessor(kernel, threads, shared_bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                           const cudaLaunchConfig_t* config) {
+  const int size = int(config->attrs[0].val.clusterDim.x);
+  if (const auto error = refusal(kernel, size)) return said(error);
+  *clusters = now.multiprocessors *
+              blocks_a_multiprocessor(kernel, int(config->blockDim.x), config->dynamicSmemBytes) /
+              size;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  if (being_captured != nullptr && capture_mode != cudaStreamCaptureModeRelaxed) {
+    return said(cudaErrorStreamCaptureUnsupported);
+  }
+  if (!now.has_memory) return said(cudaErrorMemoryAllocation);
+  *data = std::malloc(bytes);
+  std::memset(*data, 0xFF, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* data) {
+  std::free(data);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = nullptr;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
+cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  const bool captured = stream != nullptr && stream == being_captured;
+  *status = captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  *id = reinterpret_cast<unsigned long long>(stream);
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
+  return cudaSuccess;
+}
