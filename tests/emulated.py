@@ -18,7 +18,7 @@ import torch
 EMULATED = os.environ.get("GUARD_OPS_EMULATED") == "1"  # `make test-emulated`
 FOLDER = Path(__file__).parents[1] / "build" / "emulated"
 OPERATORS = ("sums", "gradient", "scaled_", "guard_loss", "sde_step")
-_library = torch.library.Library("guard_ops", "FRAGMENT")
+_kept: list[torch.library.Library] = []  # what it registers is gone with it
 
 
 def prepare() -> None:
@@ -35,6 +35,8 @@ def prepare() -> None:
     torch.cuda.device_count = count
     cuda.supports = lambda device: device.type == "cpu"
     cpu.supports = lambda device: False  # its operators are now the others
+    library = torch.library.Library("guard_ops", "IMPL")
+    _kept.append(library)
     on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for name in OPERATORS:
         operator = getattr(torch.ops.guard_ops, name).default
@@ -44,4 +46,4 @@ def prepare() -> None:
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
-            _library.impl(name, run, "CPU")
+            library.impl(name, run, "CPU")

@@ -52,6 +52,19 @@ def test_nothing_waits_for_the_device(form, config, gpu):
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_steps_are_taken_of_a_schedule_without_waiting(gpu):
+    schedule = go.SdeSchedule([1.0, 0.8, 0.5, 0.2, 0.0])
+    there = schedule.to(gpu.device)
+    chosen = (1, slice(1, 3), slice(3, None, -1), [2, 0], torch.tensor([0, 2]).to(gpu.device))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        taken = [there[k] for k in chosen]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, k in zip(taken, chosen, strict=True):
+        assert torch.equal(got.table.cpu(), schedule[k.cpu() if torch.is_tensor(k) else k].table)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_graph_replays_on_new_numbers(size, config, gpu):
