@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -155,6 +156,9 @@ class GuardLoss(torch.autograd.Function):
         return (None,) * 5 + tuple(handed)
 
 
+_FIELDS = tuple(field.name for field in dataclasses.fields(GuardConfig))
+
+
 class TracedGuardLoss(torch.autograd.Function):
     """:class:`GuardLoss` without buffers that outlive a call: what ``torch.compile`` can trace."""
 
@@ -163,7 +167,7 @@ class TracedGuardLoss(torch.autograd.Function):
         ctx: Context,
         backend: ModuleType,
         guidance_scale: float,
-        config: GuardConfig,
+        config: tuple[Any, ...],  # its fields: torch.compile of 2.9 takes symbolic numbers so alone
         gaussian: bool,
         wanted: tuple[bool, bool],
         *tensors: Any,  # Transitions' and Problem's
@@ -173,7 +177,7 @@ class TracedGuardLoss(torch.autograd.Function):
         t, rows = Transitions._make([*tensors[:-4], guidance_scale]), tensors[-4:]
         now = (False, False) if ctx.deferred else wanted
         loss, *buffers, per_row, metrics, sum_grads = backend.guard_loss(
-            t, *rows, config, gaussian, *now
+            t, *rows, GuardConfig(*config), gaussian, *now
         )
         ctx.rest = len(tensors) - 2
         ctx.save_for_backward(*([sum_grads, *t[:-1]] if ctx.deferred else buffers))
@@ -205,7 +209,8 @@ def guard_loss(
     cond, uncond = (x is not None and x.requires_grad and torch.is_grad_enabled() for x in outputs)
     if torch.compiler.is_compiling():
         *rows, config, gaussian = problem
+        fields = tuple(getattr(config, name) for name in _FIELDS)
         return TracedGuardLoss.apply(
-            backend, t.guidance_scale, config, gaussian, (cond, uncond), *t[:-1], *rows
+            backend, t.guidance_scale, fields, gaussian, (cond, uncond), *t[:-1], *rows
         )
     return GuardLoss.apply(backend, t, problem, plain, (cond, uncond), *outputs)

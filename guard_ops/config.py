@@ -82,7 +82,7 @@ class GuardConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"`{name}` is {value!r}; it needs a number")
-            if not (value > 0 or (zero and value == 0)) or (math.isinf(value) and not infinity):
+            if not (value > 0 or (zero and value == 0)) or (value == math.inf and not infinity):
                 bound = ">= 0" if zero else "> 0"
                 raise ValueError(
                     f"`{name}` is {value}; it needs {bound}{'' if infinity else ' and finite'}"

@@ -159,7 +159,7 @@ def _check_objective(given: LossArguments, coeffs: StepCoefficients, shape: Shap
                 "pass them alone"
             )
         mean_std = check_statistics(
-            statistics, config, torch.Size(shape.leading[:-1]), given.model_output.device
+            statistics, config, torch.Size(shape.leading()[:-1]), given.model_output.device
         )
         return torch.stack(mean_std).reshape(2, shape.steps)
     if config.ratio_norm != "standardize":

@@ -101,7 +101,7 @@ def sde_step(
         key = transitions.seeds(seed, shape, device)
     elif noise is None:
         noise = torch.randn(
-            shape.full,
+            shape.full(),
             generator=generator,
             dtype=transitions.compute_dtype(model_output, sample),
             device=device,
@@ -112,9 +112,8 @@ def sde_step(
     scale = full.kappa / numel if reduction == "mean" else full.kappa
     exponent = torch.where(square == 0, 0.0, -scale * square)
     log_prob = objective.log_density(exponent, full, numel, reduction).to(mean.dtype)
-    return SdeStep(
-        y.reshape(shape.full), mean.reshape(shape.full), log_prob.reshape(shape.leading), noise
-    )
+    y, mean = (x.reshape(shape.full()) for x in (y, mean))
+    return SdeStep(y, mean, log_prob.reshape(shape.leading()), noise)
 
 
 def log_ratio(
@@ -153,7 +152,7 @@ def log_ratio(
     old = None if old is None else old.double()
     sums = autograd.transition_sums(select(model_output.device), t)
     log_r, kl_old, _ = objective.log_ratio_and_kl(sums, full, t[0].shape[-1], reduction, old)
-    out = [x.to(t.compute_dtype).reshape(shape.leading) for x in (log_r, kl_old)]
+    out = [x.to(t.compute_dtype()).reshape(shape.leading()) for x in (log_r, kl_old)]
     return LogRatio(*out)
 
 
@@ -170,7 +169,7 @@ def log_prob(
     ``-kappa (y - mean)^2 - log s - log sqrt(2 pi)`` averaged (or summed) over the latent. To form
     a ratio use :func:`log_ratio`: the difference of two of these has lost its digits.
     """
-    leading = transitions.check_shape(model_output, coeffs).leading
+    leading = transitions.check_shape(model_output, coeffs).leading()
     zero = torch.zeros(leading, dtype=torch.float64, device=model_output.device)
     return log_ratio(
         model_output,
@@ -277,7 +276,7 @@ def _composed(call: LossCall, process_group: ProcessGroup | None) -> tuple[Tenso
         None if mean_std is None else (mean_std[0], mean_std[1]),
     )
     per_row = torch.stack([log_r.detach(), result.excess, result.weights, kl.detach()])
-    dtype = t.compute_dtype
+    dtype = t.compute_dtype()
     return result.loss.to(dtype), per_row.to(dtype), torch.stack(result.metrics).to(dtype)
 
 

@@ -52,6 +52,7 @@ class Transitions(NamedTuple):
     """K x B transitions with latents flattened to D dense elements; strides over K and B are free.
 
     Which of the optional ones are present says how the behaviour policy is given (:data:`FORMS`).
+    No property: torch.compile of 2.9 compares a named tuple's without asking for its value.
     """
 
     model_output: Tensor  # [K, B, D] v
@@ -66,7 +67,6 @@ class Transitions(NamedTuple):
     coefficients: Tensor  # [5, K, B] float64: a, b, s, kappa, dt
     guidance_scale: float
 
-    @property
     def form(self) -> str:
         """A key of :data:`FORMS`."""
         if self.seed is not None:
@@ -77,7 +77,6 @@ class Transitions(NamedTuple):
             return "velocity"
         return "log-prob" if self.old_mean is None else "mean"
 
-    @property
     def compute_dtype(self) -> torch.dtype:
         """float64 if any operand is, else float32."""
         return compute_dtype(*(x for x in self[:8] if x is not None))
@@ -125,14 +124,12 @@ class Shape(NamedTuple):
     latent: tuple[int, ...]
     one_step: bool
 
-    @property
     def leading(self) -> tuple[int, ...]:
         """``(B,)`` or ``(K, B)``."""
         return (self.batch,) if self.one_step else (self.steps, self.batch)
 
-    @property
     def full(self) -> tuple[int, ...]:
-        return self.leading + self.latent
+        return self.leading() + self.latent
 
 
 def check_shape(model_output: Tensor, coeffs: StepCoefficients) -> Shape:
@@ -184,8 +181,9 @@ def check_stochastic(coeffs: StepCoefficients) -> None:
 def latents(name: str, value: Tensor, shape: Shape, device: torch.device) -> Tensor:
     """[K, B, D] of a floating ``[K, B, *latent]``; a copy only if its latent is not dense."""
     check_tensor(name, value)
-    if tuple(value.shape) != shape.full:
-        raise ValueError(f"`{name}` has shape {tuple(value.shape)} but `model_output` {shape.full}")
+    given, wanted = tuple(value.shape), shape.full()
+    if given != wanted:
+        raise ValueError(f"`{name}` has shape {given} but `model_output` {wanted}")
     if value.device != device:
         raise ValueError(f"`{name}` is on {value.device} but `model_output` on {device}")
     return flatten(value, shape.steps, shape.batch)
@@ -224,13 +222,13 @@ def per_transition(
     """
     value = check_tensor(name, value)
     check_constant(name, value)
-    ok = tuple(value.shape) == shape.leading
+    ok = tuple(value.shape) == shape.leading()
     if per_sample and tuple(value.shape) == (shape.batch,):
         ok, value = True, value.expand(shape.steps, shape.batch)
     if not ok:
-        choices = {shape.leading, (shape.batch,)} if per_sample else {shape.leading}
+        choices = {shape.leading(), (shape.batch,)} if per_sample else {shape.leading()}
         raise ValueError(
-            f"`{name}` has shape {tuple(value.shape)}; with `model_output` of shape {shape.full} "
+            f"`{name}` has shape {tuple(value.shape)}; with `model_output` of shape {shape.full()} "
             f"it needs {' or '.join(map(str, sorted(choices, key=len)))}"
         )
     if value.device != device:
@@ -250,10 +248,10 @@ def seeds(seed: int | Tensor, shape: Shape, device: torch.device) -> Tensor:
         return philox_seed(seed, (1, shape.batch), device)
     if seed.dtype != torch.int64:
         raise TypeError(f"`seed` has dtype {seed.dtype}; it needs torch.int64, as philox_seed's")
-    if tuple(seed.shape) != (*shape.leading, 2):
+    if tuple(seed.shape) != (*shape.leading(), 2):
         raise ValueError(
-            f"`seed` has shape {tuple(seed.shape)} but `model_output` {shape.full} needs "
-            f"{(*shape.leading, 2)}"
+            f"`seed` has shape {tuple(seed.shape)} but `model_output` {shape.full()} needs "
+            f"{(*shape.leading(), 2)}"
         )
     if seed.device != device:
         raise ValueError(f"`seed` is on {seed.device} but `model_output` on {device}")

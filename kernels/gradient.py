@@ -185,7 +185,7 @@ def gradient(
         programs = parts.rows * parts.row_tiles
         start(gradient_kernel, programs, *arguments(t), *last, dtype, warps=warps)
 
-    dtype = compute_type(t.compute_dtype)
+    dtype = compute_type(t.compute_dtype())
     with on_device(device):
         # One that may find nothing to do says nothing of how long the others take.
         start_tuned("gradient", tuning_key(t), launch, search=written is None and factor is None)

@@ -305,7 +305,7 @@ def guard_loss(
             *objective[10:],
             objective.mode,
         )
-        constants = (compute_type(t.compute_dtype), parts.padded, *steps_at_once(steps, batch))
+        constants = (compute_type(t.compute_dtype()), parts.padded, *steps_at_once(steps, batch))
         if path == "two_launches":
 
             def launch(warps: int) -> None:

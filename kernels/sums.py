@@ -177,7 +177,7 @@ def sums(t: Transitions, out: Tensor) -> None:
     with on_device(device):
         partial = partial_sums(out, parts.segments)
         last = (parts.segments, parts.tiles, partial, out, counters(device, 1))
-        constants = (compute_type(t.compute_dtype), parts.padded)
+        constants = (compute_type(t.compute_dtype()), parts.padded)
 
         def launch(warps: int) -> None:
             start(sums_kernel, parts.units, *arguments(t), *last, *constants, warps=warps)

@@ -22,30 +22,30 @@ def _mean(a: Tensor, b: Tensor, x: Tensor, v: Tensor) -> Tensor:
 
 
 def _velocity(t: Transitions) -> Tensor:
-    v = t.model_output.to(t.compute_dtype)
+    v = t.model_output.to(t.compute_dtype())
     if t.model_output_uncond is None:
         return v
-    uncond = t.model_output_uncond.to(t.compute_dtype)
+    uncond = t.model_output_uncond.to(t.compute_dtype())
     return uncond + t.guidance_scale * (v - uncond)
 
 
 def _delta_e(t: Transitions, v: Tensor) -> tuple[Tensor, Tensor]:
     """``delta = mean - m`` and ``e = y - m`` [K, B, D] of the form that ``t`` is given in."""
-    dtype = t.compute_dtype
+    dtype = t.compute_dtype()
     a, b, s = t.coefficients[:3].to(dtype).unsqueeze(-1)
 
     def wide(x: Tensor | None) -> Tensor:
         assert x is not None
         return x.to(dtype)
 
-    if t.form in ("noise", "seeded"):
+    if t.form() in ("noise", "seeded"):
         noise = normals(t.seed, v.shape[-1], dtype) if t.seed is not None else wide(t.noise)
         return b * (v - wide(t.old_model_output)), s * noise
     x, y = wide(t.sample), wide(t.prev_sample)
-    if t.form == "velocity":
+    if t.form() == "velocity":
         old = wide(t.old_model_output)
         return b * (v - old), (y - a * x) - b * old
-    if t.form == "mean":
+    if t.form() == "mean":
         m = wide(t.old_mean)
         return _mean(a, b, x, v) - m, y - m
     return _mean(a, b, x, v) - y, torch.zeros_like(y)
