@@ -27,12 +27,12 @@ test-triton: $(VENV)/development
 	  -k "triton and not cps and not K3 and not K2 and not 0.001"
 
 # The CUDA kernels on an emulated device, through their backend and its bindings: their own tests, and
-# those that run over every backend.
+# the others' of the ops, but those in float64.
 test-emulated: $(VENV)/development
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/compiling.py --emulated
 	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -k cuda --ignore tests/device/test_triton_launch_paths.py \
 	  tests/device $(patsubst %,tests/test_%.py, \
-	  autograd determinism goldens gradients layouts nonfinite numerics peers plain_call sde_step \
+	  autograd determinism goldens layouts nonfinite numerics peers plain_call sde_step \
 	  single_sample statistics torch_operators)
 
 # On a machine with a GPU: device tests and benchmarks, written to benchmarks/results. Needs no

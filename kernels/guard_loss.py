@@ -276,13 +276,14 @@ def guard_loss(
     per_row: Tensor,  # [4, K, B]
     metrics: Tensor,  # [10, K]
     sum_grads: Tensor,  # [3, K, B] float64
+    path: str | None = None,
 ) -> None:
-    """Launch the path that :mod:`.paths` chooses."""
+    """Launch ``path``, or the one that :mod:`.paths` chooses."""
     (steps, batch, numel), device = t.model_output.shape, t.model_output.device
     parts = cut(steps, batch, numel)
     independent = objective.independent(steps)
     row_bytes = numel * sum(x.element_size() for x in t[:8] if x is not None)
-    path = choose(machine(device), parts, row_bytes, independent)
+    path = path or choose(machine(device), parts, row_bytes, independent)
     if grad is None and grad_uncond is None:
         path = "two_launches"
     with on_device(device):
@@ -337,7 +338,8 @@ def guard_loss(
             except RuntimeError as error:
                 if not refused(device, error):
                     raise
-                guard_loss(t, objective, grad, grad_uncond, loss, per_row, metrics, sum_grads)
+                results = loss, per_row, metrics, sum_grads
+                guard_loss(t, objective, grad, grad_uncond, *results, path="two_launches")
                 return
         if independent and objective.others_count(steps):
             gradient(t, sum_grads, grad, grad_uncond, written=written)

@@ -85,7 +85,7 @@ def main() -> int:
         return 1
     if "--emulated" in sys.argv:
         folder = ROOT / "build" / "emulated"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copy2(extension(chosen, emulated=True), folder)
         return 0
     target = ROOT / "guard_ops" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

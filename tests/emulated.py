@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import sysconfig
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ import torch
 
 EMULATED = os.environ.get("GUARD_OPS_EMULATED") == "1"  # `make test-emulated`
 FOLDER = Path(__file__).parents[1] / "build" / "emulated"
-OPERATORS = ("sums", "gradient", "scaled_", "guard_loss", "sde_step")
 _kept: list[torch.library.Library] = []  # what it registers is gone with it
 
 
 def prepare() -> None:
     """Must be called before ``guard_ops`` is imported."""
-    (path,) = FOLDER.glob("_C*.so")
+    path = FOLDER / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is built by `make test-emulated`")
     spec = importlib.util.spec_from_file_location("guard_ops._C", path)
     assert spec is not None
     assert spec.loader is not None
@@ -38,7 +41,12 @@ def prepare() -> None:
     library = torch.library.Library("guard_ops", "IMPL")
     _kept.append(library)
     on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    for name in OPERATORS:
+    for name in torch._C._dispatch_get_all_op_names():
+        if not name.startswith("guard_ops::"):
+            continue
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"):
+            continue
+        name = name.removeprefix("guard_ops::")
         operator = getattr(torch.ops.guard_ops, name).default
 
         def run(*args: Any, operator: Any = operator) -> Any:
@@ -47,3 +55,16 @@ def prepare() -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
             library.impl(name, run, "CPU")
+
+
+def refused_for_float64(error: TypeError) -> bool:
+    """Whether the backend refused a call that does have an operand in float64."""
+    if "no float64 kernels" not in str(error):
+        return False
+    tensors: list[Any] = []
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_check_dtypes":
+            tensors += frame.f_locals["tensors"]
+        if frame.f_code.co_name == "guard_loss_plain":
+            tensors += frame.f_locals["call"].transitions()[:8]
+    return any(x is not None and x.dtype == torch.float64 for x in tensors)

@@ -210,6 +210,10 @@ void test_counters() {
   CHECK(of(1000, 24) == nullptr);
   become({});  // another device has its own
   CHECK(of(100, 8) != larger);
+  become({});
+  cuda::emulation::being_captured = stream(24);  // by somebody else, whom it does not disturb
+  CHECK(of(100, 8) != nullptr);
+  cuda::emulation::being_captured = nullptr;
   CHECK(cudaGetLastError() == cudaSuccess);
 }
 
@@ -238,6 +242,8 @@ void test_refusals() {
   const auto has = [](const std::string& text, const char* words) {
     return text.find(words) != std::string::npos;
   };
+  CHECK(says({.chains = false}, Path::two_launches).empty());  // then not chained
+  CHECK(says({.chains = false}, Path::in_turn).empty());
   const Machine pinched{.shared_bytes = 1 << 10};
   CHECK(has(says(pinched, Path::automatic), "the device runs no block"));
   CHECK(has(says({.cooperative = false}, Path::cooperative), "by the path cooperative"));

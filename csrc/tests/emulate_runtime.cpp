@@ -76,9 +76,14 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
       shape.chained = a.val.programmaticStreamSerializationAllowed;
     }
   }
+  if (now.architecture == 0) return said(cudaErrorNoKernelImageForDevice);
   if (shape.blocks < 1 || shape.threads < 1 || shape.threads > most_threads) {
     return said(cudaErrorInvalidConfiguration);
   }
+  if (shape.threads % 32 != 0)
+    std::abort();  // a device takes them; the emulated one has whole warps
+  const bool newer = now.clusters && now.architecture >= 90;
+  if (shape.chained && !(newer && now.chains)) return said(cudaErrorNotSupported);
   const int running = blocks_a_multiprocessor(kernel, shape.threads, shape.shared_bytes);
   if (shape.shared_bytes > kernels[kernel].shared_bytes) return said(cudaErrorInvalidValue);
   if (running == 0) return said(cudaErrorLaunchOutOfResources);

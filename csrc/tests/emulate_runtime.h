@@ -9,7 +9,8 @@ struct Machine {
   int registers = 1 << 16, threads = 96;            // of a multiprocessor
   bool cooperative = true, clusters = true;
   bool busy = false;       // says that it launches blocks together, and does not
-  int architecture = 90;   // that the kernels were compiled for
+  bool chains = true;      // takes chained launches, where clusters and architecture say so too
+  int architecture = 90;   // that the kernels were compiled for; 0: for none that it runs
   bool has_memory = true;  // to allocate
 };
 

@@ -14,7 +14,7 @@ import guard_ops as go
 from guard_ops.backends import select, use_backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EMULATED = os.environ.get("GUARD_OPS_EMULATED") == "1"
+EMULATED = os.environ.get("GUARD_OPS_EMULATED") == "1"  # test_unusable_device.py copies this file
 
 
 class Place(NamedTuple):

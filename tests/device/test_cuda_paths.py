@@ -222,6 +222,7 @@ def test_float64_is_refused_with_what_to_do():
         go.guard_loss(**given)
 
 
+@needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_second_device_has_its_own_launches(cuda):
     given = made(latent=(16, 64))
