@@ -3,7 +3,8 @@
 It replaces every function of triton.language by an interpreted one when a kernel starts, again at
 every call from one ``@triton.jit`` function to another, and puts them back when the kernel ends.
 In a process that only ever interprets, once is enough: two thirds of the time is saved. It also
-truncates float32 to bfloat16, where every GPU rounds to nearest even; here it does so too.
+truncates float32 to bfloat16, where every GPU rounds to nearest even; here it does so too. Before
+Triton 3.9 it makes an index of an array of one element, which numpy 2.4 refuses.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def prepare() -> None:
     interpreter._patch_lang(both)
     forever = types.SimpleNamespace(restore=lambda: None)
     interpreter._patch_lang = lambda fn: forever
+    tl.tensor.__index__ = lambda self: int(self.handle.data.item())
 
     convert = interpreter._convert_float
 
