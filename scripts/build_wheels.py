@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from dataclasses import dataclass
@@ -193,8 +192,7 @@ def unpacked_sdist(folder: Path, python: Path) -> Path:
     program = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
     run(python, "-c", program, folder=ROOT)
     (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as opened:
-        opened.extractall(folder / "source", filter="data")
+    shutil.unpack_archive(archive, folder / "source")
     (source,) = (folder / "source").iterdir()
     return source
 
