@@ -53,8 +53,6 @@ cudaError_t refusal(const void* kernel, int cluster) {
 
 }  // namespace
 
-const Machine& machine() { return now; }
-
 void become(const Machine& other) {
   finish();
   now = other;
@@ -80,8 +78,7 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
   if (shape.blocks < 1 || shape.threads < 1 || shape.threads > most_threads) {
     return said(cudaErrorInvalidConfiguration);
   }
-  if (shape.threads % 32 != 0)
-    std::abort();  // a device takes them; the emulated one has whole warps
+  if (shape.threads % 32 != 0) std::abort();  // a device would not; this one has whole warps
   const bool newer = now.clusters && now.architecture >= 90;
   if (shape.chained && !(newer && now.chains)) return said(cudaErrorNotSupported);
   const int running = blocks_a_multiprocessor(kernel, shape.threads, shape.shared_bytes);

@@ -14,7 +14,6 @@ struct Machine {
   bool has_memory = true;  // to allocate
 };
 
-const Machine& machine();
 void become(const Machine&);  // another device from now on, as nobody asks about one twice
 
 void finish();                      // everything that was launched
