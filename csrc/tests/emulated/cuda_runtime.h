@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <functional>
-#include <type_traits>
 
 enum cudaError_t {
   cudaSuccess,
