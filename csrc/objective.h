@@ -19,8 +19,8 @@ struct Config {
   double target_std, std_floor, clip_low, clip_high, adv_clip, weight_floor, kl_beta;
 
   // Of every finite transition's coefficients (those that are 0 are of any).
-  GUARD_OPS_HD Shape shape() const {
-    return ratio_norm == RatioNorm::closed_form ? Shape::residual : Shape::departure;
+  GUARD_OPS_HD GradientKind gradient_kind() const {
+    return ratio_norm == RatioNorm::closed_form ? GradientKind::residual : GradientKind::departure;
   }
 };
 

@@ -95,11 +95,11 @@ GUARD_OPS_HD T residual(const Step<T>& step, const Element<T>& in) {  // e
 // What a gradient needs of a transition: e and delta; or, where c2 = -c1 / 2 as for every function
 // of the log-ratio alone, only y - mean = e - delta, whatever the behaviour policy's mean was; or,
 // where c2 = 0, only e, whatever the policy's is.
-enum class Shape : int { general, departure, residual };
+enum class GradientKind : int { general, departure, residual };
 
-GUARD_OPS_HD Shape shape_of(double c1, double c2) {
-  if (c2 == 0) return Shape::residual;
-  return c2 == -0.5 * c1 ? Shape::departure : Shape::general;
+GUARD_OPS_HD GradientKind gradient_kind_of(double c1, double c2) {
+  if (c2 == 0) return GradientKind::residual;
+  return c2 == -0.5 * c1 ? GradientKind::departure : GradientKind::general;
 }
 
 template <Form F, class T>

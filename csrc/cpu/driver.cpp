@@ -90,7 +90,7 @@ struct Call {
     sums.resize(t.steps * t.batch);
     const bool compute_type = cond.dtype == (t.wide ? DType::f64 : DType::f32);
     if (cond && compute_type && !t.uncond && problem.config.kl_beta == 0) {
-      direction = {cond, problem.config.shape()};
+      direction = {cond, problem.config.gradient_kind()};
     }
   }
 

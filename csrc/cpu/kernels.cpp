@@ -114,9 +114,9 @@ struct Needs {
 };
 
 template <Form F>
-constexpr Needs needs_of(Shape shape) {
-  if (shape == Shape::residual) return {false, F == Form::velocity, !uses_noise(F)};
-  return {true, true, shape == Shape::general || uses_noise(F)};
+constexpr Needs needs_of(GradientKind kind) {
+  if (kind == GradientKind::residual) return {false, F == Form::velocity, !uses_noise(F)};
+  return {true, true, kind == GradientKind::general || uses_noise(F)};
 }
 
 template <Form F, class R>
@@ -265,7 +265,7 @@ Sums sums_of(const Batch& t, const Step<double>& step, const Span& at, const Dir
       add_sums<Written::nothing, F, R, D>(coefficients, in, whole, {}, &out);
     } else {
       const Output<R> to(direction.to, at, j, n, scratch.out[0]);
-      if (direction.shape == Shape::departure) {
+      if (direction.kind == GradientKind::departure) {
         add_sums<Written::departure, F, R, D>(coefficients, in, whole, to.target, &out);
       } else {
         add_sums<Written::residual, F, R, D>(coefficients, in, whole, to.target, &out);
@@ -283,10 +283,10 @@ void write_zeros(const Operand& to, const Span& at) {
               (at.end - at.begin) * size_of(to.dtype));
 }
 
-// `shape`: a Shape, or a constant. `plain`: whether it is known that cond is all that there is to
-// write, and that no reference model enters.
-template <Form F, class R, class D, class ShapeOf, class Plain>
-void gradient_as(ShapeOf of, Plain plain, const Batch& t, const Step<double>& step,
+// `kind`: a GradientKind, or a constant. `plain`: whether it is known that cond is all that there
+// is to write, and that no reference model enters.
+template <Form F, class R, class D, class KindOf, class Plain>
+void gradient_as(KindOf of, Plain plain, const Batch& t, const Step<double>& step,
                  const Coefficients& c, const Span& at, const Operand& cond,
                  const Operand& uncond) {
   Scratch<R> scratch;
@@ -295,9 +295,9 @@ void gradient_as(ShapeOf of, Plain plain, const Batch& t, const Step<double>& st
   const Factors<double> k = factors_of(step.b, c);
   const Factors<Vector<R>> factors{splat(R(k.k1)), splat(R(k.k2)), splat(R(k.k3))};
   const Vector<R> scale = splat(R(t.guidance_scale)), rest = splat(R(1 - t.guidance_scale));
-  const Shape shape = of;
+  const GradientKind kind = of;
   const bool with_ref = !plain && c.c3 != 0 && t.ref;
-  Needs needs = needs_of<F>(shape);
+  Needs needs = needs_of<F>(kind);
   needs.v = needs.v || with_ref;
   for (int64_t j = at.begin, n; j < at.end; j += n) {
     n = stretch<R>(at, j, in_place(t));
@@ -306,10 +306,10 @@ void gradient_as(ShapeOf of, Plain plain, const Batch& t, const Step<double>& st
     for_each_vector<R, D>(0, padded<R>(n), [&](int, auto where) {
       const Element<Vector<R>> x = element<F, R>(in, needs, where);
       Vector<R> g;
-      if (shape == Shape::general) {
+      if (kind == GradientKind::general) {
         g = velocity_gradient<F>(factors, coefficients, x);
       } else {
-        const bool with_v = shape == Shape::departure;
+        const bool with_v = kind == GradientKind::departure;
         g = factor * (b * (with_v ? departure<F>(coefficients, x) : residual<F>(coefficients, x)));
       }
       if (with_ref) g = fma(factors.k3, x.v - where.any(in.ref), g);
@@ -330,19 +330,19 @@ void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c
     write_zeros(uncond, at);
     return;
   }
-  const auto run = [&](auto shape, auto plain) {
-    gradient_as<F, R, D>(shape, plain, t, step, c, at, cond, uncond);
+  const auto run = [&](auto kind, auto plain) {
+    gradient_as<F, R, D>(kind, plain, t, step, c, at, cond, uncond);
   };
-  const Shape shape = shape_of(c.c1, c.c2);
+  const GradientKind kind = gradient_kind_of(c.c1, c.c2);
   const std::true_type plain;
   if (!cond || t.uncond || (c.c3 != 0 && t.ref)) {
-    run(shape, std::false_type{});
-  } else if (shape == Shape::departure) {
-    run(std::integral_constant<Shape, Shape::departure>{}, plain);
-  } else if (shape == Shape::residual) {
-    run(std::integral_constant<Shape, Shape::residual>{}, plain);
+    run(kind, std::false_type{});
+  } else if (kind == GradientKind::departure) {
+    run(std::integral_constant<GradientKind, GradientKind::departure>{}, plain);
+  } else if (kind == GradientKind::residual) {
+    run(std::integral_constant<GradientKind, GradientKind::residual>{}, plain);
   } else {
-    run(std::integral_constant<Shape, Shape::general>{}, plain);
+    run(std::integral_constant<GradientKind, GradientKind::general>{}, plain);
   }
 }
 

@@ -20,7 +20,7 @@ struct Span {
 // residual.
 struct Direction {
   Operand to;  // of v's dtype, which has to be the compute type; or absent
-  Shape shape = Shape::departure;
+  GradientKind kind = GradientKind::departure;
 };
 
 constexpr int64_t tile = 1024;        // staged in L1, summed in the compute type

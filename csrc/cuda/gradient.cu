@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(stream_threads, gradient_blocks)
 
 void gradient(const Batch& t, const Rows table[5], const Rows coefficients[3], const Operand& cond,
               const Operand& uncond, const Factor& factor, bool unless_one, Stream stream,
-              Shape shape) {
+              GradientKind kind) {
   GradientCall call{plan_of(t, table),
                     {coefficients[0], coefficients[1], coefficients[2]},
                     cond,
@@ -70,7 +70,7 @@ void gradient(const Batch& t, const Rows table[5], const Rows coefficients[3], c
                     {0, 0},
                     0};
   call.chunks.count = call.plan.chunks;
-  expect(call.plan, shape);
+  expect(call.plan, kind);
   const Launch launch = streaming(call.plan, gradient_of_chunks, call.plan.chunks, &call.slots);
   start(gradient_of_chunks, launch, stream, call);
 }

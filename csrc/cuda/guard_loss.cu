@@ -329,7 +329,7 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
                 uint32_t* counters, Path wanted, Stream stream) {
   LossCall call{};
   call.plan = plan_of(t, problem.table);
-  expect(call.plan, problem.config.shape());
+  expect(call.plan, problem.config.gradient_kind());
   const Plan& p = call.plan;
   call.problem = problem;
   call.out = {result.loss, result.per_row, result.metrics, result.sum_grads};

@@ -55,10 +55,10 @@ void sums(const Batch&, const Rows table[5], double* out, void* workspace, Strea
 
 // The gradients of `factor` times the loss whose coefficients these are. `unless_one`: the
 // gradients are there already, for a factor of 1; where the device finds that, it writes nothing.
-// `shape`: that of every finite row's coefficients, where it is known.
+// `kind`: that of every finite row's coefficients, where it is known.
 void gradient(const Batch&, const Rows table[5], const Rows coefficients[3], const Operand& cond,
               const Operand& uncond, const Factor&, bool unless_one, Stream,
-              Shape shape = Shape::general);
+              GradientKind kind = GradientKind::general);
 
 // Loss and gradient; returns the path it took. A path that is forced and cannot run is an error.
 Path guard_loss(const Batch&, const Problem&, const LossResult&, void* workspace,

@@ -31,12 +31,12 @@ using Roles = uint32_t;  // bit r: role r
 constexpr Roles every_role = (1u << roles) - 1;
 constexpr Roles bit(Role r) { return 1u << r; }
 
-// The operands that a gradient reads whose coefficients are known to be of one shape.
-inline Roles roles_of(Form form, Shape shape, bool with_ref) {
+// The operands that a gradient reads whose coefficients are known to be of one kind.
+inline Roles roles_of(Form form, GradientKind kind, bool with_ref) {
   const Roles velocity = bit(role_v) | bit(role_uncond), sample = bit(role_x) | bit(role_y);
   Roles read = with_ref ? velocity | bit(role_ref) : 0;
-  if (shape == Shape::general) return every_role;
-  if (shape == Shape::departure) {
+  if (kind == GradientKind::general) return every_role;
+  if (kind == GradientKind::departure) {
     return read | velocity | (uses_noise(form) ? bit(role_old) | bit(role_noise) : sample);
   }
   if (uses_noise(form)) return read | bit(role_noise);
@@ -65,7 +65,7 @@ struct Plan {
   Operand operand[roles];     // absent ones are null
   uint32_t offset[roles];     // of an operand's part of a slot
   Roles present, even, wide;  // even: whose rows all begin on 16 bytes; wide: float32
-  Shape shape;                // of every row's coefficients, where it is known; else general
+  GradientKind kind;          // of every row's coefficients, where it is known; else general
   Roles again;                // what a second pass reads
   uint32_t slot_bytes;        // of shared memory that a tile takes
   uint32_t mean_offset;       // where sde_step puts the mean
@@ -89,7 +89,7 @@ GUARD_OPS_HD uint32_t ring_of(uint32_t slots, bool keeps) {
 inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   Plan p{};
   p.form = t.form;
-  p.shape = Shape::general;
+  p.kind = GradientKind::general;
   p.again = every_role;
   const Operand* const operands[roles] = {
       &t.v, &t.uncond, &t.ref, &t.x, &t.y, t.m ? &t.m : &t.v_old, &t.noise};
@@ -132,10 +132,10 @@ inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   return p;
 }
 
-// For a second pass whose coefficients are all of one shape.
-inline void expect(Plan& p, Shape shape) {
-  p.shape = shape;
-  p.again = roles_of(p.form, shape, bool(p.operand[role_ref]));
+// For a second pass whose coefficients are all of one kind.
+inline void expect(Plan& p, GradientKind kind) {
+  p.kind = kind;
+  p.again = roles_of(p.form, kind, bool(p.operand[role_ref]));
 }
 
 // Calls call(std::integral_constant<Form, form>). Once a tile: kernels of one form each would be

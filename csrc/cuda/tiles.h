@@ -281,7 +281,7 @@ __device__ __forceinline__ double warp_total(double x) {
 // What the gradient of a row is made of, as the arithmetic takes it.
 struct Direction {
   Factors<float> k;
-  Shape shape;
+  GradientKind kind;
   bool silent, nan, with_ref;  // silent: its coefficients but the reference's are 0
 };
 
@@ -289,7 +289,7 @@ __device__ __forceinline__ Direction direction_of(const Plan& p, const RowNumber
                                                   const Coefficients& c) {
   const Factors<double> exact = factors_of(row.b, c);
   return {{float(exact.k1), float(exact.k2), float(exact.k3)},
-          p.shape == Shape::general ? shape_of(c.c1, c.c2) : p.shape,
+          p.kind == GradientKind::general ? gradient_kind_of(c.c1, c.c2) : p.kind,
           c.c1 == 0 && c.c2 == 0,
           c.c1 != c.c1,
           p.operand[role_ref] && c.c3 != 0};
@@ -308,9 +308,9 @@ __device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row
     const Element<float> x = in.at(e);
     if (to.silent || to.nan) {
       g[e] = to.nan ? to.k.k1 : 0;
-    } else if (to.shape == Shape::departure) {
+    } else if (to.kind == GradientKind::departure) {
       g[e] = to.k.k1 * departure<F>(row.step, x);
-    } else if (to.shape == Shape::residual) {
+    } else if (to.kind == GradientKind::residual) {
       g[e] = to.k.k1 * residual<F>(row.step, x);
     } else {
       g[e] = velocity_gradient<F>(to.k, row.step, x);

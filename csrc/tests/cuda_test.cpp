@@ -329,7 +329,7 @@ void test_sums_and_gradient() {
 void test_unread_operands() {
   char* const nowhere = reinterpret_cast<char*>(16);
   for (const Form form : forms) {
-    for (const Shape shape : {Shape::departure, Shape::residual}) {
+    for (const GradientKind kind : {GradientKind::departure, GradientKind::residual}) {
       CONTEXT("unread %s shape %d", form_names[int(form)], int(shape));
       Operands in(dtypes[1], steps, batch, 601, true);
       const Batch t = in.of(form, false, false);
@@ -338,7 +338,7 @@ void test_unread_operands() {
       std::vector<Coefficients> c(rows);
       for (int64_t n = 0; n < rows; ++n) {
         flat[n] = 0.3 + 0.01 * n;
-        flat[rows + n] = shape == Shape::departure ? -flat[n] / 2 : 0;
+        flat[rows + n] = kind == GradientKind::departure ? -flat[n] / 2 : 0;
         c[n] = {flat[n], flat[rows + n], 0};
       }
       const Rows from[3] = {{flat.data(), batch, 1},

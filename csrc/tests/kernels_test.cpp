@@ -48,7 +48,7 @@ Results run(const Kernels& kernels, const Operands& in, const Batch& t, const Co
       for_each_chunk(k, i, in.numel, [&](const Span& at) {
         const Sums part = kernels.sums(
             t, step, at,
-            {with_direction(t) ? out.direction.operand() : Operand{}, Shape::departure});
+            {with_direction(t) ? out.direction.operand() : Operand{}, GradientKind::departure});
         const Sums alone = kernels.sums(t, step, at, {});
         CHECK(part.s1 == alone.s1 && part.s2 == alone.s2 && part.ref == alone.ref);
         total.s1 += part.s1;
@@ -194,7 +194,7 @@ void test_gradient_is_a_scaled_direction(const Kernels& kernels) {
     for (const Form form : forms) {
       const Batch t = in.of(form, false, false);
       if (!with_direction(t)) continue;
-      for (const Shape shape : {Shape::departure, Shape::residual}) {
+      for (const GradientKind kind : {GradientKind::departure, GradientKind::residual}) {
         CONTEXT("%s direction, %s %s shape %d", kernels.name, form_names[int(form)], d.name,
                 int(shape));
         const Span at{0, 1, 0, 1047};
@@ -202,7 +202,7 @@ void test_gradient_is_a_scaled_direction(const Kernels& kernels) {
         Tensor scaled(d.v, 1, 2, 1047), gradient(d.v, 1, 2, 1047);
         kernels.sums(t, step, at, {scaled.operand(), shape});
         kernels.scale(scaled.operand(), c1, at);
-        kernels.gradient(t, step, {c1, shape == Shape::departure ? -c1 / 2 : 0, 0}, at,
+        kernels.gradient(t, step, {c1, kind == GradientKind::departure ? -c1 / 2 : 0, 0}, at,
                          gradient.operand(), {});
         CHECK(scaled.bytes() == gradient.bytes() && scaled.guards_intact());
       }
