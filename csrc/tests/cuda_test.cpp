@@ -325,12 +325,12 @@ void test_sums_and_gradient() {
   }
 }
 
-// What a gradient of known shape does not need is not read: here it cannot be.
+// What a gradient of known kind does not need is not read: here it cannot be.
 void test_unread_operands() {
   char* const nowhere = reinterpret_cast<char*>(16);
   for (const Form form : forms) {
     for (const GradientKind kind : {GradientKind::departure, GradientKind::residual}) {
-      CONTEXT("unread %s shape %d", form_names[int(form)], int(shape));
+      CONTEXT("unread %s kind %d", form_names[int(form)], int(kind));
       Operands in(dtypes[1], steps, batch, 601, true);
       const Batch t = in.of(form, false, false);
       const Problem problem = scalars.problem(config_of(RatioNorm::none, Balance::none), form, 601);
@@ -346,7 +346,7 @@ void test_unread_operands() {
                             {flat.data() + 2 * rows, batch, 1}};
       const Output cond(t.v, t, false), want(t.v, t, false);
       cpu::gradient(serial, t, problem.table, c.data(), want.operand(), {});
-      const cuda::Roles needed = cuda::roles_of(form, shape, false);
+      const cuda::Roles needed = cuda::roles_of(form, kind, false);
       Batch less = t;
       const auto hide = [&](Operand& x, cuda::Role role) {
         if (x && !(needed & cuda::bit(role))) x.data = nowhere;
@@ -354,7 +354,7 @@ void test_unread_operands() {
       hide(less.v, cuda::role_v), hide(less.x, cuda::role_x), hide(less.y, cuda::role_y);
       hide(less.m, cuda::role_old), hide(less.v_old, cuda::role_old);
       hide(less.noise, cuda::role_noise);
-      cuda::gradient(less, problem.table, from, cond.operand(), {}, {}, false, nullptr, shape);
+      cuda::gradient(less, problem.table, from, cond.operand(), {}, {}, false, nullptr, kind);
       cuda::emulation::finish();
       check_rows(cond.operand(), want.operand(), t);
     }

@@ -195,12 +195,12 @@ void test_gradient_is_a_scaled_direction(const Kernels& kernels) {
       const Batch t = in.of(form, false, false);
       if (!with_direction(t)) continue;
       for (const GradientKind kind : {GradientKind::departure, GradientKind::residual}) {
-        CONTEXT("%s direction, %s %s shape %d", kernels.name, form_names[int(form)], d.name,
-                int(shape));
+        CONTEXT("%s direction, %s %s kind %d", kernels.name, form_names[int(form)], d.name,
+                int(kind));
         const Span at{0, 1, 0, 1047};
         const double c1 = 0.7;
         Tensor scaled(d.v, 1, 2, 1047), gradient(d.v, 1, 2, 1047);
-        kernels.sums(t, step, at, {scaled.operand(), shape});
+        kernels.sums(t, step, at, {scaled.operand(), kind});
         kernels.scale(scaled.operand(), c1, at);
         kernels.gradient(t, step, {c1, kind == GradientKind::departure ? -c1 / 2 : 0, 0}, at,
                          gradient.operand(), {});
