@@ -1,34 +1,109 @@
-// What the launches of all kernels share: the workspace's layout, slots a warp.
+// How a kernel is launched: what the current device can run, of which launch.cu remembers the
+// answers; how many blocks with how much shared memory; and the memory that the kernels share.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <algorithm>
+#include <stdexcept>
 
 #include "kernels.h"
-#include "plan.h"
-#include "runtime.h"
 #include "team.h"
+#include "tiles.h"
 
 namespace guard_ops::cuda {
 
+#if defined(GUARD_OPS_EMULATE)
+constexpr int stream_threads = 64, cooperative_threads = 96, cluster_threads = 64;
+#else
+constexpr int stream_threads = 256, cooperative_threads = 512, cluster_threads = 256;
+#endif
+
 constexpr int block_header = 256;  // bytes of shared memory before the slots
 
-inline int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Workspace* out) {
-  int64_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    char* const data = base + at;
-    at += (bytes + 255) / 256 * 256;
-    return data;
-  };
-  Workspace w{};
-  const int64_t rows = p.rows;
-  w.partials = reinterpret_cast<double*>(take(3 * int64_t(p.chunks) * sizeof(double)));
-  w.parts = reinterpret_cast<Sums*>(take(rows * p.row_parts * sizeof(Sums)));
-  w.sums = reinterpret_cast<Sums*>(take(rows * sizeof(Sums)));
-  w.assumed = reinterpret_cast<Coefficients*>(take(rows * sizeof(Coefficients)));
-  w.scratch = scratch_at(take(scratch_bytes(rows, steps, p.batch)), rows, steps);
-  if (out != nullptr) *out = w;
-  return at;
+// ---- the device ---------------------------------------------------------------------------------
+
+// Throws what the run time says of a call, named by `what`, that did not succeed.
+void check(cudaError_t status, const char* what);
+
+struct Device {
+  int number, multiprocessors, shared_bytes;  // a block's most
+  bool cooperative, clusters;
+  int cache_bytes;  // second level
+  int registers;    // of a multiprocessor
+};
+
+const Device& device();
+
+struct Launch {
+  int blocks, threads, shared_bytes;
+  bool cooperative = false;
+  int cluster = 1;
+  bool chained = false;  // may begin before the launch before it ends: see team.h
+};
+
+template <class Kernel>
+const void* address(Kernel* kernel) {
+  return reinterpret_cast<const void*>(kernel);
 }
+
+// How many blocks of this kernel, or clusters, the device runs at once: 0 where it cannot.
+int at_once(const void* kernel, const Launch&);
+
+// Whether the second kernel's blocks can begin while the first's run: whether a multiprocessor has
+// registers for `blocks` of these and one of those.
+bool overlap(const void* first, int blocks, const void* second, int threads);
+
+// Whether device and code know of clusters and chained launches: PTX for sm_80 that a driver
+// compiles for sm_90 would take each of a cluster's blocks for a whole one, and wait for nothing.
+bool runs_as_sm_90(const void* kernel);
+
+// Whether an error says that the device cannot launch a kernel so, and never will.
+bool refused(cudaError_t status);
+
+// False where the device, for all that it said, does not launch so: no room for blocks that have to
+// run at once, under MPS, or busy.
+template <class Argument>
+bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(launch.blocks);
+  config.blockDim = dim3(launch.threads);
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  if (launch.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else if (launch.cluster > 1) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = launch.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  const bool chained = launch.chained && runs_as_sm_90(address(kernel));
+  if (chained) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  config.attrs = &attribute;
+  config.numAttrs = launch.cooperative || launch.cluster > 1 || chained ? 1 : 0;
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, argument);
+  if (config.numAttrs > 0 && status != cudaErrorInvalidValue && refused(status)) {
+    cudaGetLastError();
+    return false;
+  }
+  check(status, "kernel launch");
+  return true;
+}
+
+template <class Argument>
+void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
+  if (starts(kernel, launch, stream, argument)) return;
+  Launch plain = launch;
+  plain.chained = false;
+  if (!starts(kernel, plain, stream, argument)) throw std::runtime_error("guard_ops: no launch");
+}
+
+// ---- blocks and shared memory -------------------------------------------------------------------
 
 inline int shared_bytes(const Plan& p, int threads, uint32_t slots_a_warp) {
   return block_header + int(threads / warp_size * slots_a_warp * p.slot_bytes);
@@ -40,22 +115,8 @@ inline bool adds_up_by_row(uint32_t rows, const Plan& p, int threads) {
   return rows <= most_counted_rows && rows * p.row_parts > 2 * uint32_t(threads) / warp_size;
 }
 
-const void* gradient_kernel();
-
-// The gradient of some chunks' rows, in a launch that may begin while the one before it in the
-// stream, which forms the coefficients, still runs. `alone`: with the whole device for itself.
-// `assumed` [K, B]: only if other coefficients than these hold for any row.
-void gradient_after(const Plan&, const Rows coefficients[3], const Operand& cond,
-                    const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
-                    Stream);
-
 inline void check_runs(int blocks) {
   if (blocks == 0) throw std::runtime_error("guard_ops: the device runs no block");
-}
-
-template <class Kernel>
-const void* address(Kernel* kernel) {
-  return reinterpret_cast<const void*>(kernel);
 }
 
 // The launch, after that over chunks, in which the kernel's warps add up the parts of rows.
@@ -115,5 +176,27 @@ Launch beside_another(const Plan& p, Kernel* kernel, uint32_t chunks, int blocks
   launch.blocks = std::min(most, useful_blocks(chunks));
   return launch;
 }
+
+// ---- what the kernels share ---------------------------------------------------------------------
+
+struct Workspace {
+  double* partials;       // [3, chunks]
+  Sums* parts;            // [K, B, row_parts]
+  Sums* sums;             // [K, B]
+  Coefficients* assumed;  // [K, B]
+  Scratch scratch;
+};
+
+// The parts of the memory at `base`, where a caller wants to know; returns how many bytes it has.
+int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Workspace* out);
+
+const void* gradient_kernel();
+
+// The gradient of some chunks' rows, in a launch that may begin while the one before it in the
+// stream, which forms the coefficients, still runs. `alone`: with the whole device for itself.
+// `assumed` [K, B]: only if other coefficients than these hold for any row.
+void gradient_after(const Plan&, const Rows coefficients[3], const Operand& cond,
+                    const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
+                    Stream);
 
 }  // namespace guard_ops::cuda

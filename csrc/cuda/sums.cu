@@ -37,13 +37,6 @@ __global__ void __launch_bounds__(stream_threads)
 
 }  // namespace
 
-std::string unsupported() { return why_not(address(sums_of_rows)); }
-
-int64_t workspace_bytes(const Batch& t) {
-  const Rows none[3] = {};
-  return workspace_layout(plan_of(t, none), t.steps, nullptr, nullptr);
-}
-
 void sums(const Batch& t, const Rows table[5], double* out, void* workspace, Stream stream) {
   SumsCall call{plan_of(t, table), {}, {}, 0, out};
   Workspace w{};

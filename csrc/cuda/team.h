@@ -1,88 +1,175 @@
-// The blocks' joint work on [K, B] numbers: rows' sums from those of their chunks, the objective by
-// one block, and who that block is.
+// The threads that run a kernel: what one of them finds around it, how a warp, a block and a
+// cluster work together, and the objective on [K, B], which is one block's work.
 #pragma once
 
 #include "../evaluate.h"
-#include "tiles.h"
+
+// What the kernels ask of a thread's surroundings. The tests replace it by ../tests/emulate.h,
+// which runs the same kernels on the host.
+#if defined(GUARD_OPS_EMULATE)
+#include "../tests/emulate.h"
+#else
+
+#include <cooperative_groups.h>
+
+#include <cstdint>
 
 namespace guard_ops::cuda {
 
-// [chunks] of each, float64; a chunk's sums lie apart so that neighbours' loads are one.
-struct Partials {
-  double* data;
-  uint32_t chunks;
-  bool with_ref;  // else the third is neither written nor read
+__device__ __forceinline__ uint32_t thread() { return threadIdx.x; }
+__device__ __forceinline__ uint32_t threads() { return blockDim.x; }
+__device__ __forceinline__ uint32_t block() { return blockIdx.x; }
+__device__ __forceinline__ uint32_t blocks() { return gridDim.x; }
 
-  __device__ __forceinline__ void put(uint32_t chunk, const Sums& sums) const {
-    double* const at = data + chunk;
-    at[0] = sums.s1;
-    at[chunks] = sums.s2;
-    if (with_ref) at[2 * size_t(chunks)] = sums.ref;
-  }
-  __device__ __forceinline__ Sums get(uint32_t chunk) const {
-    const double* const at = data + chunk;
-    return {at[0], at[chunks], with_ref ? at[2 * size_t(chunks)] : 0};
-  }
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ void sync_block() { __syncthreads(); }
+__device__ __forceinline__ bool any_of_block(bool mine) { return __syncthreads_or(mine) != 0; }
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T x, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, x, mask);
+}
+struct alignas(16) Bytes16 {
+  uint32_t w[4];
 };
 
-// One part of a row's sums, by a warp: each lane adds up chunks, a tree the lanes. Every path adds
-// in this order. get(chunk of the row): its sums. A lane has several chunks under way at once: one
-// after another, each would wait for the second-level cache.
-template <class Get>
-__device__ __forceinline__ Sums part_sums(const Plan& p, uint32_t part, Get get) {
-  constexpr uint32_t at_once = 4;
-  const uint32_t stride = p.row_parts * warp_size;
-  Sums total{0, 0, 0};
-#pragma unroll 1
-  for (uint32_t n = part * warp_size + lane(); n < p.row_chunks; n += at_once * stride) {
-    Sums some[at_once];
-#pragma unroll
-    for (uint32_t j = 0; j < at_once; ++j) {
-      const uint32_t chunk = n + j * stride;
-      some[j] = get(chunk < p.row_chunks ? chunk : n);
-    }
-#pragma unroll
-    for (uint32_t j = 0; j < at_once; ++j) {
-      if (n + j * stride < p.row_chunks) total = total + some[j];
-    }
-  }
-  return {warp_total(total.s1), warp_total(total.s2), warp_total(total.ref)};
+// For every lane the pointer that `lane` has, into global memory: to be stored to by store_global,
+// as the compiler does not see any more what it points to.
+__device__ __forceinline__ char* broadcast(char* pointer, uint32_t lane) {
+  const auto bits = reinterpret_cast<unsigned long long>(pointer);
+  return reinterpret_cast<char*>(__shfl_sync(0xFFFFFFFFu, bits, lane));
+}
+__device__ __forceinline__ void store_global(void* global, const Bytes16& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3])
+               : "memory");
 }
 
-// A row's sums from those of its parts.
-__device__ __forceinline__ Sums of_parts(const Plan& p, const Sums* parts) {
-  Sums total = parts[0];
-#pragma unroll 1
-  for (uint32_t n = 1; n < p.row_parts; ++n) total = total + parts[n];
-  return total;
+// 16 bytes from global to shared memory, past the registers; a group of copies is waited for.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress address_of(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ __forceinline__ void copy_async(SharedAddress shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int pending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Calls done(row, sums) for the rows [begin, end), by a thread each; the block has synchronized
-// when it returns. `parts`: [rows, row_parts] in global memory, whatever is in it.
-template <class Done>
-__device__ __forceinline__ void row_sums(const Plan& p, const Partials& partials, Sums* parts,
-                                         uint32_t begin, uint32_t end, Done done) {
-  const uint32_t last = end * p.row_parts;
-#pragma unroll 1
-  for (uint32_t n = begin * p.row_parts + warp(); n < last; n += warps()) {
-    const uint32_t row = n / p.row_parts;
-    const Sums sums = part_sums(p, n - row * p.row_parts, [&](uint32_t chunk) {
-      return partials.get(row * p.row_chunks + chunk);
-    });
-    if (lane() != 0) continue;
-    if (p.row_parts == 1) {
-      done(row, sums);
-    } else {
-      parts[n] = sums;
-    }
+// The storage types' conversions, two numbers a word; each rounds once, to nearest even.
+__device__ __forceinline__ float from_bits(uint32_t x) { return __uint_as_float(x); }
+__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ void from_halves(uint32_t x, float* low, float* high) {
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(*low), "=f"(*high)
+      : "r"(x));
+}
+__device__ __forceinline__ uint32_t to_halves(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+__device__ __forceinline__ void from_bfloats(uint32_t x, float* low, float* high) {
+  *low = __uint_as_float(x << 16);
+  *high = __uint_as_float(x & 0xFFFF0000u);
+}
+__device__ __forceinline__ uint32_t to_bfloats(float low, float high) {
+  uint32_t out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+// Integers that blocks tell each other how far they are with: release what was written, acquire
+// what others have, which is then read as any memory is.
+__device__ __forceinline__ uint32_t count_up(uint32_t* counter, uint32_t by) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(by)
+               : "memory");
+  return before;
+}
+__device__ __forceinline__ uint32_t flag_now(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+__device__ __forceinline__ void set_flag(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ void await_change(const uint32_t* flag, uint32_t before) {
+  while (flag_now(flag) == before) {
   }
-  sync_block();
-  if (p.row_parts == 1) return;
-#pragma unroll 1
-  for (uint32_t row = begin + thread(); row < end; row += threads()) {
-    done(row, of_parts(p, parts + row * p.row_parts));
-  }
-  sync_block();
+}
+
+// Launches that overlap: the next one of a stream may begin once every block of this one has called
+// let_next_start, and has what this one wrote, and all before it, once its await_previous returns.
+// A launch that is not chained to the one before it finds that over. Whoever is chained has to wait
+// at some time, or what comes after it would run beside what came before it.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void let_next_start() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void await_previous() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+#else
+__device__ __forceinline__ void let_next_start() {}
+__device__ __forceinline__ void await_previous() {}
+#endif
+
+// Past this multiprocessor's cache, into which a launch that runs beside this one may have read
+// what was there before.
+__device__ __forceinline__ double load_fresh(const double* x) { return __ldcg(x); }
+
+// The blocks of one cluster; before sm_90 a block is a cluster of its own.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void sync_cluster() { cooperative_groups::this_cluster().sync(); }
+__device__ __forceinline__ uint32_t cluster_rank() {
+  return cooperative_groups::this_cluster().block_rank();
+}
+__device__ __forceinline__ uint32_t cluster_size() {
+  return cooperative_groups::this_cluster().num_blocks();
+}
+template <class T>
+__device__ __forceinline__ const T* of_cluster(const T* shared, uint32_t rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+}
+#else
+__device__ __forceinline__ void sync_cluster() { __syncthreads(); }
+__device__ __forceinline__ uint32_t cluster_rank() { return 0; }
+__device__ __forceinline__ uint32_t cluster_size() { return 1; }
+template <class T>
+__device__ __forceinline__ const T* of_cluster(const T* shared, uint32_t) {
+  return shared;
+}
+#endif
+
+}  // namespace guard_ops::cuda
+#endif
+
+namespace guard_ops::cuda {
+
+constexpr uint32_t warp_size = 32;
+
+__device__ __forceinline__ uint32_t lane() { return thread() % warp_size; }
+__device__ __forceinline__ uint32_t warp() { return thread() / warp_size; }
+__device__ __forceinline__ uint32_t warps() { return threads() / warp_size; }
+
+// A warp's total of a number that each lane has, by a tree; every lane gets it.
+__device__ __forceinline__ double warp_total(double x) {
+#pragma unroll
+  for (int mask = warp_size / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
 }
 
 // evaluate()'s Group: a warp.
@@ -143,14 +230,6 @@ GUARD_OPS_HD Scratch scratch_at(char* base, int64_t rows, int64_t steps) {
   return {reinterpret_cast<RowState*>(base), reinterpret_cast<Statistics*>(stats),
           reinterpret_cast<int64_t*>(finite)};
 }
-
-struct Workspace {
-  double* partials;       // [3, chunks]
-  Sums* parts;            // [K, B, row_parts]
-  Sums* sums;             // [K, B]
-  Coefficients* assumed;  // [K, B]
-  Scratch scratch;
-};
 
 // Integers that a launch finds at 0 and leaves so, but for `evaluated`, which changes. Nobody polls
 // in the cache line where others count.

@@ -1,19 +1,149 @@
-// One tile, by one warp: its operands into shared memory, its sums, its gradient in place of v, and
-// that out again.
+// How a batch is cut up into tiles, and how a warp brings one into shared memory and out again.
+//
+// A tile is what a warp holds at once, 8 elements a lane. A chunk is a run of tiles of one row
+// whose sums a warp forms. A part is every `row_parts`-th 32 chunks of a row, whose sums a warp
+// adds up. How many tiles a chunk and parts a row has depends on the row's length alone: the same
+// for every kernel and path, so that all of them give the same bits.
 //
 // Global memory is touched by copies alone, 16 bytes a lane where a row is so aligned and element
 // by element where not; dtypes are told apart once for 8 elements. So neither multiplies the
 // kernels.
 #pragma once
 
-#include "device.h"
-#include "plan.h"
+#include <stdexcept>
+#include <type_traits>
+
+#include "../batch.h"
+#include "team.h"
 
 namespace guard_ops::cuda {
 
-__device__ __forceinline__ uint32_t lane() { return thread() % warp_size; }
-__device__ __forceinline__ uint32_t warp() { return thread() / warp_size; }
-__device__ __forceinline__ uint32_t warps() { return threads() / warp_size; }
+constexpr uint32_t lane_elements = 8, tile = lane_elements * warp_size;
+constexpr uint32_t run = 4;  // elements of a lane that lie beside each other: 16 bytes in float32
+constexpr uint32_t most_chunk_tiles = 4, chunks_aimed_at = 256;  // of a row
+constexpr uint32_t most_parts = 8, part_chunks = 256;  // of a row; of a part, where 8 suffice
+constexpr uint32_t ring_slots = 4;                     // that copies go around in, at most
+
+// Blocks that a multiprocessor has registers for. From sm_120 on the assembler wants more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int sums_blocks = 2, gradient_blocks = 1;
+#else
+constexpr int sums_blocks = 3, gradient_blocks = 2;
+#endif
+
+enum Role { role_v, role_uncond, role_ref, role_x, role_y, role_old, role_noise, roles };
+using Roles = uint32_t;  // bit r: role r
+constexpr Roles every_role = (1u << roles) - 1;
+constexpr Roles bit(Role r) { return 1u << r; }
+
+// The operands that a gradient reads whose coefficients are known to be of one kind.
+inline Roles roles_of(Form form, GradientKind kind, bool with_ref) {
+  const Roles velocity = bit(role_v) | bit(role_uncond), sample = bit(role_x) | bit(role_y);
+  Roles read = with_ref ? velocity | bit(role_ref) : 0;
+  if (kind == GradientKind::general) return every_role;
+  if (kind == GradientKind::departure) {
+    return read | velocity | (uses_noise(form) ? bit(role_old) | bit(role_noise) : sample);
+  }
+  if (uses_noise(form)) return read | bit(role_noise);
+  if (form == Form::mean) return read | bit(role_y) | bit(role_old);
+  return form == Form::velocity ? read | sample | bit(role_old) : read;
+}
+
+// n / d for n < 2^31 by a multiplication.
+struct Divisor {
+  uint32_t d = 1, shift = 31;
+  uint64_t multiplier = 1;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t d) : d(d) {
+    while ((uint64_t(1) << (shift - 31)) < d) ++shift;
+    multiplier = (uint64_t(1) << shift) / d + 1;
+    if (d == 1) shift = 31, multiplier = uint64_t(1) << 31;
+  }
+  GUARD_OPS_HD uint32_t divide(uint32_t n) const {
+    return static_cast<uint32_t>(n * multiplier >> shift);
+  }
+};
+
+struct Plan {
+  Form form;
+  Operand operand[roles];     // absent ones are null
+  uint32_t offset[roles];     // of an operand's part of a slot
+  Roles present, even, wide;  // even: whose rows all begin on 16 bytes; wide: float32
+  GradientKind kind;          // of every row's coefficients, where it is known; else general
+  Roles again;                // what a second pass reads
+  uint32_t slot_bytes;        // of shared memory that a tile takes
+  uint32_t mean_offset;       // where sde_step puts the mean
+  uint32_t rows, chunk_tiles, row_chunks, row_parts, chunks;
+  int64_t numel;
+  Divisor by_batch, by_row_chunks, by_chunk_tiles;
+  uint32_t batch;
+  Seeds seeds;
+  float guidance_scale, uncond_scale;  // uncond_scale: 1 - guidance_scale
+  Rows table[3];                       // a, b, s
+};
+
+// How many of a warp's slots its copies go around in; the rest keep their tiles for a second pass,
+// `keeps`, where not all of them fit.
+GUARD_OPS_HD uint32_t ring_of(uint32_t slots, bool keeps) {
+  const uint32_t most = keeps && slots < 2 * ring_slots ? 2 : ring_slots;
+  return slots >= most ? most : slots >= 2 ? 2 : 1;
+}
+
+// `with_mean`: a slot has room for sde_step's float32 mean.
+inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
+  Plan p{};
+  p.form = t.form;
+  p.kind = GradientKind::general;
+  p.again = every_role;
+  const Operand* const operands[roles] = {
+      &t.v, &t.uncond, &t.ref, &t.x, &t.y, t.m ? &t.m : &t.v_old, &t.noise};
+  for (int r = 0; r < roles; ++r) {
+    p.operand[r] = *operands[r];
+    p.offset[r] = p.slot_bytes;
+    if (!p.operand[r]) continue;
+    p.present |= 1u << r;
+    const Operand& x = p.operand[r];
+    const int64_t size = size_of(x.dtype);
+    const uint64_t offsets = reinterpret_cast<uintptr_t>(x.data) |
+                             (t.steps > 1 ? x.stride_k * size : 0) |
+                             (t.batch > 1 ? x.stride_b * size : 0);
+    if (offsets % 16 == 0) p.even |= 1u << r;
+    if (x.dtype == DType::f32) p.wide |= 1u << r;
+    p.slot_bytes += uint32_t(tile * size_of(p.operand[r].dtype));
+  }
+  p.mean_offset = p.slot_bytes;
+  if (with_mean) p.slot_bytes += tile * sizeof(float);
+  const int64_t tiles = (t.numel + tile - 1) / tile;
+  const int64_t aimed = (tiles + chunks_aimed_at - 1) / chunks_aimed_at;
+  p.chunk_tiles = uint32_t(aimed < most_chunk_tiles ? aimed : most_chunk_tiles);
+  p.row_chunks = uint32_t((tiles + p.chunk_tiles - 1) / p.chunk_tiles);
+  p.row_parts = 1;
+  while (p.row_parts < most_parts && p.row_parts * part_chunks < p.row_chunks) p.row_parts *= 2;
+  p.rows = uint32_t(t.steps * t.batch);
+  if (t.steps * t.batch * p.row_chunks >= int64_t(1) << 30) {
+    throw std::runtime_error("guard_ops: model_output has too many elements for one CUDA call");
+  }
+  p.chunks = p.rows * p.row_chunks;
+  p.numel = t.numel;
+  p.batch = uint32_t(t.batch);
+  p.by_batch = Divisor(p.batch);
+  p.by_row_chunks = Divisor(p.row_chunks);
+  p.by_chunk_tiles = Divisor(p.chunk_tiles);
+  p.seeds = t.seeds;
+  p.guidance_scale = float(t.guidance_scale);
+  p.uncond_scale = float(1 - t.guidance_scale);
+  for (int n = 0; n < 3; ++n) p.table[n] = table[n];
+  return p;
+}
+
+// For a second pass whose coefficients are all of one kind.
+inline void expect(Plan& p, GradientKind kind) {
+  p.kind = kind;
+  p.again = roles_of(p.form, kind, bool(p.operand[role_ref]));
+}
+
+// ---- one tile ----
 
 // Where a tile lies.
 struct At {
@@ -162,176 +292,6 @@ __device__ __forceinline__ void write(char* to, DType dtype, const float in[lane
     }
     reinterpret_cast<Bytes8*>(to)[n * warp_size + lane()] = x;
   }
-}
-
-// One row's numbers, as the arithmetic takes them.
-struct RowNumbers {
-  Step<float> step;
-  double b;  // not rounded
-  uint64_t key, transition;
-};
-
-__device__ __forceinline__ RowNumbers numbers_of(const Plan& p, const At& at) {
-  RowNumbers n{};
-  n.b = *p.table[1].at(at.k, at.i);
-  n.step = {float(*p.table[0].at(at.k, at.i)), float(n.b), float(*p.table[2].at(at.k, at.i))};
-  if (p.seeds.data != nullptr) {
-    n.key = p.seeds.word(at.k, at.i, 0);
-    n.transition = p.seeds.word(at.k, at.i, 1);
-  }
-  return n;
-}
-
-// Eight elements of every operand that the form reads.
-template <Form F>
-struct Elements {
-  float v[lane_elements], x[lane_elements], y[lane_elements], old[lane_elements],
-      noise[lane_elements];
-
-  __device__ __forceinline__ Element<float> at(uint32_t e) const {
-    Element<float> out{};
-    out.v = v[e];
-    if constexpr (uses_sample(F)) out.x = x[e], out.y = y[e];
-    if constexpr (F == Form::mean) out.m = old[e];
-    if constexpr (uses_old_velocity(F)) out.v_old = old[e];
-    if constexpr (uses_noise(F)) out.noise = noise[e];
-    return out;
-  }
-};
-
-__device__ __forceinline__ void normals(const RowNumbers& row, const At& at,
-                                        float out[lane_elements]) {
-  static_assert(run == 4, "the numbers of one counter");
-#pragma unroll
-  for (uint32_t q = 0; q < lane_elements / run; ++q) {
-    const uint64_t counter = uint64_t(at.begin + place_of(q * run)) / run;
-    const philox::Words words = philox::generate(row.key, counter, row.transition);
-    philox::box_muller(words.w[0], words.w[2], out + 4 * q, out + 4 * q + 1);
-    philox::box_muller(words.w[1], words.w[3], out + 4 * q + 2, out + 4 * q + 3);
-  }
-}
-
-__device__ __forceinline__ void read_velocity(const Plan& p, const char* slot,
-                                              float out[lane_elements]) {
-  read(slot + p.offset[role_v], p.operand[role_v].dtype, out);
-  if (!p.operand[role_uncond]) return;
-  float uncond[lane_elements];
-  read(slot + p.offset[role_uncond], p.operand[role_uncond].dtype, uncond);
-#pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) out[e] = guided(uncond[e], out[e], p.guidance_scale);
-}
-
-template <Form F>
-__device__ __forceinline__ Elements<F> read_tile(const Plan& p, const RowNumbers& row, const At& at,
-                                                 const char* slot) {
-  Elements<F> in;
-  read_velocity(p, slot, in.v);
-  if constexpr (uses_sample(F)) {
-    read(slot + p.offset[role_x], p.operand[role_x].dtype, in.x);
-    read(slot + p.offset[role_y], p.operand[role_y].dtype, in.y);
-  }
-  if constexpr (F != Form::log_prob) {
-    read(slot + p.offset[role_old], p.operand[role_old].dtype, in.old);
-  }
-  if constexpr (F == Form::noise) {
-    read(slot + p.offset[role_noise], p.operand[role_noise].dtype, in.noise);
-  }
-  if constexpr (F == Form::seeded) normals(row, at, in.noise);
-  return in;
-}
-
-// Adds this lane's part of the tile's sums: in float32 within it, in float64 to `total`.
-template <Form F>
-__device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row, const At& at,
-                                            const char* slot, Sums& total) {
-  const Elements<F> in = read_tile<F>(p, row, at, slot);
-  float s1 = 0, s2 = 0;
-#pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) {
-    const Element<float> x = in.at(e);
-    const float d = delta<F>(row.step, x);
-    if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);
-    s2 = fma(d, d, s2);
-  }
-  total.s1 += double(s1);
-  total.s2 += double(s2);
-  if (!p.operand[role_ref]) return;
-  float ref[lane_elements], drift = 0;
-  read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
-#pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) {
-    const float d = row.step.b * (in.v[e] - ref[e]);
-    drift = fma(d, d, drift);
-  }
-  total.ref += double(drift);
-}
-
-__device__ __forceinline__ void add_sums(const Plan& p, const RowNumbers& row, const At& at,
-                                         const char* slot, Sums& total) {
-  by_form(p.form, [&](auto form) { add_sums_of<decltype(form)::value>(p, row, at, slot, total); });
-}
-
-// A warp's total of a number that each lane has, by a tree; every lane gets it.
-__device__ __forceinline__ double warp_total(double x) {
-#pragma unroll
-  for (int mask = warp_size / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
-  return x;
-}
-
-// What the gradient of a row is made of, as the arithmetic takes it.
-struct Direction {
-  Factors<float> k;
-  GradientKind kind;
-  bool silent, nan, with_ref;  // silent: its coefficients but the reference's are 0
-};
-
-__device__ __forceinline__ Direction direction_of(const Plan& p, const RowNumbers& row,
-                                                  const Coefficients& c) {
-  const Factors<double> exact = factors_of(row.b, c);
-  return {{float(exact.k1), float(exact.k2), float(exact.k3)},
-          p.kind == GradientKind::general ? gradient_kind_of(c.c1, c.c2) : p.kind,
-          c.c1 == 0 && c.c2 == 0,
-          c.c1 != c.c1,
-          p.operand[role_ref] && c.c3 != 0};
-}
-
-// The gradient of a tile in place of v, and of uncond, in the slot. Coefficients of 0 give 0, and
-// NaN ones NaN, whatever the operands hold, as some may not have been read.
-template <Form F>
-__device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row,
-                                            const Direction& to, const At& at, char* slot) {
-  const Elements<F> in = read_tile<F>(p, row, at, slot);
-  float g[lane_elements], ref[lane_elements];
-  if (to.with_ref) read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
-#pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) {
-    const Element<float> x = in.at(e);
-    if (to.silent || to.nan) {
-      g[e] = to.nan ? to.k.k1 : 0;
-    } else if (to.kind == GradientKind::departure) {
-      g[e] = to.k.k1 * departure<F>(row.step, x);
-    } else if (to.kind == GradientKind::residual) {
-      g[e] = to.k.k1 * residual<F>(row.step, x);
-    } else {
-      g[e] = velocity_gradient<F>(to.k, row.step, x);
-    }
-    if (to.with_ref) g[e] = fma(to.k.k3, in.v[e] - ref[e], g[e]);
-  }
-  if (p.operand[role_uncond]) {
-    float rest[lane_elements];
-#pragma unroll
-    for (uint32_t e = 0; e < lane_elements; ++e) {
-      rest[e] = p.uncond_scale * g[e];
-      g[e] = p.guidance_scale * g[e];
-    }
-    write(slot + p.offset[role_uncond], p.operand[role_uncond].dtype, rest);
-  }
-  write(slot + p.offset[role_v], p.operand[role_v].dtype, g);
-}
-
-__device__ __forceinline__ void gradient_in_place(const Plan& p, const RowNumbers& row,
-                                                  const Direction& to, const At& at, char* slot) {
-  by_form(p.form, [&](auto form) { gradient_of<decltype(form)::value>(p, row, to, at, slot); });
 }
 
 }  // namespace guard_ops::cuda

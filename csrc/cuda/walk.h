@@ -1,14 +1,200 @@
-// A warp's way through its tiles, once for the sums and once, backwards, for the gradient.
-//
-// Block b has the chunks [first, last), its warps take them in turn. The first tiles of a warp stay
-// in their slots of shared memory for the second pass; what does not fit goes through a ring of
-// slots and is read again, the last first, as that is still in the L2 cache. Copies run `ahead`
-// tiles ahead.
+// What a warp makes of its tiles: the sums and the gradient of one, its way through all of them,
+// once for the sums and once, backwards, for the gradient, and the rows' sums from those of their
+// chunks.
 #pragma once
 
 #include "tiles.h"
 
 namespace guard_ops::cuda {
+
+// ---- one tile ----
+
+// One row's numbers, as the arithmetic takes them.
+struct RowNumbers {
+  Step<float> step;
+  double b;  // not rounded
+  uint64_t key, transition;
+};
+
+__device__ __forceinline__ RowNumbers numbers_of(const Plan& p, const At& at) {
+  RowNumbers n{};
+  n.b = *p.table[1].at(at.k, at.i);
+  n.step = {float(*p.table[0].at(at.k, at.i)), float(n.b), float(*p.table[2].at(at.k, at.i))};
+  if (p.seeds.data != nullptr) {
+    n.key = p.seeds.word(at.k, at.i, 0);
+    n.transition = p.seeds.word(at.k, at.i, 1);
+  }
+  return n;
+}
+
+// Eight elements of every operand that the form reads.
+template <Form F>
+struct Elements {
+  float v[lane_elements], x[lane_elements], y[lane_elements], old[lane_elements],
+      noise[lane_elements];
+
+  __device__ __forceinline__ Element<float> at(uint32_t e) const {
+    Element<float> out{};
+    out.v = v[e];
+    if constexpr (uses_sample(F)) out.x = x[e], out.y = y[e];
+    if constexpr (F == Form::mean) out.m = old[e];
+    if constexpr (uses_old_velocity(F)) out.v_old = old[e];
+    if constexpr (uses_noise(F)) out.noise = noise[e];
+    return out;
+  }
+};
+
+__device__ __forceinline__ void normals(const RowNumbers& row, const At& at,
+                                        float out[lane_elements]) {
+  static_assert(run == 4, "the numbers of one counter");
+#pragma unroll
+  for (uint32_t q = 0; q < lane_elements / run; ++q) {
+    const uint64_t counter = uint64_t(at.begin + place_of(q * run)) / run;
+    const philox::Words words = philox::generate(row.key, counter, row.transition);
+    philox::box_muller(words.w[0], words.w[2], out + 4 * q, out + 4 * q + 1);
+    philox::box_muller(words.w[1], words.w[3], out + 4 * q + 2, out + 4 * q + 3);
+  }
+}
+
+__device__ __forceinline__ void read_velocity(const Plan& p, const char* slot,
+                                              float out[lane_elements]) {
+  read(slot + p.offset[role_v], p.operand[role_v].dtype, out);
+  if (!p.operand[role_uncond]) return;
+  float uncond[lane_elements];
+  read(slot + p.offset[role_uncond], p.operand[role_uncond].dtype, uncond);
+#pragma unroll
+  for (uint32_t e = 0; e < lane_elements; ++e) out[e] = guided(uncond[e], out[e], p.guidance_scale);
+}
+
+template <Form F>
+__device__ __forceinline__ Elements<F> read_tile(const Plan& p, const RowNumbers& row, const At& at,
+                                                 const char* slot) {
+  Elements<F> in;
+  read_velocity(p, slot, in.v);
+  if constexpr (uses_sample(F)) {
+    read(slot + p.offset[role_x], p.operand[role_x].dtype, in.x);
+    read(slot + p.offset[role_y], p.operand[role_y].dtype, in.y);
+  }
+  if constexpr (F != Form::log_prob) {
+    read(slot + p.offset[role_old], p.operand[role_old].dtype, in.old);
+  }
+  if constexpr (F == Form::noise) {
+    read(slot + p.offset[role_noise], p.operand[role_noise].dtype, in.noise);
+  }
+  if constexpr (F == Form::seeded) normals(row, at, in.noise);
+  return in;
+}
+
+// Calls call(std::integral_constant<Form, form>). Once a tile: kernels of one form each would be
+// five times as long to compile, as most of a kernel does not know the form.
+template <class Call>
+GUARD_OPS_HD void by_form(Form form, Call call) {
+  if (form == Form::mean) {
+    call(std::integral_constant<Form, Form::mean>{});
+  } else if (form == Form::velocity) {
+    call(std::integral_constant<Form, Form::velocity>{});
+  } else if (form == Form::noise) {
+    call(std::integral_constant<Form, Form::noise>{});
+  } else if (form == Form::seeded) {
+    call(std::integral_constant<Form, Form::seeded>{});
+  } else {
+    call(std::integral_constant<Form, Form::log_prob>{});
+  }
+}
+
+// Adds this lane's part of the tile's sums: in float32 within it, in float64 to `total`.
+template <Form F>
+__device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row, const At& at,
+                                            const char* slot, Sums& total) {
+  const Elements<F> in = read_tile<F>(p, row, at, slot);
+  float s1 = 0, s2 = 0;
+#pragma unroll
+  for (uint32_t e = 0; e < lane_elements; ++e) {
+    const Element<float> x = in.at(e);
+    const float d = delta<F>(row.step, x);
+    if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);
+    s2 = fma(d, d, s2);
+  }
+  total.s1 += double(s1);
+  total.s2 += double(s2);
+  if (!p.operand[role_ref]) return;
+  float ref[lane_elements], drift = 0;
+  read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
+#pragma unroll
+  for (uint32_t e = 0; e < lane_elements; ++e) {
+    const float d = row.step.b * (in.v[e] - ref[e]);
+    drift = fma(d, d, drift);
+  }
+  total.ref += double(drift);
+}
+
+__device__ __forceinline__ void add_sums(const Plan& p, const RowNumbers& row, const At& at,
+                                         const char* slot, Sums& total) {
+  by_form(p.form, [&](auto form) { add_sums_of<decltype(form)::value>(p, row, at, slot, total); });
+}
+
+// What the gradient of a row is made of, as the arithmetic takes it.
+struct Direction {
+  Factors<float> k;
+  GradientKind kind;
+  bool silent, nan, with_ref;  // silent: its coefficients but the reference's are 0
+};
+
+__device__ __forceinline__ Direction direction_of(const Plan& p, const RowNumbers& row,
+                                                  const Coefficients& c) {
+  const Factors<double> exact = factors_of(row.b, c);
+  return {{float(exact.k1), float(exact.k2), float(exact.k3)},
+          p.kind == GradientKind::general ? gradient_kind_of(c.c1, c.c2) : p.kind,
+          c.c1 == 0 && c.c2 == 0,
+          c.c1 != c.c1,
+          p.operand[role_ref] && c.c3 != 0};
+}
+
+// The gradient of a tile in place of v, and of uncond, in the slot. Coefficients of 0 give 0, and
+// NaN ones NaN, whatever the operands hold, as some may not have been read.
+template <Form F>
+__device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row,
+                                            const Direction& to, const At& at, char* slot) {
+  const Elements<F> in = read_tile<F>(p, row, at, slot);
+  float g[lane_elements], ref[lane_elements];
+  if (to.with_ref) read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
+#pragma unroll
+  for (uint32_t e = 0; e < lane_elements; ++e) {
+    const Element<float> x = in.at(e);
+    if (to.silent || to.nan) {
+      g[e] = to.nan ? to.k.k1 : 0;
+    } else if (to.kind == GradientKind::departure) {
+      g[e] = to.k.k1 * departure<F>(row.step, x);
+    } else if (to.kind == GradientKind::residual) {
+      g[e] = to.k.k1 * residual<F>(row.step, x);
+    } else {
+      g[e] = velocity_gradient<F>(to.k, row.step, x);
+    }
+    if (to.with_ref) g[e] = fma(to.k.k3, in.v[e] - ref[e], g[e]);
+  }
+  if (p.operand[role_uncond]) {
+    float rest[lane_elements];
+#pragma unroll
+    for (uint32_t e = 0; e < lane_elements; ++e) {
+      rest[e] = p.uncond_scale * g[e];
+      g[e] = p.guidance_scale * g[e];
+    }
+    write(slot + p.offset[role_uncond], p.operand[role_uncond].dtype, rest);
+  }
+  write(slot + p.offset[role_v], p.operand[role_v].dtype, g);
+}
+
+__device__ __forceinline__ void gradient_in_place(const Plan& p, const RowNumbers& row,
+                                                  const Direction& to, const At& at, char* slot) {
+  by_form(p.form, [&](auto form) { gradient_of<decltype(form)::value>(p, row, to, at, slot); });
+}
+
+// ---- the way ----
+//
+// Block b has the chunks [first, last), its warps take them in turn. The first tiles of a warp stay
+// in their slots of shared memory for the second pass; what does not fit goes through a ring of
+// slots and is read again, the last first, as that is still in the L2 cache. Copies run `ahead`
+// tiles ahead.
 
 struct Slots {
   char* memory;       // of this warp
@@ -182,5 +368,85 @@ struct Walk {
     wait_copies<0>();
   }
 };
+
+// ---- rows ----
+
+// [chunks] of each, float64; a chunk's sums lie apart so that neighbours' loads are one.
+struct Partials {
+  double* data;
+  uint32_t chunks;
+  bool with_ref;  // else the third is neither written nor read
+
+  __device__ __forceinline__ void put(uint32_t chunk, const Sums& sums) const {
+    double* const at = data + chunk;
+    at[0] = sums.s1;
+    at[chunks] = sums.s2;
+    if (with_ref) at[2 * size_t(chunks)] = sums.ref;
+  }
+  __device__ __forceinline__ Sums get(uint32_t chunk) const {
+    const double* const at = data + chunk;
+    return {at[0], at[chunks], with_ref ? at[2 * size_t(chunks)] : 0};
+  }
+};
+
+// One part of a row's sums, by a warp: each lane adds up chunks, a tree the lanes. Every path adds
+// in this order. get(chunk of the row): its sums. A lane has several chunks under way at once: one
+// after another, each would wait for the second-level cache.
+template <class Get>
+__device__ __forceinline__ Sums part_sums(const Plan& p, uint32_t part, Get get) {
+  constexpr uint32_t at_once = 4;
+  const uint32_t stride = p.row_parts * warp_size;
+  Sums total{0, 0, 0};
+#pragma unroll 1
+  for (uint32_t n = part * warp_size + lane(); n < p.row_chunks; n += at_once * stride) {
+    Sums some[at_once];
+#pragma unroll
+    for (uint32_t j = 0; j < at_once; ++j) {
+      const uint32_t chunk = n + j * stride;
+      some[j] = get(chunk < p.row_chunks ? chunk : n);
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < at_once; ++j) {
+      if (n + j * stride < p.row_chunks) total = total + some[j];
+    }
+  }
+  return {warp_total(total.s1), warp_total(total.s2), warp_total(total.ref)};
+}
+
+// A row's sums from those of its parts.
+__device__ __forceinline__ Sums of_parts(const Plan& p, const Sums* parts) {
+  Sums total = parts[0];
+#pragma unroll 1
+  for (uint32_t n = 1; n < p.row_parts; ++n) total = total + parts[n];
+  return total;
+}
+
+// Calls done(row, sums) for the rows [begin, end), by a thread each; the block has synchronized
+// when it returns. `parts`: [rows, row_parts] in global memory, whatever is in it.
+template <class Done>
+__device__ __forceinline__ void row_sums(const Plan& p, const Partials& partials, Sums* parts,
+                                         uint32_t begin, uint32_t end, Done done) {
+  const uint32_t last = end * p.row_parts;
+#pragma unroll 1
+  for (uint32_t n = begin * p.row_parts + warp(); n < last; n += warps()) {
+    const uint32_t row = n / p.row_parts;
+    const Sums sums = part_sums(p, n - row * p.row_parts, [&](uint32_t chunk) {
+      return partials.get(row * p.row_chunks + chunk);
+    });
+    if (lane() != 0) continue;
+    if (p.row_parts == 1) {
+      done(row, sums);
+    } else {
+      parts[n] = sums;
+    }
+  }
+  sync_block();
+  if (p.row_parts == 1) return;
+#pragma unroll 1
+  for (uint32_t row = begin + thread(); row < end; row += threads()) {
+    done(row, of_parts(p, parts + row * p.row_parts));
+  }
+  sync_block();
+}
 
 }  // namespace guard_ops::cuda

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "../cuda/kernels.h"
-#include "../cuda/plan.h"
+#include "../cuda/tiles.h"
 #include "driver_cases.h"
 #include "emulate_runtime.h"
 
