@@ -15,7 +15,7 @@ import pytest
 import guard_ops
 
 EXTENSION = next(iter(Path(guard_ops.__file__).parent.glob("_C.*.so")), None)
-# The namespaces of csrc/cpu/kernels.cpp that dispatch.cpp enters by what the processor has.
+# The namespaces of csrc/cpu/kernels.cpp that driver.cpp enters by what the processor has.
 DISPATCHED = re.compile(r"guard_ops3cpu(4avx2|6avx512)")
 FUNCTION = re.compile(r"[0-9a-f]+ <(.+)>:")
 # VEX and EVEX instructions all begin with v; the others are of SSE3 to SSE4.2, BMI and FMA4.

@@ -3,9 +3,112 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
 #include <vector>
 
 namespace guard_ops::cpu {
+
+// ---- the instruction set: chosen once, from what the processor has ------------------------------
+
+namespace baseline {
+extern const Kernels table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+#endif
+
+const Kernels* kernels(const char* name) {
+  if (std::strcmp(name, "baseline") == 0) return &baseline::table;
+#if defined(__x86_64__)
+  if (std::strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") &&
+      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    return &avx2::table;
+  }
+  if (std::strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return &avx512::table;
+  }
+#endif
+  return nullptr;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+    if (const char* asked = std::getenv("GUARD_OPS_CPU_ISA")) {
+      if (const Kernels* found = kernels(asked)) return *found;
+    }
+    for (const char* name : {"avx512", "avx2"}) {
+      if (const Kernels* found = kernels(name)) return *found;
+    }
+    return baseline::table;
+  }();
+  return chosen;
+}
+
+// ---- the objective on [K, B] --------------------------------------------------------------------
+
+namespace {
+
+// A team, and its only group, of one thread: sums in the order of their terms.
+struct Alone {
+  bool leader() const { return true; }
+  template <class F>
+  void each(int64_t n, F body) const {
+    for (int64_t i = 0; i < n; ++i) body(i);
+  }
+  template <class F>
+  void groups(int64_t n, F body) const {
+    for (int64_t i = 0; i < n; ++i) body(*this, i);
+  }
+  template <class F>
+  double sum(int64_t n, F value) const {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) total += value(i);
+    return total;
+  }
+};
+
+struct Into {
+  Evaluation& to;
+  int64_t steps;
+  void loss(double value) const { to.loss = value; }
+  void metric(int m, int64_t k, double value) const { to.metrics[m * steps + k] = value; }
+  void row(int64_t n, const RowState& r, const Coefficients& coefficients) const {
+    to.log_ratio[n] = r.ratio.log_ratio;
+    to.excess[n] = r.excess;
+    to.weights[n] = r.weight;
+    to.kl[n] = r.ratio.kl;
+    to.coefficients[n] = coefficients;
+  }
+};
+
+}  // namespace
+
+Evaluation evaluate(const Problem& problem, const Sums* sums) {
+  const int64_t steps = problem.steps, rows = steps * problem.batch;
+  Evaluation out;
+  for (auto* x : {&out.log_ratio, &out.excess, &out.weights, &out.kl}) x->resize(rows);
+  out.metrics.resize(metric_count * steps);
+  out.coefficients.resize(rows);
+  std::vector<RowState> state(rows);
+  std::vector<Statistics> stats(steps);
+  std::vector<int64_t> finite(problem.batch);
+  guard_ops::evaluate(
+      Alone{}, problem, [=](int64_t n) { return sums[n]; },
+      Scratch{state.data(), stats.data(), finite.data()}, Into{out, steps});
+  return out;
+}
+
+// ---- whole batches ------------------------------------------------------------------------------
+
 namespace {
 
 constexpr int64_t grain_elements = 16384;  // less work than this is not worth a thread

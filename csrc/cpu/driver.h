@@ -2,11 +2,21 @@
 #pragma once
 
 #include <functional>
+#include <vector>
 
-#include "evaluate.h"
+#include "../evaluate.h"
 #include "kernels.h"
 
 namespace guard_ops::cpu {
+
+using guard_ops::metric_count;
+using guard_ops::Problem;
+using guard_ops::Rows;
+
+// The best instruction set of this processor; GUARD_OPS_CPU_ISA=baseline|avx2|avx512 overrides.
+const Kernels& kernels();
+// One by name, or null when this processor lacks it.
+const Kernels* kernels(const char* name);
 
 // parallel(n, grain, body) runs body(first, last) over [0, n) on some number of threads.
 using Parallel = std::function<void(int64_t n, int64_t grain,
@@ -21,6 +31,15 @@ struct Machine {
 
 // Bytes of cache that one of `threads` threads may count on.
 int64_t cache_share(int threads);
+
+struct Evaluation {
+  double loss;
+  std::vector<double> log_ratio, excess, weights, kl;  // [K, B]
+  std::vector<double> metrics;                         // [metric_count, K]
+  std::vector<Coefficients> coefficients;              // [K, B]
+};
+
+Evaluation evaluate(const Problem& problem, const Sums* sums);  // sums [K, B]
 
 // Each row's sums [K, B], and on the way a direction; the same bits for any number of threads.
 void sums(const Machine&, const Batch&, const Rows table[5], Sums* out,

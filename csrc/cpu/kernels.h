@@ -38,9 +38,4 @@ struct Kernels {
                      const Operand& mean);
 };
 
-// The best instruction set of this processor; GUARD_OPS_CPU_ISA=baseline|avx2|avx512 overrides.
-const Kernels& kernels();
-// One by name, or null when this processor lacks it.
-const Kernels* kernels(const char* name);
-
 }  // namespace guard_ops::cpu

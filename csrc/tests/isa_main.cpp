@@ -1,6 +1,6 @@
 // main of a test that is compiled for one instruction set: runs it where the processor has it.
 // Compiled without that set's flags, so that it can say so elsewhere.
-#include "../cpu/kernels.h"
+#include "../cpu/driver.h"
 #include "check.h"
 
 void run_isa_test(const guard_ops::cpu::Kernels& kernels);

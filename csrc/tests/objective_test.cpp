@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <random>
 
-#include "../cpu/evaluate.h"
+#include "../cpu/driver.h"
 #include "check.h"
 
 namespace guard_ops::test {
