@@ -12,8 +12,8 @@ constexpr size_t page = size_t(4) << 10, large_page = size_t(2) << 20;
 
 constexpr size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-// A mapping that starts on a large page when it holds one, and asks for large pages for what fills
-// them (a hint: where the system has none, nothing changes).
+// Returns a new mapping. One that holds a large page starts on one, and asks the system for large
+// pages where it fills them; that is a hint, without which nothing changes.
 void* map(size_t size) {
   const size_t align = size >= large_page ? large_page : page;
   void* start = mmap(nullptr, size + align - page, PROT_READ | PROT_WRITE,
@@ -78,7 +78,7 @@ size_t Buffers::release() {
   return unmap(all);
 }
 
-// Takes out the oldest until the rest is within the limits.
+// Takes the oldest blocks out until the rest is within the limits.
 std::list<Buffers::Block> Buffers::beyond_limit() {
   std::list<Block> oldest;
   while (kept_bytes_ > limit_ || kept_.size() > most) {

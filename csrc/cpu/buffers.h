@@ -13,20 +13,21 @@ namespace guard_ops::cpu {
 
 class Buffers {
  public:
-  static constexpr size_t smallest = size_t(128)
-                                     << 10;  // the C library keeps less than this itself
-  static constexpr size_t most = 8;          // buffers kept
+  // The C library itself keeps what is smaller.
+  static constexpr size_t smallest = size_t(128) << 10;
+  static constexpr size_t most = 8;  // buffers kept
 
   explicit Buffers(size_t limit) : limit_(limit) {}
   ~Buffers() { release(); }
   Buffers(const Buffers&) = delete;
 
-  // At least `bytes` (not 0) of uninitialized memory, from a page's start on; null when the system
-  // has none.
+  // Returns at least `bytes` (not 0) of uninitialized memory that starts on a page; null when the
+  // system has none.
   void* take(size_t bytes);
-  // Takes back what take(bytes) gave: keeps it, and of all it keeps the latest `limit` bytes.
+  // Takes back and keeps what take(bytes) gave; of all that is kept, the oldest beyond the limit
+  // goes back to the system.
   void give(void* memory, size_t bytes);
-  // Keeps at most so many bytes from now on.
+  // Sets how many bytes are kept at most from now on.
   void limit(size_t bytes);
   // Gives what is kept back to the system, and says how many bytes that were.
   size_t release();
@@ -40,8 +41,9 @@ class Buffers {
   static size_t unmap(const std::list<Block>& blocks);
 
   size_t limit_, kept_bytes_ = 0;
-  std::list<Block> kept_;  // the latest first
-  // Only ever tried: a caller that would wait, or a child forked while it was held, does without.
+  std::list<Block> kept_;  // the latest comes first
+  // Nobody waits for it: a caller that would have to, or a child forked while it was held, does
+  // without kept memory.
   std::mutex mutex_;
 };
 

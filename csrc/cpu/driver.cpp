@@ -57,7 +57,7 @@ const Kernels& kernels() {
 
 namespace {
 
-// A team, and its only group, of one thread: sums in the order of their terms.
+// evaluate()'s Team, and the only Group of it: one thread, which adds terms in their order.
 struct Alone {
   bool leader() const { return true; }
   template <class F>
@@ -76,7 +76,7 @@ struct Alone {
   }
 };
 
-struct Into {
+struct IntoEvaluation {  // evaluate()'s Out
   Evaluation& to;
   int64_t steps;
   void loss(double value) const { to.loss = value; }
@@ -103,7 +103,7 @@ Evaluation evaluate(const Problem& problem, const Sums* sums) {
   std::vector<int64_t> finite(problem.batch);
   guard_ops::evaluate(
       Alone{}, problem, [=](int64_t n) { return sums[n]; },
-      Scratch{state.data(), stats.data(), finite.data()}, Into{out, steps});
+      Scratch{state.data(), stats.data(), finite.data()}, IntoEvaluation{out, steps});
   return out;
 }
 
@@ -111,7 +111,7 @@ Evaluation evaluate(const Problem& problem, const Sums* sums) {
 
 namespace {
 
-constexpr int64_t grain_elements = 16384;  // less work than this is not worth a thread
+constexpr int64_t grain_elements = 16384;  // fewer elements are not worth a thread
 
 int64_t chunks_of(const Batch& t) { return (t.numel + chunk - 1) / chunk; }
 
@@ -155,12 +155,12 @@ int64_t cache_share(int threads) {
 }
 
 void sums(const Machine& machine, const Batch& t, const Rows table[5], Sums* out,
-          const Direction& direction) {
+          const EarlyGradient& early) {
   const int64_t chunks = chunks_of(t), rows = t.steps * t.batch;
   std::vector<Sums> partial(chunks == 1 ? 0 : rows * chunks);
   Sums* parts = chunks == 1 ? out : partial.data();
   for_each_chunk(machine, t, false, [&](int64_t unit, const Span& at) {
-    parts[unit] = machine.kernels.sums(t, step_at(table, at.k, at.i), at, direction);
+    parts[unit] = machine.kernels.sums(t, step_at(table, at.k, at.i), at, early);
   });
   for (int64_t row = 0; row < rows && chunks > 1; ++row) {
     out[row] = partial[row * chunks];
@@ -178,13 +178,13 @@ void gradient(const Machine& machine, const Batch& t, const Rows table[5],
 
 namespace {
 
-// One call of guard_loss: what its steps share.
+// What the steps of one call of guard_loss share.
 struct Call {
   const Machine& machine;
   const Batch& t;
   const Problem& problem;
   const Operand &cond, &uncond;
-  Direction direction;  // absent when the gradient has no direction known beforehand
+  EarlyGradient early;  // absent where the sums' pass cannot write the gradient
   std::vector<Sums> sums;
 
   Call(const Machine& machine, const Batch& t, const Problem& problem, const Operand& cond,
@@ -193,7 +193,7 @@ struct Call {
     sums.resize(t.steps * t.batch);
     const bool compute_type = cond.dtype == (t.wide ? DType::f64 : DType::f32);
     if (cond && compute_type && !t.uncond && problem.config.kl_beta == 0) {
-      direction = {cond, problem.config.gradient_kind()};
+      early = {cond, problem.config.gradient_kind()};
     }
   }
 
@@ -205,19 +205,20 @@ struct Call {
     return step_at(problem.table, row / t.batch, row % t.batch);
   }
 
-  // One row's sums, and its direction.
+  // Forms one row's sums, and writes its early gradient if there is one.
   Sums read(int64_t row) const {
-    Sums total = machine.kernels.sums(t, step(row), span(row, 0), direction);
+    Sums total = machine.kernels.sums(t, step(row), span(row, 0), early);
     for (int64_t begin = chunk; begin < t.numel; begin += chunk) {
-      add(total, machine.kernels.sums(t, step(row), span(row, begin), direction));
+      add(total, machine.kernels.sums(t, step(row), span(row, begin), early));
     }
     return total;
   }
 
-  // One row's gradient, right after it was read: backwards, as its tail is the warmest.
+  // Finishes one row's gradient right after the row was read: backwards, as its end is still
+  // cached.
   void write(int64_t row, const Coefficients& c) const {
     for (int64_t begin = (t.numel - 1) / chunk * chunk; begin >= 0; begin -= chunk) {
-      if (direction.to) {
+      if (early.to) {
         machine.kernels.scale(cond, c.c1, span(row, begin));
       } else {
         machine.kernels.gradient(t, step(row), c, span(row, begin), cond, uncond);
@@ -241,19 +242,19 @@ struct Call {
       write(row, assumed[row]);
     });
     Evaluation out = evaluate(problem, sums.data());
-    for (size_t row = 0; row < sums.size(); ++row) {  // rare: another step was not finite
+    for (size_t row = 0; row < sums.size(); ++row) {  // rare: another transition was not finite
       const Coefficients& c = out.coefficients[row];
       if (assumed[row] == c || std::isnan(c.c1)) continue;
-      if (direction.to) read(row);
+      if (early.to) read(row);
       write(row, c);
     }
     return out;
   }
 
   Evaluation two_passes() {
-    cpu::sums(machine, t, problem.table, sums.data(), direction);
+    cpu::sums(machine, t, problem.table, sums.data(), early);
     Evaluation out = evaluate(problem, sums.data());
-    if (direction.to) {
+    if (early.to) {
       for_each_chunk(machine, t, true, [&](int64_t, const Span& at) {
         machine.kernels.scale(cond, out.coefficients[at.k * t.batch + at.i].c1, at);
       });

@@ -1,4 +1,5 @@
-// Whole batches on the CPU: what is parallel, in which order sums combine, what is read how often.
+// Whole batches on the CPU: which instruction set runs, what is parallel, in which order sums
+// combine, what is read how often, and the objective on [K, B].
 #pragma once
 
 #include <functional>
@@ -13,12 +14,14 @@ using guard_ops::metric_count;
 using guard_ops::Problem;
 using guard_ops::Rows;
 
-// The best instruction set of this processor; GUARD_OPS_CPU_ISA=baseline|avx2|avx512 overrides.
+// The kernels of the best instruction set that this processor has, or of the one that the
+// environment asks for: GUARD_OPS_CPU_ISA=baseline|avx2|avx512.
 const Kernels& kernels();
-// One by name, or null when this processor lacks it.
+// Those of a named instruction set, or null when this processor lacks it.
 const Kernels* kernels(const char* name);
 
-// parallel(n, grain, body) runs body(first, last) over [0, n) on some number of threads.
+// parallel(n, grain, body) runs body(first, last) over all of [0, n) on some number of threads;
+// less than `grain` of it is not worth a thread.
 using Parallel = std::function<void(int64_t n, int64_t grain,
                                     const std::function<void(int64_t, int64_t)>& body)>;
 
@@ -26,7 +29,7 @@ struct Machine {
   const Kernels& kernels;
   Parallel parallel;
   int threads;
-  int64_t cache_bytes;  // of a row, per thread, up to which a row is worked on while it is cached
+  int64_t cache_bytes;  // the largest row that stays cached for the thread that works on it
 };
 
 // Bytes of cache that one of `threads` threads may count on.
@@ -39,24 +42,27 @@ struct Evaluation {
   std::vector<Coefficients> coefficients;              // [K, B]
 };
 
-Evaluation evaluate(const Problem& problem, const Sums* sums);  // sums [K, B]
+Evaluation evaluate(const Problem& problem, const Sums* sums);  // sums: [K, B]
 
-// Each row's sums [K, B], and on the way a direction; the same bits for any number of threads.
+// Each row's sums [K, B] and, where `early` says so, its gradient up to a factor. The number of
+// threads does not change a bit.
 void sums(const Machine&, const Batch&, const Rows table[5], Sums* out,
-          const Direction& direction = {});
+          const EarlyGradient& early = {});
 
-// The gradient of every row into `cond` and `uncond` (either may be absent), given [K, B].
+// The gradient of every row, whose coefficients are [K, B], into `cond` and `uncond`; either may be
+// absent.
 void gradient(const Machine&, const Batch&, const Rows table[5], const Coefficients* coefficients,
               const Operand& cond, const Operand& uncond);
 
-// Loss and gradient. Where the gradient is a multiple of a direction known beforehand (Direction),
-// the pass that forms the sums writes that, and what remains is to scale it: at once while the row
-// is cached when the gradient needs only its own sums, else after the batch is read. Otherwise the
-// operands are read twice, the second time backwards, so that what the first left cached is used.
+// Loss and gradient. Where the gradient is known up to a factor before the sums are
+// (EarlyGradient), the pass that forms the sums writes it, and it only remains to scale it: while
+// the row is still cached, if the factor needs no other row's sums, else after the whole batch is
+// read. Otherwise the operands are read twice, the second time backwards, so that what the first
+// left cached is used.
 Evaluation guard_loss(const Machine&, const Batch&, const Problem&, const Operand& cond,
                       const Operand& uncond);
 
-// prev_sample and mean; square [K, B] = sum((prev_sample - mean)^2).
+// Writes prev_sample, mean and square [K, B] = sum((prev_sample - mean)^2).
 void sde_step(const Machine&, const Batch&, const Rows table[5], const Operand& prev_sample,
               const Operand& mean, double* square);
 

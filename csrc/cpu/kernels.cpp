@@ -1,4 +1,5 @@
-// The row kernels. This file is compiled once per instruction set.
+// The row kernels: sums, gradient, scaling and rollout step of a span of one row. This file is
+// compiled once for each instruction set.
 #include "kernels.h"
 
 #include <initializer_list>
@@ -10,22 +11,25 @@
 namespace guard_ops::cpu::GUARD_OPS_ISA {
 namespace {
 
+// Memory for one tile of each operand that cannot be read or written in place, because it is
+// combined from two, generated or padded.
 template <class R>
-struct Scratch {  // one tile of what is not read or written in place: combined, generated or padded
+struct TileBuffers {
   alignas(64) R v[tile], uncond[tile], x[tile], y[tile], m[tile], v_old[tile], ref[tile];
   alignas(64) R noise[tile + 4 * width<float>];
   alignas(64) R out[2][tile];
 };
 
-// The operands of one stretch of a span.
+// Where the operands of one stretch of a span are read.
 template <class R>
 struct Tile {
   Source<R> v, x, y, m, v_old, noise, ref;
 };
 
-// A span is worked off in stretches of whole groups of lanes: a tile, or, where every operand is
-// read in place, all of them. What is left at a row's end is less than a group: it is padded with
-// zeros, which add nothing to a finite sum, and what is made of them is not copied out.
+// A span is processed in stretches. A stretch is a whole number of groups of `lanes` elements: a
+// tile, or the whole span where every operand is read in place. What is left at a row's end is
+// shorter than a group. It is padded with zeros, which add nothing to a finite sum, and what is
+// computed from them is not copied out.
 template <class R>
 constexpr int64_t padded(int64_t n) {
   return (n + lanes<R> - 1) / lanes<R> * lanes<R>;
@@ -40,57 +44,62 @@ int64_t stretch(const Span& at, int64_t from, bool in_place) {
 bool in_place(const Batch& t) { return !t.wide && !t.uncond && t.form != Form::seeded; }
 
 template <class R>
-void pad(R* scratch, DType dtype, int64_t n) {
-  std::memset(reinterpret_cast<char*>(scratch) + n * size_of(dtype), 0,
+void pad(R* buffer, DType dtype, int64_t n) {
+  std::memset(reinterpret_cast<char*>(buffer) + n * size_of(dtype), 0,
               (padded<R>(n) - n) * size_of(dtype));
 }
 
-// float32 arithmetic converts as it loads; float64 arithmetic, which is for checking, beforehand.
+// Elements [j, j + n) of an operand's row, in place or padded in `buffer`. float32 arithmetic
+// converts them when it loads them; for float64 arithmetic, which is for checking, they are
+// converted here.
 inline Source<float> stage(const Operand& from, const Span& at, int64_t j, int64_t n,
-                           float* scratch) {
+                           float* buffer) {
   const char* row = from.row(at.k, at.i) + j * size_of(from.dtype);
   if (padded<float>(n) == n) return {row, from.dtype};
-  std::memcpy(scratch, row, n * size_of(from.dtype));
-  pad(scratch, from.dtype, n);
-  return {scratch, from.dtype};
+  std::memcpy(buffer, row, n * size_of(from.dtype));
+  pad(buffer, from.dtype, n);
+  return {buffer, from.dtype};
 }
 
 inline Source<double> stage(const Operand& from, const Span& at, int64_t j, int64_t n,
-                            double* scratch) {
+                            double* buffer) {
   const char* row = from.row(at.k, at.i) + j * size_of(from.dtype);
   if (from.dtype == DType::f64 && padded<double>(n) == n) return {row, DType::f64};
   if (from.dtype == DType::f64) {
-    std::memcpy(scratch, row, n * sizeof(double));
+    std::memcpy(buffer, row, n * sizeof(double));
   } else {
     const Source<float> source{row, from.dtype};
-    for (int64_t e = 0; e < n; ++e) scratch[e] = load_one(source, e);
+    for (int64_t e = 0; e < n; ++e) buffer[e] = load_one(source, e);
   }
-  pad(scratch, DType::f64, n);
-  return {scratch};
+  pad(buffer, DType::f64, n);
+  return {buffer};
 }
 
 template <class R>
-Source<R> stage_velocity(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch<R>& s) {
-  const Source<R> v = stage(t.v, at, j, n, s.v);
+Source<R> stage_velocity(const Batch& t, const Span& at, int64_t j, int64_t n,
+                         TileBuffers<R>& buffers) {
+  const Source<R> v = stage(t.v, at, j, n, buffers.v);
   if (!t.uncond) return v;
-  const Source<R> uncond = stage(t.uncond, at, j, n, s.uncond);
+  const Source<R> uncond = stage(t.uncond, at, j, n, buffers.uncond);
   const Vector<R> scale = splat(R(t.guidance_scale));
-  // backwards: v's padded elements lie in the same scratch, perhaps narrower than what is made
+  // backwards, as v's padded elements lie in the same buffer and may be narrower than the results
   for (int64_t e = padded<R>(n) - width<R>; e >= 0; e -= width<R>) {
-    store(s.v + e, guided(load(uncond, e), load(v, e), scale));
+    store(buffers.v + e, guided(load(uncond, e), load(v, e), scale));
   }
-  return {s.v};
+  return {buffers.v};
 }
 
 template <class R>
-Source<R> stage_noise(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch<R>& s) {
-  if (t.noise) return stage(t.noise, at, j, n, s.noise);
-  normals(t.seeds.word(at.k, at.i, 0), t.seeds.word(at.k, at.i, 1), j, n, s.noise);
-  pad(s.noise, Source<R>{}.dtype, n);
-  return {s.noise};
+Source<R> stage_noise(const Batch& t, const Span& at, int64_t j, int64_t n,
+                      TileBuffers<R>& buffers) {
+  if (t.noise) return stage(t.noise, at, j, n, buffers.noise);
+  normals(t.seeds.word(at.k, at.i, 0), t.seeds.word(at.k, at.i, 1), j, n, buffers.noise);
+  pad(buffers.noise, Source<R>{}.dtype, n);
+  return {buffers.noise};
 }
 
-// Where the results of a stretch go: in place or, where they are padded, first into scratch.
+// Where the results of a stretch go: in place or, where they are padded, into `buffer`, from which
+// finish() copies them.
 template <class R>
 struct Output {
   const Operand& to;
@@ -98,9 +107,9 @@ struct Output {
   int64_t j, n;
   Target<R> target;
 
-  Output(const Operand& to, const Span& at, int64_t j, int64_t n, R* scratch)
+  Output(const Operand& to, const Span& at, int64_t j, int64_t n, R* buffer)
       : to(to), at(at), j(j), n(n) {
-    if (to) target = {padded<R>(n) == n ? row() : scratch, to.dtype};
+    if (to) target = {padded<R>(n) == n ? row() : buffer, to.dtype};
   }
   void* row() const { return to.row(at.k, at.i) + j * size_of(to.dtype); }
   void finish() const {
@@ -108,7 +117,7 @@ struct Output {
   }
 };
 
-// Which operands a pass reads that not every one does.
+// Which operands a pass reads, of those that not every pass needs.
 struct Needs {
   bool v, x, old;  // old: the behaviour policy's mean or velocity
 };
@@ -120,22 +129,22 @@ constexpr Needs needs_of(GradientKind kind) {
 }
 
 template <Form F, class R>
-Tile<R> stage_tile(const Batch& t, const Span& at, int64_t j, int64_t n, Scratch<R>& s,
+Tile<R> stage_tile(const Batch& t, const Span& at, int64_t j, int64_t n, TileBuffers<R>& buffers,
                    Needs needs) {
   Tile<R> in;
   if (needs.v) {
-    in.v = stage_velocity(t, at, j, n, s);
-    if (t.ref) in.ref = stage(t.ref, at, j, n, s.ref);
+    in.v = stage_velocity(t, at, j, n, buffers);
+    if (t.ref) in.ref = stage(t.ref, at, j, n, buffers.ref);
   }
   if constexpr (uses_sample(F)) {
-    if (needs.x) in.x = stage(t.x, at, j, n, s.x);
-    in.y = stage(t.y, at, j, n, s.y);
+    if (needs.x) in.x = stage(t.x, at, j, n, buffers.x);
+    in.y = stage(t.y, at, j, n, buffers.y);
   }
   if (needs.old) {
-    if constexpr (F == Form::mean) in.m = stage(t.m, at, j, n, s.m);
-    if constexpr (uses_old_velocity(F)) in.v_old = stage(t.v_old, at, j, n, s.v_old);
+    if constexpr (F == Form::mean) in.m = stage(t.m, at, j, n, buffers.m);
+    if constexpr (uses_old_velocity(F)) in.v_old = stage(t.v_old, at, j, n, buffers.v_old);
   }
-  if constexpr (uses_noise(F)) in.noise = stage_noise(t, at, j, n, s);
+  if constexpr (uses_noise(F)) in.noise = stage_noise(t, at, j, n, buffers);
   return in;
 }
 
@@ -144,7 +153,7 @@ Step<Vector<R>> broadcast(const Step<double>& step) {
   return {splat(R(step.a)), splat(R(step.b)), splat(R(step.s))};
 }
 
-// `lanes` partial sums of one tile, added up in float64 in a fixed tree.
+// The `lanes` partial sums of one tile, which total() adds up in float64 by a fixed tree.
 template <class R>
 struct Accumulator {
   static constexpr int registers = lanes<R> / width<R>;
@@ -160,24 +169,26 @@ struct Accumulator {
   }
 };
 
-// Dtypes of a call's operands, each a constant or Any: of what has v's, and of the mean or noise.
-template <class Latents, class Other>
+// The dtypes of a call's operands, each a Known or Any: that of v, x, y and v_old, where they
+// agree, and that of m or noise.
+template <class Latents, class MeanOrNoise>
 struct DTypes {
   using latents = Latents;
-  using other = Other;
+  using mean_or_noise = MeanOrNoise;
 };
 
-// One vector of a stretch: loads and stores of what has v's dtype, and loads of others.
+// One vector of a stretch, from element `at` on. The call itself loads what has the dtype of v, and
+// put stores it; mean_or_noise and any load the rest.
 template <class D>
-struct At {
+struct VectorAt {
   int64_t at;
   template <class R>
   GUARD_OPS_HD Vector<R> operator()(const Source<R>& from) const {
     return load<typename D::latents>(from, at);
   }
   template <class R>
-  GUARD_OPS_HD Vector<R> other(const Source<R>& from) const {
-    return load<typename D::other>(from, at);
+  GUARD_OPS_HD Vector<R> mean_or_noise(const Source<R>& from) const {
+    return load<typename D::mean_or_noise>(from, at);
   }
   template <class R>
   GUARD_OPS_HD Vector<R> any(const Source<R>& from) const {
@@ -189,18 +200,19 @@ struct At {
   }
 };
 
-// Calls body(q, at) for every vector of [begin, end), whole groups; q is its accumulator.
+// Calls body(q, VectorAt) for every vector of [begin, end), which is a whole number of groups of
+// lanes; q is the accumulator's register for that vector.
 template <class R, class D, class Body>
 GUARD_OPS_HD void for_each_vector(int64_t begin, int64_t end, Body body) {
   for (int64_t j = begin; j < end; j += lanes<R>) {
 #pragma GCC unroll 8
-    for (int q = 0; q < Accumulator<R>::registers; ++q) body(q, At<D>{j + q * width<R>});
+    for (int q = 0; q < Accumulator<R>::registers; ++q) body(q, VectorAt<D>{j + q * width<R>});
   }
 }
 
 template <Form F, class R, class D>
-GUARD_OPS_HD Element<Vector<R>> element(const Tile<R>& in, Needs needs, At<D> load_at) {
-  // what the form does not use stays as it is: zeroing it costs a third of a pass
+GUARD_OPS_HD Element<Vector<R>> element(const Tile<R>& in, Needs needs, VectorAt<D> load_at) {
+  // what the form does not use stays uninitialized, as zeroing it costs a third of a pass
   Element<Vector<R>> e;
   if (needs.v) e.v = load_at(in.v);
   if constexpr (uses_sample(F)) {
@@ -208,16 +220,16 @@ GUARD_OPS_HD Element<Vector<R>> element(const Tile<R>& in, Needs needs, At<D> lo
     e.y = load_at(in.y);
   }
   if (needs.old) {
-    if constexpr (F == Form::mean) e.m = load_at.other(in.m);
+    if constexpr (F == Form::mean) e.m = load_at.mean_or_noise(in.m);
     if constexpr (uses_old_velocity(F)) e.v_old = load_at(in.v_old);
   }
-  if constexpr (uses_noise(F)) e.noise = load_at.other(in.noise);
+  if constexpr (uses_noise(F)) e.noise = load_at.mean_or_noise(in.noise);
   return e;
 }
 
 constexpr Needs everything{true, true, true};
 
-// What sums also writes: nothing, or b times the departure or the residual.
+// What the pass that forms sums also writes: nothing, or b times the departure or the residual.
 enum class Written : int { nothing, departure, residual };
 
 template <Written W, Form F, class R, class D>
@@ -253,19 +265,19 @@ double reference_sum(const Step<Vector<R>>& step, const Tile<R>& in, int64_t n) 
 }
 
 template <Form F, class R, class D>
-Sums sums_of(const Batch& t, const Step<double>& step, const Span& at, const Direction& direction) {
-  Scratch<R> scratch;
+Sums sums_of(const Batch& t, const Step<double>& step, const Span& at, const EarlyGradient& early) {
+  TileBuffers<R> buffers;
   const Step<Vector<R>> coefficients = broadcast<R>(step);
   Sums out{0, 0, 0};
   for (int64_t j = at.begin, n; j < at.end; j += n) {
     n = stretch<R>(at, j, in_place(t));
     const int64_t whole = padded<R>(n);
-    const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, everything);
-    if (!direction.to) {
+    const Tile<R> in = stage_tile<F>(t, at, j, n, buffers, everything);
+    if (!early.to) {
       add_sums<Written::nothing, F, R, D>(coefficients, in, whole, {}, &out);
     } else {
-      const Output<R> to(direction.to, at, j, n, scratch.out[0]);
-      if (direction.kind == GradientKind::departure) {
+      const Output<R> to(early.to, at, j, n, buffers.out[0]);
+      if (early.kind == GradientKind::departure) {
         add_sums<Written::departure, F, R, D>(coefficients, in, whole, to.target, &out);
       } else {
         add_sums<Written::residual, F, R, D>(coefficients, in, whole, to.target, &out);
@@ -283,26 +295,26 @@ void write_zeros(const Operand& to, const Span& at) {
               (at.end - at.begin) * size_of(to.dtype));
 }
 
-// `kind`: a GradientKind, or a constant. `plain`: whether it is known that cond is all that there
-// is to write, and that no reference model enters.
-template <Form F, class R, class D, class KindOf, class Plain>
-void gradient_as(KindOf of, Plain plain, const Batch& t, const Step<double>& step,
+// `of`: a GradientKind, or the constant of one. `cond_only`: a constant that is true where cond is
+// the only gradient to write and no reference model enters; then the loop has no branches for them.
+template <Form F, class R, class D, class KindOf, class CondOnly>
+void gradient_as(KindOf of, CondOnly cond_only, const Batch& t, const Step<double>& step,
                  const Coefficients& c, const Span& at, const Operand& cond,
                  const Operand& uncond) {
-  Scratch<R> scratch;
+  TileBuffers<R> buffers;
   const Step<Vector<R>> coefficients = broadcast<R>(step);
   const Vector<R> b = coefficients.b, factor = splat(R(c.c1));
   const Factors<double> k = factors_of(step.b, c);
   const Factors<Vector<R>> factors{splat(R(k.k1)), splat(R(k.k2)), splat(R(k.k3))};
   const Vector<R> scale = splat(R(t.guidance_scale)), rest = splat(R(1 - t.guidance_scale));
   const GradientKind kind = of;
-  const bool with_ref = !plain && c.c3 != 0 && t.ref;
+  const bool with_ref = !cond_only && c.c3 != 0 && t.ref;
   Needs needs = needs_of<F>(kind);
   needs.v = needs.v || with_ref;
   for (int64_t j = at.begin, n; j < at.end; j += n) {
     n = stretch<R>(at, j, in_place(t));
-    const Tile<R> in = stage_tile<F>(t, at, j, n, scratch, needs);
-    const Output<R> to(cond, at, j, n, scratch.out[0]), to_uncond(uncond, at, j, n, scratch.out[1]);
+    const Tile<R> in = stage_tile<F>(t, at, j, n, buffers, needs);
+    const Output<R> to(cond, at, j, n, buffers.out[0]), to_uncond(uncond, at, j, n, buffers.out[1]);
     for_each_vector<R, D>(0, padded<R>(n), [&](int, auto where) {
       const Element<Vector<R>> x = element<F, R>(in, needs, where);
       Vector<R> g;
@@ -313,15 +325,15 @@ void gradient_as(KindOf of, Plain plain, const Batch& t, const Step<double>& ste
         g = factor * (b * (with_v ? departure<F>(coefficients, x) : residual<F>(coefficients, x)));
       }
       if (with_ref) g = fma(factors.k3, x.v - where.any(in.ref), g);
-      if (plain || cond) where.put(to.target, !plain && t.uncond ? scale * g : g);
-      if (!plain && uncond) where.put(to_uncond.target, rest * g);
+      if (cond_only || cond) where.put(to.target, !cond_only && t.uncond ? scale * g : g);
+      if (!cond_only && uncond) where.put(to_uncond.target, rest * g);
     });
     to.finish();
     to_uncond.finish();
   }
 }
 
-// Where a Direction could have been scaled, to its very bits.
+// Gives the bits that scaling an EarlyGradient by c1 gives, wherever sums could have written one.
 template <Form F, class R, class D>
 void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c, const Span& at,
                  const Operand& cond, const Operand& uncond) {
@@ -330,31 +342,31 @@ void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c
     write_zeros(uncond, at);
     return;
   }
-  const auto run = [&](auto kind, auto plain) {
-    gradient_as<F, R, D>(kind, plain, t, step, c, at, cond, uncond);
+  const auto run = [&](auto kind, auto cond_only) {
+    gradient_as<F, R, D>(kind, cond_only, t, step, c, at, cond, uncond);
   };
   const GradientKind kind = gradient_kind_of(c.c1, c.c2);
-  const std::true_type plain;
+  const std::true_type cond_only;
   if (!cond || t.uncond || (c.c3 != 0 && t.ref)) {
     run(kind, std::false_type{});
   } else if (kind == GradientKind::departure) {
-    run(std::integral_constant<GradientKind, GradientKind::departure>{}, plain);
+    run(std::integral_constant<GradientKind, GradientKind::departure>{}, cond_only);
   } else if (kind == GradientKind::residual) {
-    run(std::integral_constant<GradientKind, GradientKind::residual>{}, plain);
+    run(std::integral_constant<GradientKind, GradientKind::residual>{}, cond_only);
   } else {
-    run(std::integral_constant<GradientKind, GradientKind::general>{}, plain);
+    run(std::integral_constant<GradientKind, GradientKind::general>{}, cond_only);
   }
 }
 
 template <class R>
-void scale_of(const Operand& to, double factor, const Span& at) {
-  Scratch<R> scratch;
+void scale_in_place(const Operand& to, double factor, const Span& at) {
+  TileBuffers<R> buffers;
   const Vector<R> f = splat(R(factor));
   using D = DTypes<Any, Any>;
   for (int64_t j = at.begin, n; j < at.end; j += n) {
     n = stretch<R>(at, j, true);
-    const Source<R> in = stage(to, at, j, n, scratch.v);
-    const Output<R> out(to, at, j, n, scratch.out[0]);
+    const Source<R> in = stage(to, at, j, n, buffers.v);
+    const Output<R> out(to, at, j, n, buffers.out[0]);
     for_each_vector<R, D>(0, padded<R>(n),
                           [&](int, auto where) { where.put(out.target, f * where(in)); });
     out.finish();
@@ -365,30 +377,30 @@ void scale(const Operand& to, double factor, const Span& at) {
   if (factor == 0) {
     write_zeros(to, at);
   } else if (to.dtype == DType::f64) {
-    scale_of<double>(to, factor, at);
+    scale_in_place<double>(to, factor, at);
   } else {
-    scale_of<float>(to, factor, at);
+    scale_in_place<float>(to, factor, at);
   }
 }
 
 template <class R>
 double step_of(const Batch& t, const Step<double>& step, const Span& at, const Operand& prev_sample,
                const Operand& mean_out) {
-  Scratch<R> s;
+  TileBuffers<R> buffers;
   const Step<Vector<R>> coefficients = broadcast<R>(step);
   double total = 0;
   for (int64_t j = at.begin, n; j < at.end; j += n) {
     n = stretch<R>(at, j, false);
-    const Source<R> v = stage(t.v, at, j, n, s.v), x = stage(t.x, at, j, n, s.x);
-    const Source<R> noise = stage_noise(t, at, j, n, s);
-    const Output<R> y(prev_sample, at, j, n, s.out[0]), m(mean_out, at, j, n, s.out[1]);
+    const Source<R> v = stage(t.v, at, j, n, buffers.v), x = stage(t.x, at, j, n, buffers.x);
+    const Source<R> noise = stage_noise(t, at, j, n, buffers);
+    const Output<R> y(prev_sample, at, j, n, buffers.out[0]), m(mean_out, at, j, n, buffers.out[1]);
     Accumulator<R> square;
     for_each_vector<R, DTypes<Any, Any>>(0, padded<R>(n), [&](int q, auto where) {
       const Vector<R> mu = mean(coefficients, where(x), where(v));
       const Vector<R> sampled = fma(coefficients.s, where(noise), mu);
       where.put(m.target, mu);
       where.put(y.target, sampled);
-      // log_prob is that of the sample as it is stored
+      // square enters log_prob, which is that of the sample as it is stored
       const Vector<R> d = rounded<R>(sampled, prev_sample.dtype) - mu;
       square.part[q] = fma(d, d, square.part[q]);
     });
@@ -399,21 +411,23 @@ double step_of(const Batch& t, const Step<double>& step, const Span& at, const O
   return total;
 }
 
-// The dtypes, where they are one of the usual sets and nothing but conversion stands before v.
+// Calls call(real, dtypes): the type of the arithmetic, and the dtypes as constants where they are
+// one of the usual combinations and v is not guided. Otherwise dtypes are Any.
 template <Form F, class Call>
 auto by_dtype(const Batch& t, Call call) {
   using any = DTypes<Any, Any>;
   if (t.wide) return call(double{}, any{});
-  const Operand& named = F == Form::mean ? t.m : t.noise;  // seeded noise is made in float32
-  const DType v = t.v.dtype, other = named ? named.dtype : DType::f32;
+  const Operand& operand = F == Form::mean ? t.m : t.noise;  // seeded noise is made in float32
+  const DType v = t.v.dtype;
+  const DType mean_or_noise = operand ? operand.dtype : DType::f32;
   bool same = !t.uncond;
   for (const Operand* x : {&t.x, &t.y, &t.v_old}) same = same && (!*x || x->dtype == v);
   using f32 = Known<DType::f32>;
-  const auto of = [&](auto own) {
-    using Own = decltype(own);
-    if (other == DType::f32) return call(float{}, DTypes<Own, f32>{});
+  const auto of = [&](auto latents) {
+    using Latents = decltype(latents);
+    if (mean_or_noise == DType::f32) return call(float{}, DTypes<Latents, f32>{});
     if constexpr (F == Form::mean || F == Form::noise) {
-      if (other == v) return call(float{}, DTypes<Own, Own>{});
+      if (mean_or_noise == v) return call(float{}, DTypes<Latents, Latents>{});
     }
     return call(float{}, any{});
   };
@@ -442,9 +456,9 @@ auto dispatch(const Batch& t, Call call) {
   }
 }
 
-Sums sums(const Batch& t, const Step<double>& step, const Span& at, const Direction& direction) {
+Sums sums(const Batch& t, const Step<double>& step, const Span& at, const EarlyGradient& early) {
   return dispatch(t, [&](auto form, auto real, auto dtypes) {
-    return sums_of<decltype(form)::value, decltype(real), decltype(dtypes)>(t, step, at, direction);
+    return sums_of<decltype(form)::value, decltype(real), decltype(dtypes)>(t, step, at, early);
   });
 }
 

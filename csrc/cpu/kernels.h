@@ -1,4 +1,4 @@
-// The row kernels of one instruction set, and the operands they take.
+// The row kernels of one instruction set, and what they take besides a Batch.
 #pragma once
 
 #include "../batch.h"
@@ -16,24 +16,25 @@ struct Span {
   int64_t k, i, begin, end;
 };
 
-// Where sums may also write the gradient up to the factor c1: b times the departure, or the
-// residual.
-struct Direction {
+// Where sums may already write the gradient up to the factor c1, which is known only when all sums
+// are: b times the departure, or b times the residual.
+struct EarlyGradient {
   Operand to;  // of v's dtype, which has to be the compute type; or absent
   GradientKind kind = GradientKind::departure;
 };
 
 constexpr int64_t tile = 1024;        // staged in L1, summed in the compute type
-constexpr int64_t chunk = 64 * tile;  // unit of parallel work; partial sums are float64
+constexpr int64_t chunk = 64 * tile;  // the unit of parallel work; its sums are float64
 
 struct Kernels {
   const char* name;
-  Sums (*sums)(const Batch&, const Step<double>&, const Span&, const Direction&);
-  // Either may be absent; they have the dtypes of v and uncond.
+  Sums (*sums)(const Batch&, const Step<double>&, const Span&, const EarlyGradient&);
+  // Writes the gradients; either may be absent, and they have the dtypes of v and uncond.
   void (*gradient)(const Batch&, const Step<double>&, const Coefficients&, const Span&,
                    const Operand& cond, const Operand& uncond);
-  void (*scale)(const Operand&, double factor, const Span&);  // in place; 0 gives zeros always
-  // prev_sample, mean; returns sum((prev_sample - mean)^2).
+  // Multiplies in place; a factor of 0 gives zeros, also where the operand is not finite.
+  void (*scale)(const Operand&, double factor, const Span&);
+  // Writes prev_sample and mean, and returns sum((prev_sample - mean)^2).
   double (*sde_step)(const Batch&, const Step<double>&, const Span&, const Operand& prev_sample,
                      const Operand& mean);
 };

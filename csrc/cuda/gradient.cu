@@ -28,14 +28,14 @@ __device__ __forceinline__ Coefficients coefficients_of(const GradientCall& call
 // Whether a row's coefficients are others than those that its gradient was formed by. NaN ones were
 // NaN before. Every block looks at all rows.
 __device__ __forceinline__ bool changed(const GradientCall& call) {
-  bool other = false;
+  bool differs = false;
 #pragma unroll 1
   for (uint32_t row = thread(); row < call.plan.rows; row += threads()) {
     const uint32_t k = call.plan.by_batch.divide(row), i = row - k * call.plan.batch;
     const Coefficients now = coefficients_of(call, k, i, 1);
-    other = other || (!(call.assumed[row] == now) && now.c1 == now.c1);
+    differs = differs || (!(call.assumed[row] == now) && now.c1 == now.c1);
   }
-  return any_of_block(other);
+  return any_of_block(differs);
 }
 
 __global__ void __launch_bounds__(stream_threads, gradient_blocks)
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(stream_threads, gradient_blocks)
   const Walk walk(call.plan, shared_memory() + block_header, call.slots, call.chunks.begin(block()),
                   call.chunks.begin(block() + 1), false);
   walk.gradient(call.cond, call.uncond,
-                [&](const At& at) { return coefficients_of(call, at.k, at.i, factor); });
+                [&](const TileAt& at) { return coefficients_of(call, at.k, at.i, factor); });
 }
 
 }  // namespace

@@ -18,9 +18,9 @@ struct LossCall {
   bool all;            // of the batch's rows have their sums after it
   bool by_row;         // each row's sums by the block that completes it
   uint32_t slots;
-  uint32_t near;          // where in a block's shared memory [K, B] numbers have room, or 0
-  bool sums_near;         // rows' sums too
-  uint32_t block_chunks;  // of a cluster's block
+  uint32_t scratch_offset;  // where in a block's shared memory [K, B] numbers have room, or 0
+  bool sums_in_shared;      // rows' sums too
+  uint32_t block_chunks;    // of a cluster's block
 };
 
 struct Header {  // at the beginning of a block's shared memory
@@ -37,13 +37,13 @@ __device__ __forceinline__ char* slot_memory() { return shared_memory() + block_
 // What evaluate() keeps between its parts, in shared memory where that has room: one block works on
 // it, and would wait for the second-level cache behind each of half a dozen barriers.
 __device__ __forceinline__ Scratch scratch_of(const LossCall& call) {
-  if (call.near == 0) return call.workspace.scratch;
-  return scratch_at(shared_memory() + call.near, call.plan.rows, call.problem.steps);
+  if (call.scratch_offset == 0) return call.workspace.scratch;
+  return scratch_at(shared_memory() + call.scratch_offset, call.plan.rows, call.problem.steps);
 }
 
 // The rows' sums, behind the scratch where one block forms them all.
 __device__ __forceinline__ Sums* sums_of(const LossCall& call) {
-  if (!call.sums_near) return call.workspace.sums;
+  if (!call.sums_in_shared) return call.workspace.sums;
   return reinterpret_cast<Sums*>(scratch_of(call).finite + call.plan.batch);
 }
 
@@ -87,7 +87,8 @@ __device__ __forceinline__ Coefficients assume(const LossCall& call, uint32_t ro
   return call.problem.assume(k, row - k * call.plan.batch, sums);
 }
 
-__device__ __forceinline__ void put_partial(const LossCall& call, const At& at, const Sums& sums) {
+__device__ __forceinline__ void put_partial(const LossCall& call, const TileAt& at,
+                                            const Sums& sums) {
   if (lane() == 0) call.partials.put(at.chunk, sums);
 }
 
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(stream_threads, sums_blocks)
   let_next_start();
   const Walk walk(call.plan, slot_memory(), call.slots, call.chunks.begin(block()),
                   call.chunks.begin(block() + 1), false);
-  walk.sums([&](const At& at, const Sums& sums) { put_partial(call, at, sums); });
+  walk.sums([&](const TileAt& at, const Sums& sums) { put_partial(call, at, sums); });
   await_previous();
   if (!summed_by_last(call)) return;
   if (call.rows.count < call.plan.rows) {
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(cooperative_threads, 1)
   const uint32_t before = thread() == 0 ? flag_now(call.counters.evaluated) : 0;
   const Walk walk(call.plan, slot_memory(), call.slots, call.chunks.begin(block()),
                   call.chunks.begin(block() + 1), true);
-  walk.sums([&](const At& at, const Sums& sums) { put_partial(call, at, sums); });
+  walk.sums([&](const TileAt& at, const Sums& sums) { put_partial(call, at, sums); });
   if (summed_by_last(call)) {
     evaluate_all(call);  // it ends with a barrier, and the flag is a release
     if (thread() == 0) set_flag(call.counters.evaluated, before + 1);
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(cooperative_threads, 1)
     sync_block();
   }
   if (!call.cond && !call.uncond) return;
-  walk.gradient(call.cond, call.uncond, [&](const At& at) {
+  walk.gradient(call.cond, call.uncond, [&](const TileAt& at) {
     return coefficients_at(call.out.sum_grads, call.plan.rows, at.row);
   });
 }
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
   const uint32_t base = row * p.row_chunks;
   const Walk walk(p, slot_memory() + partial_bytes(call.block_chunks), call.slots,
                   base + (begin < end ? begin : end), base + end, true);
-  walk.sums([&](const At& at, const Sums& sums) {
+  walk.sums([&](const TileAt& at, const Sums& sums) {
     if (lane() == 0) partials[at.chunk - base - begin] = sums;
   });
   sync_cluster();
@@ -173,8 +174,8 @@ __global__ void __launch_bounds__(cluster_threads, 1)
   }
   sync_cluster();  // no block leaves, or writes over, what another reads
   if (call.cond || call.uncond) {
-    const Coefficients own = header().coefficients;
-    walk.gradient(call.cond, call.uncond, [&](const At&) { return own; });
+    const Coefficients coefficients = header().coefficients;
+    walk.gradient(call.cond, call.uncond, [&](const TileAt&) { return coefficients; });
   }
   if (completes(call.counters.arrived, 1, blocks(), &header().arrival)) evaluate_all(call);
 }
@@ -191,7 +192,7 @@ uint32_t tiles_of(uint32_t chunks, int threads, const Plan& p) {  // of a block'
 // Makes room for [K, B] numbers behind the slots, if there is any and `least` blocks, or clusters,
 // still run at once. Returns where, or 0; `running`: how many run at once.
 template <class Kernel>
-uint32_t make_near(const LossCall& call, Kernel* kernel, int least, Launch* launch, int* running) {
+uint32_t make_room(const LossCall& call, Kernel* kernel, int least, Launch* launch, int* running) {
   *running = at_once(address(kernel), *launch);
   const int64_t rows = call.plan.rows, at = (launch->shared_bytes + 15) / 16 * 16;
   const int64_t end =
@@ -225,10 +226,10 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
       continue;
     }
     int running = 0;
-    const uint32_t near = make_near(call, kernel, int(p.rows), &candidate, &running);
+    const uint32_t scratch_offset = make_room(call, kernel, int(p.rows), &candidate, &running);
     if (running == 0 || (found && running < int(p.rows))) continue;
     *launch = candidate;
-    call.near = near;
+    call.scratch_offset = scratch_offset;
     call.block_chunks = block_chunks;
     call.slots = tiles;
     found = true;
@@ -253,8 +254,8 @@ bool plan_cooperative(LossCall& call, Kernel* kernel, uint32_t fraction, Launch*
   candidate.shared_bytes = shared_bytes(p, cooperative_threads, call.slots);
   candidate.cooperative = true;
   int running = 0;
-  call.near = make_near(call, kernel, candidate.blocks, &candidate, &running);
-  call.sums_near = call.near != 0 && !call.by_row;
+  call.scratch_offset = make_room(call, kernel, candidate.blocks, &candidate, &running);
+  call.sums_in_shared = call.scratch_offset != 0 && !call.by_row;
   candidate.blocks = std::min({candidate.blocks, running, int(p.chunks)});
   *launch = candidate;
   return running > 0;
@@ -288,8 +289,8 @@ void launch_turns(LossCall call, const Rows coefficients[3], uint32_t rows, Stre
   const Plan& p = call.plan;
   const uint32_t turns = (p.rows + rows - 1) / rows;
   const bool alone = turns == 1 || !turns_overlap();
-  call.near = 0;
-  call.sums_near = false;
+  call.scratch_offset = 0;
+  call.sums_in_shared = false;
   for (uint32_t turn = 0; turn < turns; ++turn) {
     const uint32_t first = turn * rows;
     call.rows = {first, std::min(rows, p.rows - first)};

@@ -98,9 +98,10 @@ bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argume
 template <class Argument>
 void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
   if (starts(kernel, launch, stream, argument)) return;
-  Launch plain = launch;
-  plain.chained = false;
-  if (!starts(kernel, plain, stream, argument)) throw std::runtime_error("guard_ops: no launch");
+  Launch unchained = launch;
+  unchained.chained = false;
+  if (!starts(kernel, unchained, stream, argument))
+    throw std::runtime_error("guard_ops: no launch");
 }
 
 // ---- blocks and shared memory -------------------------------------------------------------------

@@ -15,8 +15,8 @@ struct StepCall {
 };
 
 template <bool seeded>
-__device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& row, const At& at,
-                                               char* slot) {
+__device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& row,
+                                               const TileAt& at, char* slot) {
   const DType stored = p.operand[role_x].dtype;
   float v[lane_elements], x[lane_elements], noise[lane_elements], sampled[lane_elements];
   read_velocity(p, slot, v);
@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(stream_threads, 2)
               if (count != 0) {
                 total += double(step_in_place<seeded>(p, row, here.at, slot));
                 sync_warp();
-                store_tile(broadcast(here.own, 0), p.wide >> role_x & 1, slot + p.offset[role_x],
-                           count);
-                store_tile(broadcast(here.own, 1), true, slot + p.mean_offset, count);
+                store_tile(broadcast(here.lane_address, 0), p.wide >> role_x & 1,
+                           slot + p.offset[role_x], count);
+                store_tile(broadcast(here.lane_address, 1), true, slot + p.mean_offset, count);
               }
               if (!last) return;
               total = warp_total(total);

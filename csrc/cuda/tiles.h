@@ -146,7 +146,7 @@ inline void expect(Plan& p, GradientKind kind) {
 // ---- one tile ----
 
 // Where a tile lies.
-struct At {
+struct TileAt {
   int64_t begin;              // from this element of the row on
   uint32_t k, i, row, chunk;  // row = k B + i
   uint32_t count;             // its elements, 0 behind the row's end
@@ -207,16 +207,16 @@ __device__ __forceinline__ void load_uneven(const char* from, bool wide, char* t
 }
 
 // Starts the copies of a tile's wanted operands; they belong to the group that is committed next.
-// Lane r has the address of role r's part, `own`.
-__device__ __forceinline__ void load_tile(const Plan& p, Roles wanted, char* slot, char* own,
-                                          uint32_t count) {
+// Lane r has the address of role r's part, `lane_address`.
+__device__ __forceinline__ void load_tile(const Plan& p, Roles wanted, char* slot,
+                                          char* lane_address, uint32_t count) {
   const Roles even = count == tile ? p.even & wanted : 0, uneven = p.present & wanted & ~even;
   const uint32_t offset = lane() * sizeof(Bytes16);
   const SharedAddress to = address_of(slot) + offset;
 #pragma unroll
   for (uint32_t r = 0; r < roles; ++r) {
     if (!(even >> r & 1)) continue;
-    const char* const from = broadcast(own, r) + offset;
+    const char* const from = broadcast(lane_address, r) + offset;
     constexpr uint32_t round = warp_size * sizeof(Bytes16);
     copy_async(to + p.offset[r], from);
     if (p.wide >> r & 1) copy_async(to + p.offset[r] + round, from + round);
@@ -225,7 +225,7 @@ __device__ __forceinline__ void load_tile(const Plan& p, Roles wanted, char* slo
 #pragma unroll 1
   for (uint32_t r = 0; r < roles; ++r) {
     if (!(uneven >> r & 1)) continue;
-    load_uneven(broadcast(own, r), p.wide >> r & 1, slot + p.offset[r], count);
+    load_uneven(broadcast(lane_address, r), p.wide >> r & 1, slot + p.offset[r], count);
   }
 }
 

@@ -16,7 +16,7 @@ struct RowNumbers {
   uint64_t key, transition;
 };
 
-__device__ __forceinline__ RowNumbers numbers_of(const Plan& p, const At& at) {
+__device__ __forceinline__ RowNumbers numbers_of(const Plan& p, const TileAt& at) {
   RowNumbers n{};
   n.b = *p.table[1].at(at.k, at.i);
   n.step = {float(*p.table[0].at(at.k, at.i)), float(n.b), float(*p.table[2].at(at.k, at.i))};
@@ -44,7 +44,7 @@ struct Elements {
   }
 };
 
-__device__ __forceinline__ void normals(const RowNumbers& row, const At& at,
+__device__ __forceinline__ void normals(const RowNumbers& row, const TileAt& at,
                                         float out[lane_elements]) {
   static_assert(run == 4, "the numbers of one counter");
 #pragma unroll
@@ -67,8 +67,8 @@ __device__ __forceinline__ void read_velocity(const Plan& p, const char* slot,
 }
 
 template <Form F>
-__device__ __forceinline__ Elements<F> read_tile(const Plan& p, const RowNumbers& row, const At& at,
-                                                 const char* slot) {
+__device__ __forceinline__ Elements<F> read_tile(const Plan& p, const RowNumbers& row,
+                                                 const TileAt& at, const char* slot) {
   Elements<F> in;
   read_velocity(p, slot, in.v);
   if constexpr (uses_sample(F)) {
@@ -104,7 +104,7 @@ GUARD_OPS_HD void by_form(Form form, Call call) {
 
 // Adds this lane's part of the tile's sums: in float32 within it, in float64 to `total`.
 template <Form F>
-__device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row, const At& at,
+__device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row, const TileAt& at,
                                             const char* slot, Sums& total) {
   const Elements<F> in = read_tile<F>(p, row, at, slot);
   float s1 = 0, s2 = 0;
@@ -128,20 +128,20 @@ __device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row
   total.ref += double(drift);
 }
 
-__device__ __forceinline__ void add_sums(const Plan& p, const RowNumbers& row, const At& at,
+__device__ __forceinline__ void add_sums(const Plan& p, const RowNumbers& row, const TileAt& at,
                                          const char* slot, Sums& total) {
   by_form(p.form, [&](auto form) { add_sums_of<decltype(form)::value>(p, row, at, slot, total); });
 }
 
 // What the gradient of a row is made of, as the arithmetic takes it.
-struct Direction {
+struct RowGradient {
   Factors<float> k;
   GradientKind kind;
   bool silent, nan, with_ref;  // silent: its coefficients but the reference's are 0
 };
 
-__device__ __forceinline__ Direction direction_of(const Plan& p, const RowNumbers& row,
-                                                  const Coefficients& c) {
+__device__ __forceinline__ RowGradient row_gradient_of(const Plan& p, const RowNumbers& row,
+                                                       const Coefficients& c) {
   const Factors<double> exact = factors_of(row.b, c);
   return {{float(exact.k1), float(exact.k2), float(exact.k3)},
           p.kind == GradientKind::general ? gradient_kind_of(c.c1, c.c2) : p.kind,
@@ -154,23 +154,24 @@ __device__ __forceinline__ Direction direction_of(const Plan& p, const RowNumber
 // NaN ones NaN, whatever the operands hold, as some may not have been read.
 template <Form F>
 __device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row,
-                                            const Direction& to, const At& at, char* slot) {
+                                            const RowGradient& gradient, const TileAt& at,
+                                            char* slot) {
   const Elements<F> in = read_tile<F>(p, row, at, slot);
   float g[lane_elements], ref[lane_elements];
-  if (to.with_ref) read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
+  if (gradient.with_ref) read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
     const Element<float> x = in.at(e);
-    if (to.silent || to.nan) {
-      g[e] = to.nan ? to.k.k1 : 0;
-    } else if (to.kind == GradientKind::departure) {
-      g[e] = to.k.k1 * departure<F>(row.step, x);
-    } else if (to.kind == GradientKind::residual) {
-      g[e] = to.k.k1 * residual<F>(row.step, x);
+    if (gradient.silent || gradient.nan) {
+      g[e] = gradient.nan ? gradient.k.k1 : 0;
+    } else if (gradient.kind == GradientKind::departure) {
+      g[e] = gradient.k.k1 * departure<F>(row.step, x);
+    } else if (gradient.kind == GradientKind::residual) {
+      g[e] = gradient.k.k1 * residual<F>(row.step, x);
     } else {
-      g[e] = velocity_gradient<F>(to.k, row.step, x);
+      g[e] = velocity_gradient<F>(gradient.k, row.step, x);
     }
-    if (to.with_ref) g[e] = fma(to.k.k3, in.v[e] - ref[e], g[e]);
+    if (gradient.with_ref) g[e] = fma(gradient.k.k3, in.v[e] - ref[e], g[e]);
   }
   if (p.operand[role_uncond]) {
     float rest[lane_elements];
@@ -185,8 +186,10 @@ __device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row
 }
 
 __device__ __forceinline__ void gradient_in_place(const Plan& p, const RowNumbers& row,
-                                                  const Direction& to, const At& at, char* slot) {
-  by_form(p.form, [&](auto form) { gradient_of<decltype(form)::value>(p, row, to, at, slot); });
+                                                  const RowGradient& gradient, const TileAt& at,
+                                                  char* slot) {
+  by_form(p.form,
+          [&](auto form) { gradient_of<decltype(form)::value>(p, row, gradient, at, slot); });
 }
 
 // ---- the way ----
@@ -209,13 +212,13 @@ struct Slots {
 // addresses by a lane for each operand, as 64-bit products for all of them would be most of what a
 // warp does.
 struct Cursor {
-  At at;
+  TileAt at;
   uint32_t number;  // of the chunk, among the warp's
   uint32_t rest;    // elements from the chunk's beginning to the row's end, or more than it has
   int64_t chunk_begin;
-  char* own_chunk;    // this lane's operand at the chunk's beginning
-  uint32_t own_size;  // of its elements
-  char* own;          // at the tile
+  char* lane_chunk;             // this lane's operand at the chunk's beginning
+  uint32_t lane_element_bytes;  // of its elements
+  char* lane_address;           // at the tile
 
   __device__ __forceinline__ Cursor() : number(~0u) {}
 };
@@ -240,8 +243,8 @@ struct Walk {
   // Moves to tile t; whether that is of another chunk. `operand`: this lane's, may be absent.
   __device__ __forceinline__ bool move(Cursor& c, uint32_t t, const Operand& operand) const {
     const uint32_t number = p.by_chunk_tiles.divide(t), sub = t - number * p.chunk_tiles;
-    const bool other = number != c.number;
-    if (other) {
+    const bool changed_chunk = number != c.number;
+    if (changed_chunk) {
       c.number = number;
       c.at.chunk = first + number * warps();
       c.at.row = p.by_row_chunks.divide(c.at.chunk);
@@ -250,14 +253,14 @@ struct Walk {
       c.chunk_begin = int64_t(c.at.chunk - c.at.row * p.row_chunks) * (p.chunk_tiles * tile);
       const int64_t rest = p.numel - c.chunk_begin;
       c.rest = rest < most_chunk_tiles * tile ? uint32_t(rest) : most_chunk_tiles * tile;
-      c.own_size = uint32_t(size_of(operand.dtype));
-      c.own_chunk = operand.row(c.at.k, c.at.i) + c.chunk_begin * c.own_size;
+      c.lane_element_bytes = uint32_t(size_of(operand.dtype));
+      c.lane_chunk = operand.row(c.at.k, c.at.i) + c.chunk_begin * c.lane_element_bytes;
     }
     const uint32_t skipped = sub * tile;
     c.at.begin = c.chunk_begin + skipped;
     c.at.count = c.rest < skipped ? 0 : c.rest - skipped < tile ? c.rest - skipped : tile;
-    c.own = c.own_chunk + skipped * c.own_size;
-    return other;
+    c.lane_address = c.lane_chunk + skipped * c.lane_element_bytes;
+    return changed_chunk;
   }
 
   __device__ __forceinline__ char* slot(uint32_t t) const {
@@ -268,7 +271,7 @@ struct Walk {
 
   __device__ __forceinline__ void load(Cursor& c, uint32_t t, Roles wanted, char* slot) const {
     move(c, t, p.operand[lane() < roles ? lane() : 0]);
-    if (c.at.count != 0) load_tile(p, wanted, slot, c.own, c.at.count);
+    if (c.at.count != 0) load_tile(p, wanted, slot, c.lane_address, c.at.count);
   }
 
   // Until the oldest copies have landed, for all lanes.
@@ -340,26 +343,26 @@ struct Walk {
     };
     for (uint32_t q = 0; q < slots.ahead(); ++q) restart(q);
     RowNumbers row{};
-    Direction to{};
+    RowGradient gradient{};
     for (uint32_t q = 0; q < tiles; ++q) {
       const uint32_t t = tiles - 1 - q;
       restart(q + slots.ahead());
       if (move(here, t, lane() == 0 ? cond : uncond)) {
         row = numbers_of(p, here.at);
-        to = direction_of(p, row, coefficients_of(here.at));
+        gradient = row_gradient_of(p, row, coefficients_of(here.at));
       }
       char* const at_slot = t < slots.resident ? slot(t) : ring_slot(q);
       wait();
       const uint32_t count = here.at.count;
       if (count != 0) {
-        gradient_in_place(p, row, to, here.at, at_slot);
+        gradient_in_place(p, row, gradient, here.at, at_slot);
         sync_warp();
         if (cond) {
-          store_tile(broadcast(here.own, 0), p.wide >> role_v & 1, at_slot + p.offset[role_v],
-                     count);
+          store_tile(broadcast(here.lane_address, 0), p.wide >> role_v & 1,
+                     at_slot + p.offset[role_v], count);
         }
         if (uncond) {
-          store_tile(broadcast(here.own, 1), p.wide >> role_uncond & 1,
+          store_tile(broadcast(here.lane_address, 1), p.wide >> role_uncond & 1,
                      at_slot + p.offset[role_uncond], count);
         }
       }

@@ -114,13 +114,13 @@ template <class R>
 void test_vectors_of(const Kernels& kernels, DType dtype) {
   const Format f = format_of(dtype);
   const bool wide = sizeof(R) == 8;
-  const DType own = wide ? DType::f64 : DType::f32;
+  const DType compute_type = wide ? DType::f64 : DType::f32;
   const std::vector<float> numbers = numbers_that_matter(f);
   std::vector<R> from(numbers.begin(), numbers.end()), zeros(from.size(), R(-0.0));
   std::vector<R> mean(from.size() + 1), sample(from.size() + 1);
   std::vector<uint16_t> words(1 << 16), narrowed(from.size() + 1);
   for (size_t n = 0; n < words.size(); ++n) words[n] = uint16_t(n);
-  const Operand none{zeros.data(), own};
+  const Operand none{zeros.data(), compute_type};
 
   // All of them at once; then short rows at odd places, where no whole vector fits.
   std::vector<std::pair<int64_t, int64_t>> spans = {{0, 0}};
@@ -128,15 +128,15 @@ void test_vectors_of(const Kernels& kernels, DType dtype) {
   for (const auto& [begin, some] : spans) {
     int64_t count = some > 0 ? some : int64_t(words.size());
     mean[count] = R(12345);
-    convert(kernels, wide, count, {&words[begin], dtype}, none, none, {sample.data(), own},
-            {mean.data(), own});
+    convert(kernels, wide, count, {&words[begin], dtype}, none, none, {sample.data(), compute_type},
+            {mean.data(), compute_type});
     for (int64_t n = 0; n < count; ++n) check_widened(f, float(mean[n]), words[begin + n]);
     CHECK(mean[count] == R(12345));  // nothing is written past the end
 
     count = some > 0 ? some : int64_t(from.size());
     narrowed[count] = 0xDEAD;
-    convert(kernels, wide, count, none, none, {&from[begin], own}, {narrowed.data(), dtype},
-            {mean.data(), own});
+    convert(kernels, wide, count, none, none, {&from[begin], compute_type},
+            {narrowed.data(), dtype}, {mean.data(), compute_type});
     for (int64_t n = 0; n < count; ++n) check_word(f, narrowed[n], float(from[begin + n]));
     CHECK(narrowed[count] == 0xDEAD);
   }

@@ -153,8 +153,8 @@ void test_choice() {
   CHECK(without([](Machine& m) { m.clusters = false; }) == Path::two_launches);
   CHECK(without([](Machine& m) { m.architecture = 80; }) == Path::two_launches);
   CHECK(without([](Machine& m) { m.registers = few_registers; }) == Path::two_launches);
-  const auto joined = [&](const Machine& other) {
-    become(other);
+  const auto joined = [&](const Machine& machine) {
+    become(machine);
     return run(t, joint, Path::automatic, false).path;
   };
   CHECK(joined({.cooperative = false}) == Path::two_launches);
@@ -228,8 +228,8 @@ void test_refusals() {
   const Batch t = in.of(Form::velocity, false, false);
   const Problem problem =
       scalars.problem(config_of(RatioNorm::none, Balance::none), Form::velocity, 601);
-  const auto says = [&](const Machine& other, Path path) -> std::string {
-    become(other);
+  const auto says = [&](const Machine& machine, Path path) -> std::string {
+    become(machine);
     try {
       run(t, problem, path, false);
     } catch (const std::runtime_error& error) {

@@ -34,9 +34,9 @@ void note(char first, const cpu::Span& at) { trace += char(first + at.k * batch 
 const cpu::Kernels traced = {
     "traced",
     [](const cpu::Batch& t, const Step<double>& step, const cpu::Span& at,
-       const cpu::Direction& direction) {
+       const cpu::EarlyGradient& early) {
       note('A', at);
-      return cpu::kernels().sums(t, step, at, direction);
+      return cpu::kernels().sums(t, step, at, early);
     },
     [](const cpu::Batch& t, const Step<double>& step, const Coefficients& c, const cpu::Span& at,
        const Operand& cond, const Operand& uncond) {
@@ -54,12 +54,12 @@ struct Result {
   Evaluation evaluation;
   Tensor cond, uncond;
 
-  bool operator==(const Result& other) const {
-    const Evaluation &p = evaluation, &q = other.evaluation;
+  friend bool operator==(const Result& a, const Result& b) {
+    const Evaluation &p = a.evaluation, &q = b.evaluation;
     return std::memcmp(&p.loss, &q.loss, sizeof p.loss) == 0 && same(p.log_ratio, q.log_ratio) &&
            same(p.excess, q.excess) && same(p.weights, q.weights) && same(p.kl, q.kl) &&
            same(p.metrics, q.metrics) && same(p.coefficients, q.coefficients) &&
-           cond.bytes() == other.cond.bytes() && uncond.bytes() == other.uncond.bytes();
+           a.cond.bytes() == b.cond.bytes() && a.uncond.bytes() == b.uncond.bytes();
   }
   template <class T>
   static bool same(const std::vector<T>& p, const std::vector<T>& q) {

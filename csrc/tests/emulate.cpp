@@ -143,10 +143,10 @@ void await_previous() {
   yield();
 }
 
-uint64_t exchange(uint64_t own, uint32_t from_lane) {
+uint64_t exchange(uint64_t bits, uint32_t from_lane) {
   Warp& warp = current->block->warps[current->position.thread / lanes];
   uint64_t* const box = warp.box[current->exchanges++ % 2];
-  box[current->position.thread % lanes] = own;
+  box[current->position.thread % lanes] = bits;
   arrive_and_wait(warp.barrier);
   return box[from_lane];
 }
@@ -171,7 +171,7 @@ void complete(size_t pending) {
   }
 }
 
-void enqueue(const Shape& launch, std::function<void()> thread) {
+void enqueue(const GridShape& launch, std::function<void()> thread) {
   if (!launch.chained) finish();
   auto grid = std::make_unique<Grid>();
   grid->thread = std::move(thread);

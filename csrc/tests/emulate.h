@@ -1,7 +1,7 @@
 // The device on the host: every CUDA thread a fiber, all of a grid's on one thread of the host, in
-// turns. What ../cuda/device.h asks for is here in plain C++, stricter than the device where that
-// finds mistakes: asynchronous copies land only when they are waited for, or all at once, as a test
-// likes; shared memory starts, and ends when its block does, as NaNs; threads take turns from
+// turns. What the top of ../cuda/team.h has is here in plain C++, stricter than the device where
+// that finds mistakes: asynchronous copies land only when they are waited for, or all at once, as a
+// test likes; shared memory starts, and ends when its block does, as NaNs; threads take turns from
 // the first on and from the last on; a chained launch runs as early as it may, before the one that
 // it is chained to. What it cannot find are races between two synchronizations.
 #pragma once
@@ -40,7 +40,7 @@ Barrier& warp_barrier();
 Barrier& cluster_barrier();
 char* shared_of(uint32_t rank);  // of a block of this cluster
 // 8 bytes of every lane of the warp, for one exchange.
-uint64_t exchange(uint64_t own, uint32_t from_lane);
+uint64_t exchange(uint64_t bits, uint32_t from_lane);
 void enqueue_copy(void* to, const void* from);
 void commit();
 void complete(size_t pending);
@@ -144,8 +144,8 @@ inline uint32_t cluster_rank() { return emulation::position().rank; }
 inline uint32_t cluster_size() { return emulation::position().cluster; }
 template <class T>
 const T* of_cluster(const T* shared, uint32_t rank) {
-  const char* const own = reinterpret_cast<const char*>(shared);
-  return reinterpret_cast<const T*>(emulation::shared_of(rank) + (own - shared_memory()));
+  const char* const here = reinterpret_cast<const char*>(shared);
+  return reinterpret_cast<const T*>(emulation::shared_of(rank) + (here - shared_memory()));
 }
 
 }  // namespace guard_ops::cuda

@@ -5,12 +5,12 @@
 
 namespace guard_ops::cuda::emulation {
 
-struct Shape {
+struct GridShape {
   int blocks, threads, shared_bytes;
   int cluster = 1;
   bool chained = false;
 };
 
-void enqueue(const Shape&, std::function<void()> thread);
+void enqueue(const GridShape&, std::function<void()> thread);
 
 }  // namespace guard_ops::cuda::emulation

@@ -53,16 +53,16 @@ cudaError_t refusal(const void* kernel, int cluster) {
 
 }  // namespace
 
-void become(const Machine& other) {
+void become(const Machine& machine) {
   finish();
-  now = other;
+  now = machine;
   ++number;
   kernels.clear();
 }
 
 cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
                    std::function<void()> thread) {
-  Shape shape{int(config.gridDim.x), int(config.blockDim.x), int(config.dynamicSmemBytes)};
+  GridShape shape{int(config.gridDim.x), int(config.blockDim.x), int(config.dynamicSmemBytes)};
   bool cooperative = false;
   for (unsigned n = 0; n < config.numAttrs; ++n) {
     const cudaLaunchAttribute& a = config.attrs[n];

@@ -6,13 +6,12 @@
 namespace guard_ops::test {
 namespace {
 
-using cpu::Direction;
 using cpu::Kernels;
 using cpu::Span;
 
 constexpr Step<double> step{0.97, -0.13, 0.21};
-// Of no loss in particular; of every loss but the closed form's, and of that (c3 with a reference
-// model). The kernel tells them apart.
+// The first are of no loss in particular, the second of every loss but the closed form's, the third
+// of that; c3 is for calls with a reference model. The kernel tells the kinds apart.
 constexpr Coefficients kinds[] = {{0.7, -0.3, 0.2}, {0.7, -0.35, 0.2}, {0.7, 0, 0.2}};
 
 // Calls body for the chunks of a row, as the driver does.
@@ -23,32 +22,33 @@ void for_each_chunk(int64_t k, int64_t i, int64_t numel, Body body) {
   }
 }
 
-// A direction goes where the gradient will: it is of v's type, which has to be the compute type.
-bool with_direction(const Batch& t) { return t.v.dtype == (t.wide ? f64 : f32); }
+// An early gradient goes where the gradient will: it is of v's type, which has to be the compute
+// type.
+bool has_early_gradient(const Batch& t) { return t.v.dtype == (t.wide ? f64 : f32); }
 
 // Everything one instruction set makes of a case.
 struct Results {
   std::vector<Sums> sums;
-  Tensor cond, uncond, plain, direction;
+  Tensor cond, uncond, uncond_alone, early;
 
-  bool operator==(const Results& other) const {
-    return std::memcmp(sums.data(), other.sums.data(), sums.size() * sizeof(Sums)) == 0 &&
-           cond.bytes() == other.cond.bytes() && uncond.bytes() == other.uncond.bytes() &&
-           plain.bytes() == other.plain.bytes() && direction.bytes() == other.direction.bytes();
+  friend bool operator==(const Results& p, const Results& q) {
+    return std::memcmp(p.sums.data(), q.sums.data(), p.sums.size() * sizeof(Sums)) == 0 &&
+           p.cond.bytes() == q.cond.bytes() && p.uncond.bytes() == q.uncond.bytes() &&
+           p.uncond_alone.bytes() == q.uncond_alone.bytes() && p.early.bytes() == q.early.bytes();
   }
 };
 
 Results run(const Kernels& kernels, const Operands& in, const Batch& t, const Coefficients& c) {
   const auto make = [&](DType dtype) { return Tensor(dtype, in.steps, in.batch, in.numel, true); };
-  const DType own = t.wide ? f64 : f32;
-  Results out{{}, make(t.v.dtype), make(t.uncond.dtype), make(t.v.dtype), make(own)};
+  const DType compute_type = t.wide ? f64 : f32;
+  Results out{{}, make(t.v.dtype), make(t.uncond.dtype), make(t.v.dtype), make(compute_type)};
   for (int64_t k = 0; k < in.steps; ++k) {
     for (int64_t i = 0; i < in.batch; ++i) {
       Sums total{0, 0, 0};
       for_each_chunk(k, i, in.numel, [&](const Span& at) {
         const Sums part = kernels.sums(
             t, step, at,
-            {with_direction(t) ? out.direction.operand() : Operand{}, GradientKind::departure});
+            {has_early_gradient(t) ? out.early.operand() : Operand{}, GradientKind::departure});
         const Sums alone = kernels.sums(t, step, at, {});
         CHECK(part.s1 == alone.s1 && part.s2 == alone.s2 && part.ref == alone.ref);
         total.s1 += part.s1;
@@ -57,21 +57,21 @@ Results run(const Kernels& kernels, const Operands& in, const Batch& t, const Co
         kernels.gradient(t, step, c, at, out.cond.operand(),
                          t.uncond ? out.uncond.operand() : Operand{});
         if (t.uncond) {  // a branch alone gets what it got beside the other one
-          kernels.gradient(t, step, c, at, {}, out.plain.operand());
+          kernels.gradient(t, step, c, at, {}, out.uncond_alone.operand());
         }
       });
       out.sums.push_back(total);
     }
   }
   CHECK(out.cond.guards_intact() && out.uncond.guards_intact());
-  CHECK(out.plain.guards_intact() && out.direction.guards_intact());
+  CHECK(out.uncond_alone.guards_intact() && out.early.guards_intact());
   return out;
 }
 
 // What a case should give, once for all instruction sets.
 struct Expected {
-  std::vector<NearSums> sums;
-  std::vector<Near> gradient, direction;  // [K, B, D]
+  std::vector<SumsWithError> sums;
+  std::vector<WithError> gradient, early;  // [K, B, D]
 
   Expected(const Operands& in, const Batch& t, const Coefficients& c) {
     std::vector<Terms> row(in.numel);
@@ -80,7 +80,7 @@ struct Expected {
         for (int64_t j = 0; j < in.numel; ++j) {
           row[j] = terms_of(in, t, step, k, i, j);
           gradient.push_back(gradient_of(row[j], step, c));
-          direction.push_back(coefficient(step.b) * (row[j].e - row[j].delta));
+          early.push_back(coefficient(step.b) * (row[j].e - row[j].delta));
         }
         sums.push_back(sums_of(row, step));
       }
@@ -89,24 +89,24 @@ struct Expected {
 };
 
 void compare(const Results& got, const Operands& in, const Batch& t, const Expected& expected) {
-  const Near scale = coefficient(t.guidance_scale), rest = coefficient(1 - t.guidance_scale);
+  const WithError scale = coefficient(t.guidance_scale), rest = coefficient(1 - t.guidance_scale);
   for (int64_t row = 0; row < in.steps * in.batch; ++row) {
     const int64_t k = row / in.batch, i = row % in.batch;
     for (int64_t j = 0; j < in.numel; ++j) {
-      const Near& g = expected.gradient[row * in.numel + j];
+      const WithError& g = expected.gradient[row * in.numel + j];
       if (t.uncond) {
-        CHECK_NEAR(got.cond.get(k, i, j), stored(scale * g, t.v.dtype));
-        CHECK_NEAR(got.uncond.get(k, i, j), stored(rest * g, t.uncond.dtype));
-        CHECK_NEAR(got.plain.get(k, i, j), stored(rest * g, t.v.dtype));
+        CHECK_WITHIN_ERROR(got.cond.get(k, i, j), stored(scale * g, t.v.dtype));
+        CHECK_WITHIN_ERROR(got.uncond.get(k, i, j), stored(rest * g, t.uncond.dtype));
+        CHECK_WITHIN_ERROR(got.uncond_alone.get(k, i, j), stored(rest * g, t.v.dtype));
       } else {
-        CHECK_NEAR(got.cond.get(k, i, j), stored(g, t.v.dtype));
+        CHECK_WITHIN_ERROR(got.cond.get(k, i, j), stored(g, t.v.dtype));
       }
-      if (!with_direction(t)) continue;
-      CHECK_NEAR(got.direction.get(k, i, j), expected.direction[row * in.numel + j]);
+      if (!has_early_gradient(t)) continue;
+      CHECK_WITHIN_ERROR(got.early.get(k, i, j), expected.early[row * in.numel + j]);
     }
-    CHECK_NEAR(got.sums[row].s1, expected.sums[row].s1);
-    CHECK_NEAR(got.sums[row].s2, expected.sums[row].s2);
-    CHECK_NEAR(got.sums[row].ref, expected.sums[row].ref);
+    CHECK_WITHIN_ERROR(got.sums[row].s1, expected.sums[row].s1);
+    CHECK_WITHIN_ERROR(got.sums[row].s2, expected.sums[row].s2);
+    CHECK_WITHIN_ERROR(got.sums[row].ref, expected.sums[row].ref);
   }
 }
 
@@ -159,7 +159,7 @@ void test_closed_form_gradient(const Kernels& kernels) {
       kernels.gradient(t, step, c, {0, 1, 0, 1025}, out.operand(), {});
       for (int64_t j = 0; j < 1025; ++j) {
         const Terms x = terms_of(in, t, step, 0, 1, j);
-        CHECK_NEAR(out.get(0, 1, j), stored(gradient_of(x, step, c), dtype));
+        CHECK_WITHIN_ERROR(out.get(0, 1, j), stored(gradient_of(x, step, c), dtype));
       }
       CHECK(std::isnan(out.get(0, 0, 0)) && out.guards_intact());
     }
@@ -180,7 +180,7 @@ void test_departure_gradient(const Kernels& kernels) {
       kernels.gradient(t, step, c, {0, 1, 0, 1025}, out.operand(), {});
       for (int64_t j = 0; j < 1025; ++j) {
         const Terms x = terms_of(in, t, step, 0, 1, j);
-        CHECK_NEAR(out.get(0, 1, j), stored(gradient_of(x, step, c), t.v.dtype));
+        CHECK_WITHIN_ERROR(out.get(0, 1, j), stored(gradient_of(x, step, c), t.v.dtype));
       }
       CHECK(out.guards_intact());
     }
@@ -188,14 +188,14 @@ void test_departure_gradient(const Kernels& kernels) {
 }
 
 // What the sums' pass may leave behind, scaled afterwards, is the gradient bit by bit.
-void test_gradient_is_a_scaled_direction(const Kernels& kernels) {
+void test_gradient_is_the_early_one_scaled(const Kernels& kernels) {
   for (const DTypes& d : dtypes) {
     const Operands in(d, 1, 2, 1047, false);
     for (const Form form : forms) {
       const Batch t = in.of(form, false, false);
-      if (!with_direction(t)) continue;
+      if (!has_early_gradient(t)) continue;
       for (const GradientKind kind : {GradientKind::departure, GradientKind::residual}) {
-        CONTEXT("%s direction, %s %s kind %d", kernels.name, form_names[int(form)], d.name,
+        CONTEXT("%s early gradient, %s %s kind %d", kernels.name, form_names[int(form)], d.name,
                 int(kind));
         const Span at{0, 1, 0, 1047};
         const double c1 = 0.7;
@@ -292,7 +292,7 @@ int main() {
     CHECK(std::string(kernels->name) == isa);
     test::test_closed_form_gradient(*kernels);
     test::test_departure_gradient(*kernels);
-    test::test_gradient_is_a_scaled_direction(*kernels);
+    test::test_gradient_is_the_early_one_scaled(*kernels);
     test::test_zero_coefficients_write_zeros(*kernels);
     test::test_scale(*kernels);
     test::test_on_policy_is_exact(*kernels);

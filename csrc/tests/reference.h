@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "near.h"
 #include "storage.h"
+#include "with_error.h"
 
 namespace guard_ops::test {
 
@@ -78,12 +78,12 @@ struct Operands {
     for (const Operand* o : {&t.v, &t.uncond, &t.ref, &t.x, &t.y, &t.m, &t.v_old, &t.noise}) {
       t.wide = t.wide || (*o && o->dtype == DType::f64);
     }
-    Near::unit = t.wide ? 0x1p-53L : 0x1p-24L;
+    WithError::unit = t.wide ? 0x1p-53L : 0x1p-24L;
     return t;
   }
 };
 
-inline Near noise_at(const Operands& in, const Batch& t, int64_t k, int64_t i, int64_t j) {
+inline WithError noise_at(const Operands& in, const Batch& t, int64_t k, int64_t i, int64_t j) {
   if (t.noise) return in.noise.get(k, i, j);
   const philox::Words words =
       philox::generate(t.seeds.word(k, i, 0), uint64_t(j) / 4, t.seeds.word(k, i, 1));
@@ -95,15 +95,15 @@ inline Near noise_at(const Operands& in, const Batch& t, int64_t k, int64_t i, i
 
 // One element's delta, e and v - v_ref.
 struct Terms {
-  Near delta, e, drift;
+  WithError delta, e, drift;
 };
 
 inline Terms terms_of(const Operands& in, const Batch& t, const Step<double>& step, int64_t k,
                       int64_t i, int64_t j) {
-  const Near a = coefficient(step.a), b = coefficient(step.b), s = coefficient(step.s);
-  Near v = in.v.get(k, i, j);
+  const WithError a = coefficient(step.a), b = coefficient(step.b), s = coefficient(step.s);
+  WithError v = in.v.get(k, i, j);
   if (t.uncond) {
-    const Near uncond = in.uncond.get(k, i, j);
+    const WithError uncond = in.uncond.get(k, i, j);
     v = uncond + coefficient(t.guidance_scale) * (v - uncond);
   }
   Terms out;
@@ -113,10 +113,10 @@ inline Terms terms_of(const Operands& in, const Batch& t, const Step<double>& st
     out.e = s * noise_at(in, t, k, i, j);
     return out;
   }
-  const Near x = in.x.get(k, i, j), y = in.y.get(k, i, j);
-  const Near mean = a * x + b * v;
+  const WithError x = in.x.get(k, i, j), y = in.y.get(k, i, j);
+  const WithError mean = a * x + b * v;
   if (t.form == Form::velocity) {
-    const Near v_old = in.v_old.get(k, i, j);
+    const WithError v_old = in.v_old.get(k, i, j);
     out.delta = b * (v - v_old);
     out.e = (y - a * x) - b * v_old;
   } else if (t.form == Form::mean) {
@@ -128,16 +128,16 @@ inline Terms terms_of(const Operands& in, const Batch& t, const Step<double>& st
   return out;
 }
 
-struct NearSums {
-  Near s1, s2, ref;
+struct SumsWithError {
+  WithError s1, s2, ref;
 };
 
-inline NearSums sums_of(const std::vector<Terms>& row, const Step<double>& step) {
-  const Near b = coefficient(step.b);
+inline SumsWithError sums_of(const std::vector<Terms>& row, const Step<double>& step) {
+  const WithError b = coefficient(step.b);
   const auto add = [&](auto term_of) {
     long double value = 0, error = 0, size = 0;
     for (const Terms& x : row) {
-      const Near term = term_of(x);
+      const WithError term = term_of(x);
       value += term.value;
       error += term.error;
       size += std::fabs(term.value) + term.error;
@@ -150,8 +150,8 @@ inline NearSums sums_of(const std::vector<Terms>& row, const Step<double>& step)
 }
 
 // d loss / d v of one element (guidance not yet applied).
-inline Near gradient_of(const Terms& x, const Step<double>& step, const Coefficients& c) {
-  const Near b = coefficient(step.b);
+inline WithError gradient_of(const Terms& x, const Step<double>& step, const Coefficients& c) {
+  const WithError b = coefficient(step.b);
   return coefficient(c.c1) * (b * x.e) + coefficient(2 * c.c2) * (b * x.delta) +
          coefficient(2 * step.b * step.b * c.c3) * x.drift;
 }

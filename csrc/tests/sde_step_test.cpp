@@ -41,7 +41,7 @@ double exact_mean(bool wide, double x, double v) {
 
 void compare(const Kernels& kernels, const Result& got, const Operands& in, const Batch& t) {
   const bool fused = kernels.name != std::string("baseline") || t.wide;
-  const Near a = coefficient(step.a), b = coefficient(step.b), s = coefficient(step.s);
+  const WithError a = coefficient(step.a), b = coefficient(step.b), s = coefficient(step.s);
   for (int64_t k = 0; k < in.steps; ++k) {
     for (int64_t i = 0; i < in.batch; ++i) {
       long double square = 0, error = 0;
@@ -51,15 +51,15 @@ void compare(const Kernels& kernels, const Result& got, const Operands& in, cons
         if (fused) {
           CHECK(mean == exact_mean(t.wide, x, v));
         } else {
-          CHECK_NEAR(mean, a * x + b * v);
+          CHECK_WITHIN_ERROR(mean, a * x + b * v);
         }
-        CHECK_NEAR(y, stored(Near(mean) + s * noise_at(in, t, k, i, j), in.x.dtype()));
+        CHECK_WITHIN_ERROR(y, stored(WithError(mean) + s * noise_at(in, t, k, i, j), in.x.dtype()));
         // Of the sample as it is stored, and the mean as it is stored.
-        const Near term = (Near(y) - mean) * (Near(y) - mean);
+        const WithError term = (WithError(y) - mean) * (WithError(y) - mean);
         square += term.value;
         error += term.error;
       }
-      CHECK_NEAR(got.squares[k * in.batch + i], sum_of(square, error, square));
+      CHECK_WITHIN_ERROR(got.squares[k * in.batch + i], sum_of(square, error, square));
     }
   }
 }
@@ -69,7 +69,7 @@ Batch step_batch(const Operands& in, bool seeded) {
   t.x = in.x.operand();
   t.v_old = {};
   t.wide = in.v.dtype() == f64 || in.x.dtype() == f64 || (!seeded && in.noise.dtype() == f64);
-  Near::unit = t.wide ? 0x1p-53L : 0x1p-24L;
+  WithError::unit = t.wide ? 0x1p-53L : 0x1p-24L;
   return t;
 }
 
@@ -100,7 +100,7 @@ void test_sde_step() {
 
 // The mean form, given the mean that sde_step returned: delta is exactly zero, whatever the
 // storage of the rest, as both are one expression.
-void test_own_mean_is_exact(const Kernels& kernels) {
+void test_rollout_mean_is_exact(const Kernels& kernels) {
   for (const DTypes& d : dtypes) {
     const Operands in(d, 2, 2, 1030, false);
     const Batch t = step_batch(in, false);
@@ -124,7 +124,7 @@ int main() {
   test::test_sde_step();
   for (const char* isa : test::isa_names) {
     const cpu::Kernels* kernels = cpu::kernels(isa);
-    if (kernels != nullptr) test::test_own_mean_is_exact(*kernels);
+    if (kernels != nullptr) test::test_rollout_mean_is_exact(*kernels);
   }
   return test::finish();
 }
