@@ -1,5 +1,6 @@
 // Sums and gradient of every instruction set against plain loops: every form, storage type and
 // awkward length; what is written and what is left alone; what is exact.
+#include "../cpu/driver.h"
 #include "check.h"
 #include "reference.h"
 

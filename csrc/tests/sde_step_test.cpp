@@ -1,5 +1,6 @@
 // The rollout step of every instruction set: the mean's single rounding, the sample, its
 // log-prob's sum, and that a mean it made is exact in the mean form.
+#include "../cpu/driver.h"
 #include "check.h"
 #include "reference.h"
 
