@@ -1,5 +1,5 @@
-// The gradient of every transition from its coefficients: each operand is read once, each gradient
-// written once.
+// The gradient of every transition from its coefficients. Each operand is read once, and each
+// gradient written once.
 #include "launch.h"
 #include "walk.h"
 
@@ -12,7 +12,7 @@ struct GradientCall {
   Operand cond, uncond;
   Factor factor;
   bool unless_one;
-  const Coefficients* assumed;  // [K, B] of the gradient that is there, or null
+  const Coefficients* assumed;  // [K, B] by which the gradient was already formed, or null
   Range chunks;
   uint32_t slots;
 };
@@ -25,8 +25,8 @@ __device__ __forceinline__ Coefficients coefficients_of(const GradientCall& call
           factor * load_fresh(call.coefficients[2].at(k, i))};
 }
 
-// Whether a row's coefficients are others than those that its gradient was formed by. NaN ones were
-// NaN before. Every block looks at all rows.
+// Whether any row's coefficients differ from those by which its gradient was formed. NaN ones do
+// not, as they were NaN then. Every block looks at all rows.
 __device__ __forceinline__ bool changed(const GradientCall& call) {
   bool differs = false;
 #pragma unroll 1

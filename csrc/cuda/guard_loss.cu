@@ -1,10 +1,20 @@
-// Loss and gradient, one way of reading the batch a kernel. All of them form the same partial sums
-// of the same chunks and add them in the same order: the same bits.
+// Loss and gradient: a kernel for each way of reading the batch, and the choice of one. All kernels
+// form the same sums of the same chunks and add them in the same order, so they give the same bits.
 #include "launch.h"
 #include "walk.h"
 
 namespace guard_ops::cuda {
 namespace {
+
+// Integers that are 0 before and after every launch, except `evaluated`, which a launch changes.
+// They lie in different cache lines, so that polling one does not slow down counting in another.
+struct Counters {
+  uint32_t *arrived, *evaluated;
+  uint32_t* of_rows;  // [K, B]
+};
+inline Counters counters_at(uint32_t* base) {
+  return {base, base + counter_line, base + 2 * counter_line};
+}
 
 struct LossCall {
   Plan plan;
@@ -14,18 +24,18 @@ struct LossCall {
   Workspace workspace;
   Partials partials;
   Counters counters;
-  Range chunks, rows;  // of this launch
-  bool all;            // of the batch's rows have their sums after it
-  bool by_row;         // each row's sums by the block that completes it
+  Range chunks, rows;  // what this launch reads
+  bool all;            // whether all rows of the batch have their sums after this launch
+  bool by_row;         // whether each row is added up by the block that completes it
   uint32_t slots;
-  uint32_t scratch_offset;  // where in a block's shared memory [K, B] numbers have room, or 0
-  bool sums_in_shared;      // rows' sums too
-  uint32_t block_chunks;    // of a cluster's block
+  uint32_t scratch_offset;  // where shared memory has room for evaluate()'s numbers; else 0
+  bool sums_in_shared;      // whether the rows' sums are there too
+  uint32_t block_chunks;    // chunks of a block, in a cluster
 };
 
 struct Header {  // at the beginning of a block's shared memory
   uint32_t arrival;
-  Coefficients coefficients;  // of a cluster's row
+  Coefficients coefficients;  // of the cluster's row
   Sums parts[most_parts];
 };
 static_assert(sizeof(Header) <= block_header);
@@ -34,21 +44,28 @@ __device__ __forceinline__ Header& header() { return *reinterpret_cast<Header*>(
 
 __device__ __forceinline__ char* slot_memory() { return shared_memory() + block_header; }
 
-// What evaluate() keeps between its parts, in shared memory where that has room: one block works on
-// it, and would wait for the second-level cache behind each of half a dozen barriers.
+// How many bytes the sums of a block's chunks take, in a cluster.
+GUARD_OPS_HD uint32_t partial_bytes(uint32_t chunks) {
+  return uint32_t(chunks * sizeof(Sums) + 15) / 16 * 16;
+}
+
+// Where evaluate() keeps its numbers between its steps: in shared memory, if that has room. The one
+// block that evaluates would otherwise wait for the second-level cache after each of half a dozen
+// barriers.
 __device__ __forceinline__ Scratch scratch_of(const LossCall& call) {
   if (call.scratch_offset == 0) return call.workspace.scratch;
   return scratch_at(shared_memory() + call.scratch_offset, call.plan.rows, call.problem.steps);
 }
 
-// The rows' sums, behind the scratch where one block forms them all.
+// Where the rows' sums are: in shared memory behind evaluate()'s numbers, if one block forms them
+// all.
 __device__ __forceinline__ Sums* sums_of(const LossCall& call) {
   if (!call.sums_in_shared) return call.workspace.sums;
   return reinterpret_cast<Sums*>(scratch_of(call).finite + call.plan.batch);
 }
 
-// The rows' sums, once every block has written its partial ones; true for the block that sees them
-// all.
+// Adds up the rows' sums once the blocks have written those of their chunks. Returns true in one
+// block, which sees all of them.
 __device__ __forceinline__ bool summed_by_last(const LossCall& call) {
   const Plan& p = call.plan;
   Sums* const into = sums_of(call);
@@ -79,8 +96,8 @@ __device__ __forceinline__ void evaluate_all(const LossCall& call) {
   evaluate_by_block(call.problem, sums_of(call), scratch_of(call), call.out);
 }
 
-// A row's coefficients from its own sums. They are others if a row that they depend on proves not
-// to be finite, so the caller remembers them.
+// A row's coefficients from its sums alone. They change if another row, on which they depend, turns
+// out not to be finite, so the caller remembers them.
 __device__ __forceinline__ Coefficients assume(const LossCall& call, uint32_t row,
                                                const Sums& sums) {
   const uint32_t k = call.plan.by_batch.divide(row);
@@ -92,8 +109,9 @@ __device__ __forceinline__ void put_partial(const LossCall& call, const TileAt& 
   if (lane() == 0) call.partials.put(at.chunk, sums);
 }
 
-// The first of two launches: the sums of some rows or all and, by the last block, what follows from
-// them. gradient.cu's kernel, the second one, reads again what it needs.
+// The first of two launches: it forms the sums of some rows or all, and its last block computes
+// what follows from them. The second launch is the kernel of gradient.cu, which reads the operands
+// again.
 __global__ void __launch_bounds__(stream_threads, sums_blocks)
     loss_of_chunks(const __grid_constant__ LossCall call) {
   let_next_start();
@@ -115,8 +133,8 @@ __global__ void __launch_bounds__(stream_threads, sums_blocks)
   if (call.all) evaluate_all(call);
 }
 
-// One cooperative launch: all blocks are there at once, each with its part of the batch in shared
-// memory, and wait for the last one's evaluation. What fits there is read once.
+// One cooperative launch: all blocks run at once, each with its part of the batch in shared memory,
+// and wait until the last one has evaluated. Tiles that fit into shared memory are read once.
 __global__ void __launch_bounds__(cooperative_threads, 1)
     loss_cooperatively(const __grid_constant__ LossCall call) {
   const uint32_t before = thread() == 0 ? flag_now(call.counters.evaluated) : 0;
@@ -124,7 +142,7 @@ __global__ void __launch_bounds__(cooperative_threads, 1)
                   call.chunks.begin(block() + 1), true);
   walk.sums([&](const TileAt& at, const Sums& sums) { put_partial(call, at, sums); });
   if (summed_by_last(call)) {
-    evaluate_all(call);  // it ends with a barrier, and the flag is a release
+    evaluate_all(call);  // ends with a barrier, so what all threads wrote is released by the flag
     if (thread() == 0) set_flag(call.counters.evaluated, before + 1);
   } else if (call.cond || call.uncond) {
     if (thread() == 0) await_change(call.counters.evaluated, before);
@@ -136,8 +154,8 @@ __global__ void __launch_bounds__(cooperative_threads, 1)
   });
 }
 
-// A cluster a row, for losses whose rows are independent: the row stays in the cluster's shared
-// memory and so do its partial sums; no block waits for another row's. The last block of all forms
+// One cluster a row, for losses whose rows are independent: the row and its chunks' sums stay in
+// the cluster's shared memory, and no block waits for another row. The last block of all computes
 // what needs every row.
 __global__ void __launch_bounds__(cluster_threads, 1)
     loss_by_clusters(const __grid_constant__ LossCall call) {
@@ -147,7 +165,7 @@ __global__ void __launch_bounds__(cluster_threads, 1)
   const uint32_t begin = rank * call.block_chunks;
   const uint32_t end =
       begin + call.block_chunks < p.row_chunks ? begin + call.block_chunks : p.row_chunks;
-  // this block's partial sums lie behind the header
+  // the sums of this block's chunks lie behind the header
   Sums* const partials = reinterpret_cast<Sums*>(slot_memory());
   const uint32_t base = row * p.row_chunks;
   const Walk walk(p, slot_memory() + partial_bytes(call.block_chunks), call.slots,
@@ -165,14 +183,14 @@ __global__ void __launch_bounds__(cluster_threads, 1)
   }
   sync_block();
   if (thread() == 0) {
-    const Sums sums = of_parts(p, header().parts);
+    const Sums sums = sum_of_parts(p, header().parts);
     header().coefficients = assume(call, row, sums);
     if (rank == 0) {
       call.workspace.sums[row] = sums;
       call.workspace.assumed[row] = header().coefficients;
     }
   }
-  sync_cluster();  // no block leaves, or writes over, what another reads
+  sync_cluster();  // no block ends, or overwrites its sums, while another reads them
   if (call.cond || call.uncond) {
     const Coefficients coefficients = header().coefficients;
     walk.gradient(call.cond, call.uncond, [&](const TileAt&) { return coefficients; });
@@ -180,17 +198,20 @@ __global__ void __launch_bounds__(cluster_threads, 1)
   if (completes(call.counters.arrived, 1, blocks(), &header().arrival)) evaluate_all(call);
 }
 
-// ---- which of them, and how large ---------------------------------------------------------------
+// ---- which kernel, and how large a launch
+// --------------------------------------------------------
 
-constexpr int most_cluster = 16;  // where the device has them; 8 everywhere
+constexpr int most_cluster = 16;  // blocks; every device with clusters runs 8, and some 16
 
-uint32_t tiles_of(uint32_t chunks, int threads, const Plan& p) {  // of a block's busiest warp
+// How many tiles the busiest warp of a block has.
+uint32_t tiles_of(uint32_t chunks, int threads, const Plan& p) {
   const uint32_t warps = threads / warp_size;
   return (chunks + warps - 1) / warps * p.chunk_tiles;
 }
 
-// Makes room for [K, B] numbers behind the slots, if there is any and `least` blocks, or clusters,
-// still run at once. Returns where, or 0; `running`: how many run at once.
+// Makes room in a launch's shared memory, behind the slots, for evaluate()'s numbers and the rows'
+// sums, if at least `least` blocks, or clusters, still run at once. Returns where that is, or 0.
+// `running`: how many run at once then.
 template <class Kernel>
 uint32_t make_room(const LossCall& call, Kernel* kernel, int least, Launch* launch, int* running) {
   *running = at_once(address(kernel), *launch);
@@ -207,20 +228,20 @@ uint32_t make_room(const LossCall& call, Kernel* kernel, int least, Launch* laun
   return uint32_t(at);
 }
 
-// The smallest cluster that holds a row and, as long as all of them run at once, gives every
-// multiprocessor a block.
+// Plans the smallest clusters that hold a row, or larger ones until every multiprocessor has a
+// block, as long as all clusters run at once. Returns false where none hold a row.
 template <class Kernel>
 bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
   const Plan& p = call.plan;
   bool found = false;
   for (int size = 1; size <= (device().clusters ? most_cluster : 1); size *= 2) {
-    if (uint32_t(size) > p.row_chunks) break;  // blocks without a chunk
+    if (uint32_t(size) > p.row_chunks) break;  // there would be blocks without a chunk
     const uint32_t block_chunks = (p.row_chunks + size - 1) / size;
     const uint32_t tiles = tiles_of(block_chunks, cluster_threads, p);
     Launch candidate{int(p.rows) * size, cluster_threads,
                      shared_bytes(p, cluster_threads, tiles) + int(partial_bytes(block_chunks))};
     candidate.cluster = size;
-    // in 64 bits first: of a long row the other may have overflowed
+    // compared in 64 bits first, as shared_bytes may have overflowed for a long row
     if (int64_t(tiles) * p.slot_bytes * (cluster_threads / warp_size) > device().shared_bytes ||
         candidate.shared_bytes > device().shared_bytes) {
       continue;
@@ -238,8 +259,8 @@ bool plan_clusters(LossCall& call, Kernel* kernel, Launch* launch) {
   return found;
 }
 
-// As many blocks as run at once, with all their shared memory, if that holds one `fraction`-th of
-// the batch: what is not there is read twice. 0: whatever it holds.
+// Plans one block a multiprocessor with all its shared memory, and returns whether that holds at
+// least one `fraction`-th of the batch; the rest is read twice. A fraction of 0 asks for nothing.
 template <class Kernel>
 bool plan_cooperative(LossCall& call, Kernel* kernel, uint32_t fraction, Launch* launch) {
   const Plan& p = call.plan;
@@ -261,9 +282,9 @@ bool plan_cooperative(LossCall& call, Kernel* kernel, uint32_t fraction, Launch*
   return running > 0;
 }
 
-// What a row's operands take, and how many rows are taken at a time, of which a third of the
-// second-level cache holds the operands: while their gradient is formed, the next ones come in. At
-// least two turns, of the same length if possible.
+// How many bytes a row's operands take, and how many rows are read a turn: as many as a third of
+// the second-level cache holds, since the next rows are read while the gradient of these is formed.
+// There are at least two turns, of the same length if possible.
 int64_t row_bytes(const Plan& p) { return (p.numel + tile - 1) / tile * p.slot_bytes; }
 uint32_t rows_a_turn(const Plan& p) {
   const int64_t fit = std::clamp<int64_t>(device().cache_bytes / 3 / row_bytes(p), 1, p.rows);
@@ -271,7 +292,7 @@ uint32_t rows_a_turn(const Plan& p) {
   return uint32_t((p.rows + turns - 1) / turns);
 }
 
-constexpr int sums_beside_a_gradient = 2;  // blocks of a multiprocessor
+constexpr int sums_beside_a_gradient = 2;  // blocks a multiprocessor
 
 bool turns_overlap() {
   return overlap(address(loss_of_chunks), sums_beside_a_gradient, gradient_kernel(),
@@ -283,8 +304,8 @@ bool turns_pay(const Plan& p) {
   return row_bytes(p) <= cache / 2 && p.rows * row_bytes(p) > cache / 3 && turns_overlap();
 }
 
-// Some rows at a time, sums and gradient: two launches a turn. The launches overlap: the next rows'
-// sums are read from memory while these rows' gradient reads them again from the cache.
+// Forms sums and gradient of some rows a turn, by two launches. Launches overlap: while the
+// gradient of these rows is formed from the cache, the sums of the next ones are read from memory.
 void launch_turns(LossCall call, const Rows coefficients[3], uint32_t rows, Stream stream) {
   const Plan& p = call.plan;
   const uint32_t turns = (p.rows + rows - 1) / rows;
@@ -309,8 +330,8 @@ void launch_turns(LossCall call, const Rows coefficients[3], uint32_t rows, Stre
   }
 }
 
-// Whether one transition that is not finite changes another's coefficients although rows are
-// independent: the number of samples, or of a sample's steps, that a mean is over.
+// Whether a transition that is not finite changes other rows' coefficients although rows are
+// independent: it changes over how many samples, or steps of a sample, a mean is taken.
 bool rows_may_change(const Problem& problem) {
   return problem.config.drop || (problem.steps > 1 && problem.step_weights.data == nullptr);
 }
@@ -347,8 +368,8 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
 
   const bool any = result.cond || result.uncond, independent = problem.rows_are_independent();
   const auto may = [&](Path path) { return wanted == path || (wanted == Path::automatic && any); };
-  // Once more, should another row have changed a row's coefficients; hardly ever, and the launch
-  // returns at once then.
+  // Forms the gradient again if a row has changed another row's coefficients. That is rare, and the
+  // launch returns at once otherwise.
   const auto mend = [&] {
     if (!any || !rows_may_change(problem)) return;
     gradient_after(p, coefficients, result.cond, result.uncond, call.chunks, true,

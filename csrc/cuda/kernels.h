@@ -1,6 +1,6 @@
-// What the CUDA kernels offer to whoever has pointers and a stream: see ../cpu/driver.h for the
-// same on the CPU. Every call enqueues on the stream of the current device and returns: nothing
-// waits for the device and nothing is allocated, but by counters_of, once a device. Errors are
+// What the CUDA kernels offer to callers that have pointers and a stream; ../cpu/driver.h is the
+// same on the CPU. Every call enqueues its work on a stream of the current device and returns. Only
+// counters_of allocates memory and waits for the device, once a device. Errors are
 // std::runtime_error.
 #pragma once
 
@@ -12,7 +12,8 @@ namespace guard_ops::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// How guard_loss reads the batch. `automatic` asks the device what it can run at once.
+// How guard_loss reads the batch: docs/cuda.md has a table. `automatic` chooses by what the device
+// can run at once.
 enum class Path : int { automatic, cooperative, cluster, in_turn, two_launches };
 inline constexpr Path paths[] = {Path::automatic, Path::cooperative, Path::cluster, Path::in_turn,
                                  Path::two_launches};
@@ -30,45 +31,48 @@ struct LossResult {
   Operand cond, uncond;
 };
 
-// A number on the device that multiplies a gradient; float32 or float64. Without data it is 1.
+// A number on the device that multiplies a gradient, float32 or float64 (`wide`). Without data it
+// is 1.
 struct Factor {
   const void* data = nullptr;
   bool wide = false;
 };
 
-// Bytes of device memory that a call needs, aligned to 256.
+// How many bytes of device memory, aligned to 256, a call needs as its workspace.
 int64_t workspace_bytes(const Batch&);
 
-// Integers on the device that guard_loss needs: 0 before its first launch, as it leaves them for
-// the next one. One launch at a time may have them.
+// How many counters guard_loss needs: integers on the device that are 0 before its first launch and
+// that it leaves as the next one needs them. Only one launch at a time may use them.
 int64_t counters_needed(const Batch&);
-constexpr int64_t counter_line = 32;  // of them in a line of the cache
+constexpr int64_t counter_line = 32;  // how many of them a cache line holds
 
-// So many of them on the current device: the stream's, whose calls follow each other; while it is
-// captured ones that nobody else gets, as a graph may be replayed beside anything. Null where there
-// are none: in a capture before the device's first call, after too many streams or captured calls,
-// on a device without memory left, or on the per-thread stream, which is several.
+// Returns `count` counters on the current device. Calls on one stream get the same ones, as they
+// run one after another; a call that is captured gets counters of its own, as its graph may be
+// replayed beside anything. Null where there are none left: in a capture before the device's first
+// call, after too many streams or captured calls, on a device without memory left, or on the
+// per-thread stream, which is a different one in each thread.
 uint32_t* counters_of(int64_t count, Stream);
 
-// out: [3, K, B] float64.
+// Writes the sums of every transition to `out`, float64 [3, K, B].
 void sums(const Batch&, const Rows table[5], double* out, void* workspace, Stream);
 
-// The gradients of `factor` times the loss whose coefficients these are. `unless_one`: the
-// gradients are there already, for a factor of 1; where the device finds that, it writes nothing.
-// `kind`: that of every finite row's coefficients, where it is known.
+// Writes the gradients of `factor` times the loss whose coefficients these are. `unless_one`: cond
+// and uncond already hold the gradients for a factor of 1, and where the factor is 1 the device
+// writes nothing. `kind`: the kind of all finite rows' coefficients, if it is known.
 void gradient(const Batch&, const Rows table[5], const Rows coefficients[3], const Operand& cond,
               const Operand& uncond, const Factor&, bool unless_one, Stream,
               GradientKind kind = GradientKind::general);
 
-// Loss and gradient; returns the path it took. A path that is forced and cannot run is an error.
+// Computes loss and gradient, and returns the path that was taken. It is an error to ask for a path
+// that cannot run.
 Path guard_loss(const Batch&, const Problem&, const LossResult&, void* workspace,
                 uint32_t* counters, Path, Stream);
 
-// square: [K, B] = sum((prev_sample - mean)^2); mean: float32.
+// Writes prev_sample, mean (float32) and square [K, B] = sum((prev_sample - mean)^2).
 void sde_step(const Batch&, const Rows table[5], const Operand& prev_sample, const Operand& mean,
               double* square, void* workspace, Stream);
 
-// Whether the current device can run what was compiled; if not, why.
+// Why the current device cannot run what was compiled; empty where it can.
 std::string unsupported();
 
 }  // namespace guard_ops::cuda

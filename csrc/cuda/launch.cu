@@ -1,5 +1,5 @@
-// What the launches ask of a device, remembered, as most of it takes the driver longer than a
-// launch does; and the memory that they work in.
+// What launches need to know of the device, which is asked once and remembered; the workspace; and
+// the counters by which blocks find out who comes last.
 #include <map>
 #include <mutex>
 #include <string>
@@ -12,7 +12,7 @@ namespace guard_ops::cuda {
 
 void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // it is reported here, not by whoever asks next
+  cudaGetLastError();  // the error is reported here, so whoever asks next must not find it
   throw std::runtime_error(std::string("guard_ops: ") + what + ": " + cudaGetErrorString(status));
 }
 
@@ -39,8 +39,8 @@ const Device& device() {
   return known.emplace(number, d).first->second;
 }
 
-// Any of the kernels stands for all, as they were compiled for the same devices. Throws what says
-// nothing of that (a device without memory left), so that nobody remembers it.
+// One kernel stands for all of them, as they were compiled for the same devices. An error that says
+// nothing about that (a device without memory left) is thrown, so that no caller remembers it.
 std::string unsupported() {
   cudaFuncAttributes attributes{};
   const cudaError_t status = cudaFuncGetAttributes(&attributes, gradient_kernel());
@@ -68,10 +68,10 @@ bool refused(cudaError_t status) {
 
 namespace {
 
-// What the current device runs a kernel by.
+// The code by which the current device runs a kernel.
 struct Code {
   bool sm_90;     // see runs_as_sm_90
-  int registers;  // of a thread, as they are handed out: by eights
+  int registers;  // of a thread, rounded up, as a device hands them out by eights
 };
 
 Code code_of(const void* kernel) {
@@ -106,19 +106,19 @@ int at_once(const void* kernel, const Launch& launch) {
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
   int count = 0;
-  // The most that any launch may ask for; a smaller later one must not take it back. As much shared
-  // memory as there is, of any kernel: blocks of two whose shares differ would not run side by
-  // side.
+  // As much shared memory as a block may have, so that a later smaller launch does not take back
+  // what a larger one needs; and as much as there is for every kernel, since a multiprocessor does
+  // not run blocks of kernels side by side that want different shares.
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.shared_bytes);
   if (status == cudaSuccess &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                            cudaSharedmemCarveoutMaxShared) != cudaSuccess) {
-    cudaGetLastError();  // a hint
+    cudaGetLastError();  // it is a hint, and may fail
   }
   if (status == cudaSuccess && launch.cluster > 1) {
     if (!code_of(kernel).sm_90) return known.emplace(key, 0).first->second;
-    if (launch.cluster > 8) {  // more than every device has to have
+    if (launch.cluster > 8) {  // more than every device with clusters has to run
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
     cudaLaunchConfig_t config{};
@@ -171,14 +171,14 @@ int64_t workspace_bytes(const Batch& t) {
   return workspace_layout(plan_of(t, none), t.steps, nullptr, nullptr);
 }
 
-// ---- the counters by which blocks find out who comes last ---------------------------------------
-
+// ---- the counters -------------------------------------------------------------------------------
+//
 // Every launch leaves them at 0, so they are zeroed once a device and not once a call, which would
-// be a launch before the launch.
+// take a launch before the launch.
 namespace {
 
-constexpr int64_t reserved = 1 << 20;  // integers, 4 MB a device
-constexpr int64_t least = 1024;        // of a stream
+constexpr int64_t reserved = 1 << 20;  // counters of a device: 4 MB
+constexpr int64_t least = 1024;        // counters of a stream, at least
 
 struct Reserve {
   uint32_t* data = nullptr;
@@ -186,16 +186,17 @@ struct Reserve {
   std::map<unsigned long long, std::pair<uint32_t*, int64_t>> of_stream;
 
   uint32_t* take(int64_t count) {
-    count = (count + counter_line - 1) / counter_line * counter_line;  // no two share one
+    count = (count + counter_line - 1) / counter_line *
+            counter_line;  // no two calls share a cache line
     if (data == nullptr || taken + count > reserved) return nullptr;
     taken += count;
     return data + taken - count;
   }
 };
 
-// Not torch's memory: it outlives every pool that a graph's capture allocates from. Waits for its
-// own stream, once a device. Null where torch has taken all memory there is; the next call asks
-// again.
+// Allocates and zeroes a device's counters. The memory is not torch's, as it has to outlive every
+// pool that a graph's capture allocates from. This waits for a stream of its own. Null where torch
+// has taken all memory there is; then the next call asks again.
 uint32_t* zeroed() {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // another thread's capture goes on
   check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
@@ -225,7 +226,8 @@ uint32_t* zeroed() {
 
 uint32_t* counters_of(int64_t count, Stream of) {
   static std::mutex mutex;
-  static auto& reserves = *new std::map<int, Reserve>;  // never freed: a driver may be gone first
+  static auto& reserves =
+      *new std::map<int, Reserve>;  // never freed, as the driver may be gone first
   const auto stream = static_cast<cudaStream_t>(of);
   if (stream == cudaStreamPerThread) return nullptr;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
@@ -242,7 +244,7 @@ uint32_t* counters_of(int64_t count, Stream of) {
   if (size >= count) return data;
   const int64_t larger = std::max(least, count);
   uint32_t* const found = reserve.take(larger);
-  if (found != nullptr) {  // else it keeps what it has, for smaller calls
+  if (found != nullptr) {  // otherwise the stream keeps what it has, for smaller calls
     data = found;
     size = larger;
   }

@@ -1,5 +1,5 @@
-// How a kernel is launched: what the current device can run, of which launch.cu remembers the
-// answers; how many blocks with how much shared memory; and the memory that the kernels share.
+// How kernels are launched: what the current device can run, how many blocks with how much shared
+// memory a launch has, and the memory that several launches share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,23 +23,24 @@ constexpr int block_header = 256;  // bytes of shared memory before the slots
 
 // ---- the device ---------------------------------------------------------------------------------
 
-// Throws what the run time says of a call, named by `what`, that did not succeed.
+// Throws unless a call of the run time, which `what` names, succeeded.
 void check(cudaError_t status, const char* what);
 
 struct Device {
-  int number, multiprocessors, shared_bytes;  // a block's most
+  int number, multiprocessors;
+  int shared_bytes;  // the most that a block may have
   bool cooperative, clusters;
-  int cache_bytes;  // second level
+  int cache_bytes;  // of the second-level cache
   int registers;    // of a multiprocessor
 };
 
-const Device& device();
+const Device& device();  // the current one
 
 struct Launch {
   int blocks, threads, shared_bytes;
   bool cooperative = false;
   int cluster = 1;
-  bool chained = false;  // may begin before the launch before it ends: see team.h
+  bool chained = false;  // may begin before the launch before it ends: see await_previous
 };
 
 template <class Kernel>
@@ -47,22 +48,25 @@ const void* address(Kernel* kernel) {
   return reinterpret_cast<const void*>(kernel);
 }
 
-// How many blocks of this kernel, or clusters, the device runs at once: 0 where it cannot.
+// How many blocks of this kernel, or clusters of blocks, the device runs at once; 0 where it cannot
+// launch it so.
 int at_once(const void* kernel, const Launch&);
 
-// Whether the second kernel's blocks can begin while the first's run: whether a multiprocessor has
-// registers for `blocks` of these and one of those.
+// Whether blocks of the second kernel can begin while blocks of the first run: whether a
+// multiprocessor has registers for `blocks` of the first kernel's and one of the second's.
 bool overlap(const void* first, int blocks, const void* second, int threads);
 
-// Whether device and code know of clusters and chained launches: PTX for sm_80 that a driver
-// compiles for sm_90 would take each of a cluster's blocks for a whole one, and wait for nothing.
+// Whether both the device and the kernel's code know clusters and chained launches. Code from PTX
+// for sm_80 does not, whatever the driver compiles it for: it would take each block for a cluster
+// of its own, and await_previous would not wait.
 bool runs_as_sm_90(const void* kernel);
 
-// Whether an error says that the device cannot launch a kernel so, and never will.
+// Whether an error says that the device cannot launch a kernel in the way that was tried.
 bool refused(cudaError_t status);
 
-// False where the device, for all that it said, does not launch so: no room for blocks that have to
-// run at once, under MPS, or busy.
+// Launches a kernel. Returns false where the device refuses the way of the launch, although it said
+// that it could: it may have no room for blocks that have to run at once, under MPS or when it is
+// busy.
 template <class Argument>
 bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
   cudaLaunchConfig_t config{};
@@ -95,6 +99,7 @@ bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argume
   return true;
 }
 
+// Launches a kernel, not chained where that is refused.
 template <class Argument>
 void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
   if (starts(kernel, launch, stream, argument)) return;
@@ -110,7 +115,8 @@ inline int shared_bytes(const Plan& p, int threads, uint32_t slots_a_warp) {
   return block_header + int(threads / warp_size * slots_a_warp * p.slot_bytes);
 }
 
-// Whether rows' sums are too much for one block after the others: then each row has its own.
+// Whether the sums of the rows are too much work for the last block alone; then the block that
+// completes a row adds up that row's.
 constexpr uint32_t most_counted_rows = 4096;
 inline bool adds_up_by_row(uint32_t rows, const Plan& p, int threads) {
   return rows <= most_counted_rows && rows * p.row_parts > 2 * uint32_t(threads) / warp_size;
@@ -120,7 +126,7 @@ inline void check_runs(int blocks) {
   if (blocks == 0) throw std::runtime_error("guard_ops: the device runs no block");
 }
 
-// The launch, after that over chunks, in which the kernel's warps add up the parts of rows.
+// The launch after one over chunks, in which a kernel's warps add up the parts of rows.
 template <class Kernel>
 Launch after_chunks(const Plan& p, Kernel* kernel) {
   const int warps = stream_threads / int(warp_size);
@@ -130,21 +136,21 @@ Launch after_chunks(const Plan& p, Kernel* kernel) {
   return launch;
 }
 
-// Blocks with a chunk for each of their warps.
+// How many blocks it takes to have a warp for every chunk.
 inline int useful_blocks(uint32_t chunks) {
   constexpr uint32_t warps = stream_threads / warp_size;
   return int((chunks + warps - 1) / warps);
 }
 
-// The slots that a warp of a block of `threads` can have, `most` of them if there is room.
+// How many slots a warp of a block of `threads` can have, up to `most`.
 inline uint32_t slots_a_warp(const Plan& p, int threads, uint32_t most) {
   const uint32_t room = (device().shared_bytes - block_header) / (threads / warp_size);
   return std::min(most, room / p.slot_bytes);
 }
 
-// A launch of blocks that walk through so many chunks, as many as run at once or are of use. Slots
-// for copies far ahead, but not so many that a multiprocessor has room for one block alone: it is
-// the other's warps that work while one's wait for each other's instructions.
+// A launch of blocks that walk through so many chunks: as many blocks as run at once or are of use.
+// They have slots to copy far ahead, but not so many that only one block fits a multiprocessor:
+// while the warps of one block wait, those of another work.
 template <class Kernel>
 Launch streaming(const Plan& p, Kernel* kernel, uint32_t chunks, uint32_t* slots) {
   Launch launch{0, stream_threads, 0};
@@ -163,8 +169,8 @@ Launch streaming(const Plan& p, Kernel* kernel, uint32_t chunks, uint32_t* slots
   return launch;
 }
 
-// The same of launches of which two kinds are to run side by side: `blocks` a multiprocessor, each
-// with so many bytes of shared memory where a slot a warp does not need more.
+// The same for a launch beside which another kernel's blocks are to run: `blocks` of this one a
+// multiprocessor, each with at most `bytes` of shared memory, unless a slot a warp needs more.
 template <class Kernel>
 Launch beside_another(const Plan& p, Kernel* kernel, uint32_t chunks, int blocks, int bytes,
                       uint32_t* slots) {
@@ -181,21 +187,22 @@ Launch beside_another(const Plan& p, Kernel* kernel, uint32_t chunks, int blocks
 // ---- what the kernels share ---------------------------------------------------------------------
 
 struct Workspace {
-  double* partials;       // [3, chunks]
-  Sums* parts;            // [K, B, row_parts]
-  Sums* sums;             // [K, B]
-  Coefficients* assumed;  // [K, B]
+  double* partials;       // [3, chunks]: the sums of chunks
+  Sums* parts;            // [K, B, row_parts]: those of parts
+  Sums* sums;             // [K, B]: those of rows
+  Coefficients* assumed;  // [K, B]: what gradients were formed by before all rows were known
   Scratch scratch;
 };
 
-// The parts of the memory at `base`, where a caller wants to know; returns how many bytes it has.
+// Returns how many bytes a workspace has and, where `out` is given, lays one out at `base`.
 int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Workspace* out);
 
-const void* gradient_kernel();
+const void* gradient_kernel();  // of gradient.cu, like the next
 
-// The gradient of some chunks' rows, in a launch that may begin while the one before it in the
-// stream, which forms the coefficients, still runs. `alone`: with the whole device for itself.
-// `assumed` [K, B]: only if other coefficients than these hold for any row.
+// Launches the gradient of some chunks. The launch may begin while the one before it in the stream,
+// which forms the coefficients, still runs. `alone`: whether it has the whole device to itself.
+// `assumed` [K, B]: coefficients by which the gradient is there already; it is formed again only if
+// those of any row have changed.
 void gradient_after(const Plan&, const Rows coefficients[3], const Operand& cond,
                     const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
                     Stream);

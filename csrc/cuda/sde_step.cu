@@ -1,4 +1,5 @@
-// One rollout step: reads v, x and the noise (or generates it), writes the sample and its mean.
+// One rollout step: it reads v, x and the noise, or generates the noise, and writes the sample and
+// its mean.
 #include "launch.h"
 #include "walk.h"
 
@@ -33,12 +34,13 @@ __device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& 
   }
   write(slot + p.mean_offset, DType::f32, v);
   write(slot + p.offset[role_x], stored, sampled);
-  read(slot + p.offset[role_x], stored, sampled);  // log_prob is that of the sample as stored
+  read(slot + p.offset[role_x], stored, sampled);  // log_prob is that of the sample as it is stored
   float square = 0;
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
     const float d = sampled[e] - v[e];
-    if (!seeded || place_of(e) < at.count) square = fma(d, d, square);  // other noise is 0 there
+    if (!seeded || place_of(e) < at.count)
+      square = fma(d, d, square);  // noise that is read is 0 there
   }
   return square;
 }

@@ -1,4 +1,4 @@
-// The sums of every transition: each operand is read once, 24 bytes a chunk are written.
+// The sums of every transition. Each operand is read once, and 24 bytes a chunk are written.
 #include "launch.h"
 #include "walk.h"
 

@@ -4,8 +4,8 @@
 
 #include "../evaluate.h"
 
-// What the kernels ask of a thread's surroundings. The tests replace it by ../tests/emulate.h,
-// which runs the same kernels on the host.
+// The tests replace what follows, up to the #endif, by ../tests/emulate.h, which runs the same
+// kernels on the host.
 #if defined(GUARD_OPS_EMULATE)
 #include "../tests/emulate.h"
 #else
@@ -37,8 +37,8 @@ struct alignas(16) Bytes16 {
   uint32_t w[4];
 };
 
-// For every lane the pointer that `lane` has, into global memory: to be stored to by store_global,
-// as the compiler does not see any more what it points to.
+// Gives every lane the pointer that `lane` has. The compiler no longer sees that it points into
+// global memory, so what it points to is stored to by store_global.
 __device__ __forceinline__ char* broadcast(char* pointer, uint32_t lane) {
   const auto bits = reinterpret_cast<unsigned long long>(pointer);
   return reinterpret_cast<char*>(__shfl_sync(0xFFFFFFFFu, bits, lane));
@@ -49,7 +49,9 @@ __device__ __forceinline__ void store_global(void* global, const Bytes16& x) {
                : "memory");
 }
 
-// 16 bytes from global to shared memory, past the registers; a group of copies is waited for.
+// copy_async starts to copy 16 bytes from global to shared memory, past the registers;
+// commit_copies makes the copies since the last one a group, and wait_copies waits until all but
+// the latest `pending` groups have landed.
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress address_of(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -65,7 +67,7 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// The storage types' conversions, two numbers a word; each rounds once, to nearest even.
+// Conversions of the storage types, two 16-bit numbers a word; each rounds once, to nearest even.
 __device__ __forceinline__ float from_bits(uint32_t x) { return __uint_as_float(x); }
 __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ void from_halves(uint32_t x, float* low, float* high) {
@@ -88,8 +90,8 @@ __device__ __forceinline__ uint32_t to_bfloats(float low, float high) {
   return out;
 }
 
-// Integers that blocks tell each other how far they are with: release what was written, acquire
-// what others have, which is then read as any memory is.
+// Blocks tell each other by such integers how far they are. Changing one releases what its block
+// has written, and reading one acquires what the others have, which is then read like any memory.
 __device__ __forceinline__ uint32_t count_up(uint32_t* counter, uint32_t by) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
@@ -111,10 +113,10 @@ __device__ __forceinline__ void await_change(const uint32_t* flag, uint32_t befo
   }
 }
 
-// Launches that overlap: the next one of a stream may begin once every block of this one has called
-// let_next_start, and has what this one wrote, and all before it, once its await_previous returns.
-// A launch that is not chained to the one before it finds that over. Whoever is chained has to wait
-// at some time, or what comes after it would run beside what came before it.
+// Launches that overlap: the next launch of a stream may begin once every block of this one has
+// called let_next_start; what this launch and those before it wrote is there once the next one's
+// await_previous returns, which it does at once in a launch that is not chained. Every chained
+// launch has to call it, or the launch after it could run beside the one before it.
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void let_next_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -127,11 +129,11 @@ __device__ __forceinline__ void let_next_start() {}
 __device__ __forceinline__ void await_previous() {}
 #endif
 
-// Past this multiprocessor's cache, into which a launch that runs beside this one may have read
-// what was there before.
+// Reads past this multiprocessor's cache, which may hold an older value that a launch running
+// beside this one has read.
 __device__ __forceinline__ double load_fresh(const double* x) { return __ldcg(x); }
 
-// The blocks of one cluster; before sm_90 a block is a cluster of its own.
+// The blocks of one cluster; before sm_90, where there are none, a block counts as one.
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void sync_cluster() { cooperative_groups::this_cluster().sync(); }
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -165,14 +167,14 @@ __device__ __forceinline__ uint32_t lane() { return thread() % warp_size; }
 __device__ __forceinline__ uint32_t warp() { return thread() / warp_size; }
 __device__ __forceinline__ uint32_t warps() { return threads() / warp_size; }
 
-// A warp's total of a number that each lane has, by a tree; every lane gets it.
+// Adds up a number that each lane has, by a tree, and gives every lane the total.
 __device__ __forceinline__ double warp_total(double x) {
 #pragma unroll
   for (int mask = warp_size / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }
 
-// evaluate()'s Group: a warp.
+// A warp as evaluate()'s Group.
 struct Warp {
   __device__ __forceinline__ bool leader() const { return lane() == 0; }
   template <class F>
@@ -190,7 +192,7 @@ struct Warp {
   }
 };
 
-// evaluate()'s Team: a block. Its sums are each warp's own, the same in all.
+// A block as evaluate()'s Team. Each of its warps forms every sum for itself, all the same one.
 struct Block {
   template <class F>
   __device__ __forceinline__ void each(int64_t n, F body) const {
@@ -210,16 +212,11 @@ struct Block {
   }
 };
 
-// Where the numbers of a loss go, and what is kept between its parts.
+// Where the results of a loss go; the gradient's launches read sum_grads again.
 struct LossOut {
   float *loss, *per_row, *metrics;  // [], [4, K, B], [10, K]
   double* sum_grads;                // [3, K, B]
 };
-
-// The bytes of a cluster's block for its chunks' sums.
-GUARD_OPS_HD uint32_t partial_bytes(uint32_t chunks) {
-  return uint32_t(chunks * sizeof(Sums) + 15) / 16 * 16;
-}
 
 inline int64_t scratch_bytes(int64_t rows, int64_t steps, int64_t batch) {
   return rows * sizeof(RowState) + steps * sizeof(Statistics) + batch * sizeof(int64_t);
@@ -231,17 +228,7 @@ GUARD_OPS_HD Scratch scratch_at(char* base, int64_t rows, int64_t steps) {
           reinterpret_cast<int64_t*>(finite)};
 }
 
-// Integers that a launch finds at 0 and leaves so, but for `evaluated`, which changes. Nobody polls
-// in the cache line where others count.
-struct Counters {
-  uint32_t *arrived, *evaluated;
-  uint32_t* of_rows;  // [K, B]
-};
-inline Counters counters_at(uint32_t* base) {
-  return {base, base + counter_line, base + 2 * counter_line};
-}
-
-// A row's of [3, K, B].
+// The coefficients of a row, which lie in sum_grads [3, K, B].
 __device__ __forceinline__ Coefficients coefficients_at(const double* sum_grads, uint32_t rows,
                                                         uint32_t row) {
   return {sum_grads[row], sum_grads[rows + row], sum_grads[2 * rows + row]};
@@ -254,7 +241,8 @@ __device__ __forceinline__ void put_coefficients(double* sum_grads, uint32_t row
   sum_grads[2 * rows + row] = c.c3;
 }
 
-struct Into {  // evaluate()'s Out
+// evaluate()'s Out.
+struct LossWriter {
   LossOut to;
   int64_t steps, rows;
 
@@ -271,18 +259,18 @@ struct Into {  // evaluate()'s Out
   }
 };
 
-// The block's [K, B] arithmetic on the rows' sums.
+// Evaluates the objective from the rows' sums; the whole block calls it.
 __device__ __forceinline__ void evaluate_by_block(const Problem& problem, const Sums* sums,
                                                   const Scratch& scratch, const LossOut& out) {
   evaluate(
       Block{}, problem, [=](int64_t n) { return sums[n]; }, scratch,
-      Into{out, problem.steps, problem.steps * problem.batch});
+      LossWriter{out, problem.steps, problem.steps * problem.batch});
 }
 
-// Counts this block's `by` in; whether they complete `all`, in which case the counter is 0 again
-// and this block sees what the others wrote before they counted. The whole block calls it; `shared`
-// is a word of its shared memory. One thread's count is enough, as what the block's barriers order
-// before it is ordered for whoever counts after it.
+// Adds `by` to the counter and returns whether that completes `all`. If it does, the counter is 0
+// again and this block sees what the others wrote before they counted. The whole block calls it;
+// `shared` is a word of its shared memory. One thread counts for the block: what the barriers order
+// before its count is ordered before the count of any block after it.
 __device__ __forceinline__ bool completes(uint32_t* counter, uint32_t by, uint32_t all,
                                           uint32_t* shared) {
   sync_block();
@@ -294,12 +282,12 @@ __device__ __forceinline__ bool completes(uint32_t* counter, uint32_t by, uint32
   return *shared == all;
 }
 
-// A block's even share of n.
+// Where the share of a block begins if n things are shared out evenly.
 __device__ __forceinline__ uint32_t share(uint32_t n, uint32_t block) {
   return uint32_t(uint64_t(n) * block / blocks());
 }
 
-// Chunks, or rows, that follow each other: all of the batch or some.
+// Some consecutive chunks, or rows, of the batch, or all of them.
 struct Range {
   uint32_t first, count;
 

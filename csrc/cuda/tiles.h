@@ -2,12 +2,13 @@
 //
 // A tile is what a warp holds at once, 8 elements a lane. A chunk is a run of tiles of one row
 // whose sums a warp forms. A part is every `row_parts`-th 32 chunks of a row, whose sums a warp
-// adds up. How many tiles a chunk and parts a row has depends on the row's length alone: the same
-// for every kernel and path, so that all of them give the same bits.
+// adds up. How many tiles a chunk and how many parts a row has depends on the row's length alone,
+// so it is the same for every kernel and path, and all of them give the same bits.
 //
-// Global memory is touched by copies alone, 16 bytes a lane where a row is so aligned and element
-// by element where not; dtypes are told apart once for 8 elements. So neither multiplies the
-// kernels.
+// A slot is the shared memory of one tile's operands, as they are stored. Only copies touch global
+// memory: 16 bytes a lane where a row is so aligned, element by element where it is not. What reads
+// a slot tells dtypes apart, once for 8 elements. So there is one kernel for all alignments and
+// dtypes.
 #pragma once
 
 #include <stdexcept>
@@ -19,12 +20,16 @@
 namespace guard_ops::cuda {
 
 constexpr uint32_t lane_elements = 8, tile = lane_elements * warp_size;
-constexpr uint32_t run = 4;  // elements of a lane that lie beside each other: 16 bytes in float32
-constexpr uint32_t most_chunk_tiles = 4, chunks_aimed_at = 256;  // of a row
-constexpr uint32_t most_parts = 8, part_chunks = 256;  // of a row; of a part, where 8 suffice
-constexpr uint32_t ring_slots = 4;                     // that copies go around in, at most
+constexpr uint32_t run = 4;               // adjacent elements of a lane: 16 bytes in float32
+constexpr uint32_t most_chunk_tiles = 4;  // a chunk's tiles, at most
+constexpr uint32_t chunks_aimed_at =
+    256;                               // a row's chunks, at most, where chunks of 4 tiles suffice
+constexpr uint32_t most_parts = 8;     // a row's parts, at most
+constexpr uint32_t part_chunks = 256;  // a part's chunks, at most, where 8 parts suffice
+constexpr uint32_t ring_slots = 4;     // the slots of a warp's ring, at most
 
-// Blocks that a multiprocessor has registers for. From sm_120 on the assembler wants more of them.
+// Blocks that are to fit into a multiprocessor's registers. From sm_120 on the assembler needs more
+// registers for a thread.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
 constexpr int sums_blocks = 2, gradient_blocks = 1;
 #else
@@ -32,11 +37,11 @@ constexpr int sums_blocks = 3, gradient_blocks = 2;
 #endif
 
 enum Role { role_v, role_uncond, role_ref, role_x, role_y, role_old, role_noise, roles };
-using Roles = uint32_t;  // bit r: role r
+using Roles = uint32_t;  // a set of roles: bit r is set if it has role r
 constexpr Roles every_role = (1u << roles) - 1;
 constexpr Roles bit(Role r) { return 1u << r; }
 
-// The operands that a gradient reads whose coefficients are known to be of one kind.
+// The operands that a gradient needs whose coefficients are all of one kind.
 inline Roles roles_of(Form form, GradientKind kind, bool with_ref) {
   const Roles velocity = bit(role_v) | bit(role_uncond), sample = bit(role_x) | bit(role_y);
   Roles read = with_ref ? velocity | bit(role_ref) : 0;
@@ -49,7 +54,7 @@ inline Roles roles_of(Form form, GradientKind kind, bool with_ref) {
   return form == Form::velocity ? read | sample | bit(role_old) : read;
 }
 
-// n / d for n < 2^31 by a multiplication.
+// Divides n < 2^31 by d by means of a multiplication, as a device has no instruction for division.
 struct Divisor {
   uint32_t d = 1, shift = 31;
   uint64_t multiplier = 1;
@@ -68,12 +73,12 @@ struct Divisor {
 struct Plan {
   Form form;
   Operand operand[roles];     // absent ones are null
-  uint32_t offset[roles];     // of an operand's part of a slot
-  Roles present, even, wide;  // even: whose rows all begin on 16 bytes; wide: float32
-  GradientKind kind;          // of every row's coefficients, where it is known; else general
-  Roles again;                // what a second pass reads
-  uint32_t slot_bytes;        // of shared memory that a tile takes
-  uint32_t mean_offset;       // where sde_step puts the mean
+  uint32_t offset[roles];     // where an operand's part of a slot begins
+  Roles present, even, wide;  // even: all rows begin on 16 bytes; wide: the dtype is float32
+  GradientKind kind;          // the kind of all rows' coefficients, if it is known; else general
+  Roles again;                // the operands that a second pass reads
+  uint32_t slot_bytes;
+  uint32_t mean_offset;  // where in a slot sde_step puts the mean
   uint32_t rows, chunk_tiles, row_chunks, row_parts, chunks;
   int64_t numel;
   Divisor by_batch, by_row_chunks, by_chunk_tiles;
@@ -83,14 +88,14 @@ struct Plan {
   Rows table[3];                       // a, b, s
 };
 
-// How many of a warp's slots its copies go around in; the rest keep their tiles for a second pass,
-// `keeps`, where not all of them fit.
+// How many of a warp's slots are a ring that its tiles take turns in. `keeps`: whether the others
+// keep their tiles for a second pass, because there are more tiles than slots.
 GUARD_OPS_HD uint32_t ring_of(uint32_t slots, bool keeps) {
   const uint32_t most = keeps && slots < 2 * ring_slots ? 2 : ring_slots;
   return slots >= most ? most : slots >= 2 ? 2 : 1;
 }
 
-// `with_mean`: a slot has room for sde_step's float32 mean.
+// The plan of a batch. `with_mean`: whether a slot has room for sde_step's float32 mean.
 inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   Plan p{};
   p.form = t.form;
@@ -137,28 +142,28 @@ inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
   return p;
 }
 
-// For a second pass whose coefficients are all of one kind.
+// Prepares the plan for a second pass over coefficients that are all of one kind.
 inline void expect(Plan& p, GradientKind kind) {
   p.kind = kind;
   p.again = roles_of(p.form, kind, bool(p.operand[role_ref]));
 }
 
-// ---- one tile ----
+// ---- one tile -----------------------------------------------------------------------------------
 
-// Where a tile lies.
+// Where in the batch a tile lies.
 struct TileAt {
-  int64_t begin;              // from this element of the row on
+  int64_t begin;              // its first element, counted from the row's
   uint32_t k, i, row, chunk;  // row = k B + i
-  uint32_t count;             // its elements, 0 behind the row's end
+  uint32_t count;             // how many elements it has; 0 behind the row's end
 };
 
 struct alignas(8) Bytes8 {
   uint32_t w[2];
 };
 
-// Where element `e` of this lane lies in a tile: in runs, so that a warp reads 512 bytes of float32
-// that follow each other, and 256 of 16 bits. A lane with eight elements beside each other would
-// have the shared memory's banks in conflict.
+// The place in a tile of this lane's element `e`. A lane has two runs, so that a warp reads 512
+// consecutive bytes of float32, or 256 of a 16-bit type. If its eight elements were all adjacent,
+// lanes would want the same banks of shared memory.
 __device__ __forceinline__ uint32_t place_of(uint32_t e) {
   return e / run * (run * warp_size) + lane() * run + e % run;
 }
@@ -176,7 +181,7 @@ __device__ __forceinline__ bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(Bytes16) == 0;
 }
 
-// What does not go in units of 16 bytes.
+// Copies the elements behind the first `vectors` units of 16 bytes one by one.
 __device__ __forceinline__ void copy_rest(char* to, const char* from, uint32_t vectors,
                                           uint32_t count, bool wide) {
   if (wide) {
@@ -186,8 +191,8 @@ __device__ __forceinline__ void copy_rest(char* to, const char* from, uint32_t v
   }
 }
 
-// A tile's part of an operand, where it or its row is not whole in units of 16 bytes. What is not
-// of the row becomes 0, and so does its part of every sum.
+// Loads an operand's part of a tile that is cut off by the row's end, or whose row does not begin
+// on 16 bytes. Elements behind the row's end become 0, and add 0 to every sum.
 __device__ __forceinline__ void load_uneven(const char* from, bool wide, char* to, uint32_t count) {
   const uint32_t vectors = aligned(from) ? count / (wide ? 4 : 8) : 0;
   const SharedAddress address = address_of(to);
@@ -207,7 +212,7 @@ __device__ __forceinline__ void load_uneven(const char* from, bool wide, char* t
 }
 
 // Starts the copies of a tile's wanted operands; they belong to the group that is committed next.
-// Lane r has the address of role r's part, `lane_address`.
+// `lane_address`: lane r has the address of role r's part.
 __device__ __forceinline__ void load_tile(const Plan& p, Roles wanted, char* slot,
                                           char* lane_address, uint32_t count) {
   const Roles even = count == tile ? p.even & wanted : 0, uneven = p.present & wanted & ~even;
@@ -229,7 +234,8 @@ __device__ __forceinline__ void load_tile(const Plan& p, Roles wanted, char* slo
   }
 }
 
-// A tile's part of a slot to global memory; the warp has synchronized since it was written.
+// Copies an operand's part of a slot to global memory. The warp has to have synchronized since it
+// was written.
 __device__ __forceinline__ void store_tile(char* to, bool wide, const char* from, uint32_t count) {
   const uint32_t vectors = aligned(to) ? count / (wide ? 4 : 8) : 0;
 #pragma unroll
@@ -242,8 +248,8 @@ __device__ __forceinline__ void store_tile(char* to, bool wide, const char* from
   if (vectors * (wide ? 4 : 8) < count) copy_rest(to, from, vectors, count, wide);
 }
 
-// This lane's 8 elements of an operand. Its type is asked for once: two conversions of which one is
-// not wanted would be half of what a warp does.
+// Reads this lane's 8 elements of an operand. The dtype is asked for once for all of them:
+// converting both ways and choosing afterwards would be half of what a warp does.
 __device__ __forceinline__ void read(const char* from, DType dtype, float out[lane_elements]) {
   constexpr uint32_t runs = lane_elements / run;
   if (dtype == DType::f32) {
@@ -273,7 +279,7 @@ __device__ __forceinline__ void read(const char* from, DType dtype, float out[la
   }
 }
 
-// And its 8 elements back, each rounded once.
+// Writes this lane's 8 elements, each rounded once.
 __device__ __forceinline__ void write(char* to, DType dtype, const float in[lane_elements]) {
 #pragma unroll
   for (uint32_t n = 0; n < lane_elements / run; ++n) {

@@ -1,15 +1,14 @@
-// What a warp makes of its tiles: the sums and the gradient of one, its way through all of them,
-// once for the sums and once, backwards, for the gradient, and the rows' sums from those of their
-// chunks.
+// A warp's way through its tiles, once for the sums and once, backwards, for the gradient: what it
+// computes from one tile, the way itself, and the rows' sums from those of their chunks.
 #pragma once
 
 #include "tiles.h"
 
 namespace guard_ops::cuda {
 
-// ---- one tile ----
+// ---- one tile -----------------------------------------------------------------------------------
 
-// One row's numbers, as the arithmetic takes them.
+// What the arithmetic needs to know of a row.
 struct RowNumbers {
   Step<float> step;
   double b;  // not rounded
@@ -27,7 +26,7 @@ __device__ __forceinline__ RowNumbers numbers_of(const Plan& p, const TileAt& at
   return n;
 }
 
-// Eight elements of every operand that the form reads.
+// A lane's eight elements of every operand that the form reads.
 template <Form F>
 struct Elements {
   float v[lane_elements], x[lane_elements], y[lane_elements], old[lane_elements],
@@ -85,8 +84,8 @@ __device__ __forceinline__ Elements<F> read_tile(const Plan& p, const RowNumbers
   return in;
 }
 
-// Calls call(std::integral_constant<Form, form>). Once a tile: kernels of one form each would be
-// five times as long to compile, as most of a kernel does not know the form.
+// Calls call(std::integral_constant<Form, form>). This is done once a tile: a kernel for each form
+// would take five times as long to compile, as most of a kernel does not depend on the form.
 template <class Call>
 GUARD_OPS_HD void by_form(Form form, Call call) {
   if (form == Form::mean) {
@@ -102,7 +101,8 @@ GUARD_OPS_HD void by_form(Form form, Call call) {
   }
 }
 
-// Adds this lane's part of the tile's sums: in float32 within it, in float64 to `total`.
+// Adds this lane's part of the tile's sums to `total`. It is summed in float32, and added in
+// float64.
 template <Form F>
 __device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row, const TileAt& at,
                                             const char* slot, Sums& total) {
@@ -133,11 +133,11 @@ __device__ __forceinline__ void add_sums(const Plan& p, const RowNumbers& row, c
   by_form(p.form, [&](auto form) { add_sums_of<decltype(form)::value>(p, row, at, slot, total); });
 }
 
-// What the gradient of a row is made of, as the arithmetic takes it.
+// What the gradient of a row is made of: its factors, and which of its terms there are.
 struct RowGradient {
   Factors<float> k;
   GradientKind kind;
-  bool silent, nan, with_ref;  // silent: its coefficients but the reference's are 0
+  bool silent, nan, with_ref;  // silent: c1 and c2 are 0
 };
 
 __device__ __forceinline__ RowGradient row_gradient_of(const Plan& p, const RowNumbers& row,
@@ -150,8 +150,8 @@ __device__ __forceinline__ RowGradient row_gradient_of(const Plan& p, const RowN
           p.operand[role_ref] && c.c3 != 0};
 }
 
-// The gradient of a tile in place of v, and of uncond, in the slot. Coefficients of 0 give 0, and
-// NaN ones NaN, whatever the operands hold, as some may not have been read.
+// Writes the gradient of a tile into its slot, in place of v, and of uncond. Coefficients that are
+// 0 give 0, and NaN ones NaN, whatever the operands hold, as some may not have been read.
 template <Form F>
 __device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row,
                                             const RowGradient& gradient, const TileAt& at,
@@ -192,44 +192,45 @@ __device__ __forceinline__ void gradient_in_place(const Plan& p, const RowNumber
           [&](auto form) { gradient_of<decltype(form)::value>(p, row, gradient, at, slot); });
 }
 
-// ---- the way ----
+// ---- the way through all tiles ------------------------------------------------------------------
 //
-// Block b has the chunks [first, last), its warps take them in turn. The first tiles of a warp stay
-// in their slots of shared memory for the second pass; what does not fit goes through a ring of
-// slots and is read again, the last first, as that is still in the L2 cache. Copies run `ahead`
-// tiles ahead.
+// The warps of a block take its chunks in turn. The first tiles of a warp stay in their slots for
+// the second pass. What does not fit goes through a ring of slots and is read again, the last tile
+// first, as that is still in the L2 cache. Copies are started `ahead` tiles before their tile's
+// turn.
 
 struct Slots {
-  char* memory;       // of this warp
-  uint32_t count;     // slots it has
-  uint32_t ring;      // 1, 2 or 4 of them where not every tile fits
-  uint32_t resident;  // tiles that stay
+  char* memory;       // where this warp's slots begin
+  uint32_t count;     // how many it has
+  uint32_t ring;      // how many of them are the ring: 1, 2 or 4
+  uint32_t resident;  // how many tiles stay
 
   __device__ __forceinline__ uint32_t ahead() const { return ring - 1; }
 };
 
-// At one of a warp's tiles. What follows from its row and chunk is worked out when those change;
-// addresses by a lane for each operand, as 64-bit products for all of them would be most of what a
-// warp does.
+// A position at one of a warp's tiles. What depends on row and chunk alone is computed when those
+// change. Each lane computes the address of one operand: 64-bit products for all operands would be
+// most of what a warp does.
 struct Cursor {
   TileAt at;
-  uint32_t number;  // of the chunk, among the warp's
-  uint32_t rest;    // elements from the chunk's beginning to the row's end, or more than it has
+  uint32_t number;  // the chunk's number among this warp's
+  uint32_t rest;    // elements from the chunk's begin to the row's end, at most those of 4 tiles
   int64_t chunk_begin;
-  char* lane_chunk;             // this lane's operand at the chunk's beginning
-  uint32_t lane_element_bytes;  // of its elements
-  char* lane_address;           // at the tile
+  char* lane_chunk;             // where the chunk begins in this lane's operand
+  uint32_t lane_element_bytes;  // the size of that operand's elements
+  char* lane_address;           // where the tile begins in it
 
   __device__ __forceinline__ Cursor() : number(~0u) {}
 };
 
 struct Walk {
   const Plan& p;
-  uint32_t first;  // chunk of this warp
-  uint32_t tiles;  // of all its chunks
+  uint32_t first;  // this warp's first chunk
+  uint32_t tiles;  // how many all its chunks have
   Slots slots;
 
-  // `keep`: whether there is a second pass that wants the tiles to stay.
+  // The way through the chunks [begin, end) of a block. `keep`: whether tiles are to stay in their
+  // slots, for a second pass.
   __device__ __forceinline__ Walk(const Plan& p, char* memory, uint32_t slots_a_warp,
                                   uint32_t begin, uint32_t end, bool keep)
       : p(p), first(begin + warp()) {
@@ -240,7 +241,8 @@ struct Walk {
     slots.resident = !keep ? 0 : tiles <= slots_a_warp ? tiles : slots_a_warp - slots.ring;
   }
 
-  // Moves to tile t; whether that is of another chunk. `operand`: this lane's, may be absent.
+  // Moves to tile t, and returns whether it is of another chunk. `operand`: the one of which this
+  // lane computes the address; may be absent.
   __device__ __forceinline__ bool move(Cursor& c, uint32_t t, const Operand& operand) const {
     const uint32_t number = p.by_chunk_tiles.divide(t), sub = t - number * p.chunk_tiles;
     const bool changed_chunk = number != c.number;
@@ -274,7 +276,7 @@ struct Walk {
     if (c.at.count != 0) load_tile(p, wanted, slot, c.lane_address, c.at.count);
   }
 
-  // Until the oldest copies have landed, for all lanes.
+  // Waits until the oldest tile's copies have landed, those of all lanes.
   __device__ __forceinline__ void wait() const {
     if (slots.ring == 4) {
       wait_copies<3>();
@@ -286,8 +288,8 @@ struct Walk {
     sync_warp();
   }
 
-  // Calls body(row, cursor, slot, last) for every tile, in order; last: of its chunk. Lane 0 of the
-  // cursor has the address of the tile in `out`, lane 1 in `more_out`.
+  // Calls body(row, cursor, slot, last) for every tile, in order; `last`: whether it is its chunk's
+  // last one. In the cursor lane 0 has the tile's address in `out`, and lane 1 in `more_out`.
   template <class Body>
   __device__ __forceinline__ void each(const Operand& out, const Operand& more_out,
                                        Body body) const {
@@ -305,13 +307,13 @@ struct Walk {
       wait();
       const bool last = ++sub == p.chunk_tiles;
       body(row, here, slot(t), last);
-      sync_warp();  // before the slot is filled anew
+      sync_warp();  // every lane has read the slot before it is filled anew
       if (last) sub = 0;
     }
     wait_copies<0>();
   }
 
-  // The sums of every chunk; done(at, sums) by every lane.
+  // Forms the sums of every chunk; every lane calls done(at, sums).
   template <class Done>
   __device__ __forceinline__ void sums(Done done) const {
     Sums total{0, 0, 0};
@@ -326,8 +328,8 @@ struct Walk {
     });
   }
 
-  // The gradient of every tile into `cond` and `uncond` (either may be absent), given each row's
-  // coefficients_of(at).
+  // Writes the gradient of every tile into `cond` and `uncond` (either may be absent);
+  // coefficients_of(at) are those of a row.
   template <class CoefficientsOf>
   __device__ __forceinline__ void gradient(const Operand& cond, const Operand& uncond,
                                            CoefficientsOf coefficients_of) const {
@@ -372,13 +374,14 @@ struct Walk {
   }
 };
 
-// ---- rows ----
+// ---- rows ---------------------------------------------------------------------------------------
 
-// [chunks] of each, float64; a chunk's sums lie apart so that neighbours' loads are one.
+// The sums of all chunks, float64 [3, chunks]: the lanes of a warp, which read neighbouring chunks,
+// read adjacent numbers.
 struct Partials {
   double* data;
   uint32_t chunks;
-  bool with_ref;  // else the third is neither written nor read
+  bool with_ref;  // if not, the third sum is neither written nor read
 
   __device__ __forceinline__ void put(uint32_t chunk, const Sums& sums) const {
     double* const at = data + chunk;
@@ -392,9 +395,9 @@ struct Partials {
   }
 };
 
-// One part of a row's sums, by a warp: each lane adds up chunks, a tree the lanes. Every path adds
-// in this order. get(chunk of the row): its sums. A lane has several chunks under way at once: one
-// after another, each would wait for the second-level cache.
+// A warp adds up one part of a row's sums: each lane some chunks, and a tree the lanes. Every path
+// adds in this order. get(n) are the sums of the row's chunk n. A lane reads several chunks at
+// once, as it would wait for the second-level cache for each if it read one after another.
 template <class Get>
 __device__ __forceinline__ Sums part_sums(const Plan& p, uint32_t part, Get get) {
   constexpr uint32_t at_once = 4;
@@ -416,16 +419,16 @@ __device__ __forceinline__ Sums part_sums(const Plan& p, uint32_t part, Get get)
   return {warp_total(total.s1), warp_total(total.s2), warp_total(total.ref)};
 }
 
-// A row's sums from those of its parts.
-__device__ __forceinline__ Sums of_parts(const Plan& p, const Sums* parts) {
+// The sums of a row from those of its parts.
+__device__ __forceinline__ Sums sum_of_parts(const Plan& p, const Sums* parts) {
   Sums total = parts[0];
 #pragma unroll 1
   for (uint32_t n = 1; n < p.row_parts; ++n) total = total + parts[n];
   return total;
 }
 
-// Calls done(row, sums) for the rows [begin, end), by a thread each; the block has synchronized
-// when it returns. `parts`: [rows, row_parts] in global memory, whatever is in it.
+// Calls done(row, sums) for each of the rows [begin, end), in one thread of the block, which has
+// synchronized when this returns. `parts`: memory for [rows, row_parts], which is overwritten.
 template <class Done>
 __device__ __forceinline__ void row_sums(const Plan& p, const Partials& partials, Sums* parts,
                                          uint32_t begin, uint32_t end, Done done) {
@@ -447,7 +450,7 @@ __device__ __forceinline__ void row_sums(const Plan& p, const Partials& partials
   if (p.row_parts == 1) return;
 #pragma unroll 1
   for (uint32_t row = begin + thread(); row < end; row += threads()) {
-    done(row, of_parts(p, parts + row * p.row_parts));
+    done(row, sum_of_parts(p, parts + row * p.row_parts));
   }
   sync_block();
 }
