@@ -1,5 +1,5 @@
-# The CUDA kernels on the emulated device of csrc/tests: the same files, compiled for the host. Built
-# only by what tests them.
+# The CUDA kernels for the emulated device of csrc/tests: the same files, compiled for the host. Only
+# targets that test them build this.
 file(GLOB emulated_kernels CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu)
 set_source_files_properties(${emulated_kernels} PROPERTIES LANGUAGE CXX)
 add_library(guard_ops_emulated OBJECT EXCLUDE_FROM_ALL
@@ -10,7 +10,7 @@ target_compile_definitions(guard_ops_emulated PUBLIC GUARD_OPS_EMULATE)
 target_compile_options(guard_ops_emulated PRIVATE -O2 -Wno-unknown-pragmas -Wno-unused-function
   $<$<COMPILE_LANGUAGE:CXX>:-xc++>)
 
-# An extension whose CUDA operators are these.
+# Makes the CUDA operators of an extension those of the emulated device.
 function(guard_ops_add_emulated target)
   target_sources(${target} PRIVATE ${PROJECT_SOURCE_DIR}/csrc/bindings_cuda.cpp)
   target_link_libraries(${target} PRIVATE guard_ops_emulated)

@@ -1,4 +1,4 @@
-// A tile of the seeded form's noise. Compiled once per instruction set.
+// The noise of the seeded form, in vectors. This header is compiled once for each instruction set.
 #pragma once
 
 #include "simd.h"
@@ -26,8 +26,8 @@ typedef __m128d mm_pd;
 typedef __m128i mm_si;
 #endif
 
-// z[q] lane (4 b + i) -> out[i w + 4 b + q]: a transposition of every four lanes, which is the
-// order of the elements because of how `counters` numbers the lanes.
+// Stores lane 4 b + i of z[q] as out[i w + 4 b + q]. That transposes every four lanes and gives the
+// order of the elements, because of how `counters` numbers the lanes.
 GUARD_OPS_HD void store_transposed(const vf z[4], float* out) {
   constexpr int w = width<float>;
   const mm_ps z0 = (mm_ps)z[0], z1 = (mm_ps)z[1], z2 = (mm_ps)z[2], z3 = (mm_ps)z[3];
@@ -41,7 +41,8 @@ GUARD_OPS_HD void store_transposed(const vf z[4], float* out) {
   store(out + 3 * w, (vf)GUARD_OPS_MM(unpackhi_pd)(high01, high23));
 }
 
-// `width<float>` counters from `first` on, one per lane, lane 4 b + i holding number i (w / 4) + b.
+// Gives each lane one of the `width<float>` counters from `first` on: lane 4 b + i gets number
+// i (w / 4) + b.
 GUARD_OPS_HD void counters(uint64_t first, vu* low, vu* high) {
   constexpr int w = width<float>;
   vu number;
@@ -50,8 +51,8 @@ GUARD_OPS_HD void counters(uint64_t first, vu* low, vu* high) {
   *high = uint32_t(first >> 32) - (vu)(*low < number);  // the comparison is -1 where it carried
 }
 
-// Natural logarithm of x / 2^32 for x in [1/2, 2^32]: exponent and a polynomial on
-// [sqrt(1/2), sqrt(2)) (Cephes).
+// The natural logarithm of x / 2^32 for x in [1/2, 2^32], from the exponent and Cephes' polynomial
+// on [sqrt(1/2), sqrt(2)).
 GUARD_OPS_HD vf log_of_word(vf x) {
   const vi bits = (vi)x;
   vi exponent = (bits >> 23) - (126 + 32);
@@ -86,7 +87,7 @@ GUARD_OPS_HD vf square_root(vf x) {
 #endif
 }
 
-// philox::box_muller on vectors; sine and cosine by their Taylor-minimax polynomials (Cephes).
+// philox::box_muller on vectors. Sine and cosine are Cephes' polynomials.
 GUARD_OPS_HD void box_muller(vu radius_word, vu angle_word, vf* first, vf* second) {
   const vf word = __builtin_convertvector(radius_word, vf);
   const vf positive = (vf)GUARD_OPS_MM(max_ps)((mm_ps)word, (mm_ps)splat(0.5f));
@@ -110,7 +111,7 @@ GUARD_OPS_HD void box_muller(vu radius_word, vu angle_word, vf* first, vf* secon
 }
 
 // The words of every other counter of a vector, each in the lower half of a 64-bit lane. A product
-// takes the lower halves; what the upper ones hold is no matter.
+// reads only the lower halves, so the upper ones may hold anything.
 struct Half {
   vq c0, c1, c2, c3;
 
@@ -161,8 +162,8 @@ class Generator {
 };
 
 // Elements [begin, begin + n) of a transition's noise; begin is a multiple of 4, `out` has room
-// for a whole vector of counters past n. First all words, then what is made of them: two short
-// loops whose steps the processor overlaps, instead of a long one.
+// for a whole vector of counters past n. All words are generated first and made into normals then:
+// the processor overlaps the steps of two short loops, but not those of a long one.
 inline void normals(uint64_t key, uint64_t transition, int64_t begin, int64_t n, float* out) {
   constexpr int w = width<float>;
   const Generator generator(key, transition);

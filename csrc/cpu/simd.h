@@ -1,7 +1,7 @@
 // Vectors of one instruction set, and conversion of the storage types to the compute type.
 //
-// Compiled once per instruction set. Sums run in 64 logical bytes per accumulator pair (`lanes`
-// elements), whatever the register width, so that AVX2 and AVX-512 give the same bits.
+// This header is compiled once for each instruction set. A sum has `lanes` accumulators, 128 bytes,
+// whatever the register width, so that AVX2 and AVX-512 give the same bits.
 #pragma once
 
 #include <immintrin.h>
@@ -37,8 +37,9 @@ struct Fma<cpu::GUARD_OPS_ISA::vf> {
 #elif GUARD_OPS_VECTOR == 32
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
-    // Without the instruction: the product is exact in float64, so this rounds like an fma but for
-    // double-rounding ties. All that is promised is that every kernel of this ISA agrees.
+    // There is no instruction for it. The product is exact in float64, so this rounds like an fma
+    // except where rounding twice hits a tie. All that is promised is that the kernels of this
+    // instruction set agree with each other.
     typedef double wide __attribute__((vector_size(32)));
     const wide r = __builtin_convertvector(a, wide) * __builtin_convertvector(b, wide) +
                    __builtin_convertvector(c, wide);
@@ -81,9 +82,9 @@ using Vector = typename VectorOf<R>::type;
 template <class R>
 constexpr int width = GUARD_OPS_VECTOR / sizeof(R);
 template <class R>
-constexpr int lanes = 128 / sizeof(R);  // logical accumulators of a sum
+constexpr int lanes = 128 / sizeof(R);  // accumulators of a sum
 
-// A vector's elements as float64, in their order.
+// Converts a vector's elements to float64, in their order.
 GUARD_OPS_HD void widen(vd x, vd* to) { *to = x; }
 GUARD_OPS_HD void widen(vf x, vd* to) {
 #if GUARD_OPS_VECTOR == 64
@@ -98,7 +99,7 @@ GUARD_OPS_HD void widen(vf x, vd* to) {
 #endif
 }
 
-// The upper half added to the lower one until one element is left.
+// Adds the upper half to the lower one until one element is left.
 GUARD_OPS_HD double sum_of_lanes(vd x) {
 #if GUARD_OPS_VECTOR == 64
   const __m256d four = _mm512_castpd512_pd256((__m512d)x) + _mm512_extractf64x4_pd((__m512d)x, 1);
@@ -118,7 +119,7 @@ GUARD_OPS_HD Vector<R> splat(R x) {
   return Vector<R>{} + x;
 }
 
-// Registers from and to memory of their own type.
+// Load and store a vector where memory has its type.
 template <class R>
 GUARD_OPS_HD Vector<R> load(const R* p) {
   Vector<R> r;
@@ -181,7 +182,8 @@ inline uint16_t float_to_bfloat(float f) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? uint16_t(0x7FC0u) : uint16_t(rounded);
 }
 
-// `width<float>` elements of a 16-bit type, widened; and a vector narrowed, to nearest even.
+// `width<float>` elements of a 16-bit type, conversions of them to float32, and back with rounding
+// to nearest even.
 #if GUARD_OPS_VECTOR == 64
 typedef __m256i vh;
 GUARD_OPS_HD vf from_bfloat(vh h) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16); }
@@ -237,7 +239,8 @@ __attribute__((noinline)) inline vh to_half(vf x) {
 }
 #endif
 
-// What R arithmetic reads and writes: memory of R's own type, or for float32 of a 16-bit one.
+// What arithmetic in R reads from and writes to: memory of type R; float32 arithmetic also reads
+// and writes 16-bit types, and float64 arithmetic writes any type.
 template <class R>
 struct Source {
   const void* data = nullptr;
@@ -251,7 +254,8 @@ struct Target {
   DType dtype = sizeof(R) == 8 ? DType::f64 : DType::f32;
 };
 
-// A dtype known when compiling, or not: then every access branches on it.
+// Any: the dtype is known only when running, and every access branches on it. Known: it is a
+// constant.
 struct Any {
   GUARD_OPS_HD static DType of(DType dtype) { return dtype; }
 };
@@ -267,7 +271,7 @@ GUARD_OPS_HD T load_bytes(const void* from, int64_t at, int64_t count) {
   return r;
 }
 
-// Elements [at, at + count) of a source, zeros after them.
+// Loads the elements [at, at + count) of a source; the rest of the vector is 0.
 template <class D = Any>
 GUARD_OPS_HD vf load_some(const Source<float>& s, int64_t at, int64_t count) {
   const DType dtype = D::of(s.dtype);
@@ -293,7 +297,7 @@ GUARD_OPS_HD void store_bytes(void* to, int64_t at, const T& x, int64_t count) {
   std::memcpy(static_cast<char*>(to) + at, &x, count);
 }
 
-// The first `count` elements of x from element `at` on, in the target's type.
+// Stores the first `count` elements of x, converted to the target's type, from element `at` on.
 template <class D = Any>
 GUARD_OPS_HD void store_some(const Target<float>& to, int64_t at, vf x, int64_t count) {
   const DType dtype = D::of(to.dtype);
@@ -323,7 +327,7 @@ GUARD_OPS_HD void store(const Target<R>& to, int64_t at, Vector<R> x) {
   store_some<D>(to, at, x, width<R>);
 }
 
-// x as it will read back from memory of `dtype`.
+// Rounds x to what memory of `dtype` can hold.
 template <class R>
 GUARD_OPS_HD Vector<R> rounded(Vector<R> x, DType dtype) {
   char bytes[sizeof x];

@@ -1,4 +1,4 @@
-// Memory kept between results: what is handed out again, what is dropped, and who does without.
+// Memory that is kept for later results: what is handed out again, and what is dropped.
 #include "../cpu/buffers.h"
 
 #include <unistd.h>
@@ -41,7 +41,8 @@ void check_limits() {
   CHECK(buffers.take(2 * MiB) == taken[1]);
   CHECK(buffers.release() == 0);
   void* large = buffers.take(8 * MiB);
-  buffers.give(large, 8 * MiB);  // more than the limit: not kept, and nothing is dropped for it
+  buffers.give(large,
+               8 * MiB);  // more than the limit: it is not kept, and nothing is dropped for it
   CHECK(buffers.release() == 0);
   buffers.give(taken[1], 2 * MiB);
   buffers.limit(1 * MiB);
@@ -54,7 +55,8 @@ void check_limits() {
   CHECK(many.release() == Buffers::most * MiB / 4);
 }
 
-// Whole, writable, on a page's start (a large page's, when there is one in it), and no page more.
+// Memory is writable from its first byte to its last, and starts on a page; on a large page if it
+// holds one.
 void check_memory() {
   Buffers buffers(0);
   for (const size_t bytes : {Buffers::smallest, 2 * MiB - 1, 2 * MiB, 5 * MiB + 1, 33 * MiB}) {
@@ -67,7 +69,7 @@ void check_memory() {
   }
 }
 
-// Address space in pages: what is mapped for alignment alone is given back.
+// The address space that is mapped, in pages: what was mapped for alignment has to be given back.
 long mapped_pages() {
   long pages = 0;
   FILE* file = std::fopen("/proc/self/statm", "r");

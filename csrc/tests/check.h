@@ -1,4 +1,5 @@
-// Checks that print file, line and numbers and go on; a test's main returns finish().
+// Checks that print file, line and numbers when they fail, and go on. A test's main returns
+// finish().
 #pragma once
 
 #include <cmath>
@@ -6,7 +7,8 @@
 
 namespace guard_ops::test {
 
-// Plain data, so that a test compiled for an instruction set runs nothing before its main.
+// These are plain data, so that a test compiled for an instruction set runs nothing before its
+// main.
 inline long failures = 0;
 inline char context[256] = "";  // the case at hand, printed with a failure
 
@@ -33,7 +35,7 @@ inline int finish() {
     }                                                                \
   } while (false)
 
-// |actual - expected| <= tolerance; infinities equal themselves, NaN nothing.
+// Checks |actual - expected| <= tolerance. An infinity equals itself, and NaN nothing.
 #define CHECK_CLOSE(actual, expected, tolerance)                                                \
   do {                                                                                          \
     const double actual_ = double(actual), expected_ = double(expected);                        \

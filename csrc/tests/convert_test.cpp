@@ -1,5 +1,5 @@
-// bfloat16 and float16: the scalar conversions of this instruction set's header, and the vector
-// ones as its kernels use them, against the formats' definition. Compiled once per instruction set.
+// Conversions of bfloat16 and float16, against the formats' definition: the scalar ones of simd.h,
+// and the vector ones as kernels use them. This file is compiled once for each instruction set.
 #include "../cpu/simd.h"
 #include "check.h"
 #include "storage.h"
@@ -20,7 +20,7 @@ float float_of(uint32_t bits) {
 
 bool same_bits(float p, float q) { return std::memcmp(&p, &q, sizeof p) == 0; }
 
-// NaN for NaN (whatever its payload), else the same bits: signed zeros included.
+// NaN has to give NaN, whatever its payload, and everything else the same bits, signed zeros too.
 void check_word(const Format& f, uint16_t got, float from) {
   CONTEXT("precision %d, from %a", f.precision, from);
   if (std::isnan(from)) {
@@ -93,8 +93,8 @@ void test_scalars() {
   for (const float x : numbers_that_matter(brain)) check_word(brain, float_to_bfloat(x), x);
 }
 
-// sde_step is a conversion when a = b = s = 1 and the operands not at hand are -0 (which, unlike
-// +0, changes no sum): then mean = v, and prev_sample = noise.
+// Converts by means of sde_step: with a = b = s = 1 and -0 for the other operands (which, unlike
+// +0, changes no sum) mean = v and prev_sample = noise.
 void convert(const Kernels& kernels, bool wide, int64_t n, const Operand& v, const Operand& x,
              const Operand& noise, const Operand& prev_sample, const Operand& mean) {
   Batch t{};

@@ -55,7 +55,7 @@ struct AlignedBatch {
   }
 };
 
-// A gradient as wide rows, to be compared: aligned or not, as the batch is.
+// Memory for a gradient, which is aligned if the batch is.
 struct Output {
   Tensor loose;
   Aligned aligned;
@@ -98,14 +98,14 @@ inline char* aligned(std::vector<char>& x) {
   return x.data() + (256 - reinterpret_cast<uintptr_t>(x.data()) % 256);
 }
 
-// The counters of all calls, which each leaves as the next one needs them.
+// The counters of all calls; each call has to leave them as the next one needs them.
 inline std::vector<uint32_t> counters(1024, 0);
 
 inline void check_counters(const Batch& t) {
   const int64_t needed = cuda::counters_needed(t);
   CHECK(needed <= int64_t(counters.size()));
   for (int64_t n = 0; n < int64_t(counters.size()); ++n) {
-    if (n != cuda::counter_line) CHECK(counters[n] == 0);  // that one only changes
+    if (n != cuda::counter_line) CHECK(counters[n] == 0);  // that one is not reset
   }
 }
 
@@ -139,7 +139,7 @@ inline void check_same(const Result& p, const Result& q, const Batch& t) {
   CHECK(same_rows(p.uncond.operand(), q.uncond.operand(), t));
 }
 
-// One stored number of `dtype`, at the given element of a row.
+// Element j of a row.
 inline double at(const Operand& x, int64_t k, int64_t i, int64_t j) {
   const char* const from = x.row(k, i) + j * size_of(x.dtype);
   if (x.dtype == DType::f32) {
@@ -152,7 +152,8 @@ inline double at(const Operand& x, int64_t k, int64_t i, int64_t j) {
   return decode(format_of(x.dtype), bits);
 }
 
-// Equal up to the order of a few float32 operations, and one rounding to the stored type.
+// Checks that rows are equal, except for the order of a few float32 operations and one rounding to
+// the stored type.
 inline void check_rows(const Operand& got, const Operand& expected, const Batch& t,
                        double bound = 1e-6) {
   const double unit = got.dtype == DType::bf16 ? 0x1p-7 : got.dtype == DType::f16 ? 0x1p-10 : 0;
@@ -183,7 +184,7 @@ inline void check_close(const float* got, const std::vector<double>& expected, d
   }
 }
 
-// Against the CPU: its numbers, then the gradient of the coefficients that were found here.
+// Compares with the CPU: first the numbers, then the gradient of the coefficients that were found.
 inline void check_against_cpu(const Result& got, const Batch& t, const Problem& problem) {
   const int64_t rows = t.steps * t.batch;
   const auto expected = cpu::guard_loss(serial, t, problem, {}, {});

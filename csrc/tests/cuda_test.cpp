@@ -1,6 +1,6 @@
 // The CUDA kernels, run on the host by emulate.h: every form, dtype and objective against the CPU's
-// kernels, and every path of guard_loss against every other, bit for bit. And what becomes of it
-// where a device refuses.
+// kernels, every path of guard_loss against every other bit for bit, and what happens where a
+// device refuses a launch.
 #include <cuda_runtime.h>
 
 #include "cuda_run.h"
@@ -11,7 +11,7 @@ namespace {
 using cuda::emulation::become;
 using cuda::emulation::Machine;
 
-// Of a multiprocessor: two launches' blocks do not fit it side by side.
+// A multiprocessor with so few cannot run blocks of two launches side by side.
 constexpr int few_registers = 7000;
 
 // Every path and amount of shared memory gives the bits of two launches.
@@ -19,14 +19,15 @@ void check_paths(const Batch& t, const Problem& problem, bool independent, bool 
   become({});
   const Result expected = run(t, problem, Path::two_launches, is_aligned);
   check_against_cpu(expected, t, problem);
-  for (const int kibibytes : {20, 40, 400}) {  // of which the rows' tiles take up to 6 a warp
+  for (const int kibibytes : {20, 40, 400}) {  // a slot takes up to 6
     become({.shared_bytes = kibibytes << 10});
     const uint32_t slots = ((kibibytes << 10) - 256) / 3 / (6 * 1024);
     if (slots > 0) check_same(run(t, problem, Path::cooperative, is_aligned), expected, t);
   }
   if (!independent) return;
   check_same(run(t, problem, Path::cluster, is_aligned), expected, t);
-  for (const int kibibytes : {1, 60}) {  // a row a turn; some rows; the last turn has fewer
+  for (const int kibibytes :
+       {1, 60}) {  // one row a turn, and some rows, of which the last turn has fewer
     become({.cache_bytes = kibibytes << 10, .registers = kibibytes == 1 ? 1 << 16 : few_registers});
     check_same(run(t, problem, Path::in_turn, is_aligned), expected, t);
   }
@@ -48,7 +49,7 @@ void test_guard_loss() {
   }
 }
 
-// Rows of more chunks than a cluster has blocks, and of several tiles a chunk.
+// Tests rows that have more chunks than a cluster has blocks, and several tiles a chunk.
 void test_long_rows() {
   constexpr int64_t numel = 256 * 128 * 2 - 1000;
   for (const int d : {1, 2}) {
@@ -72,7 +73,7 @@ void test_long_rows() {
   }
 }
 
-// Two samples of one step by every path.
+// Checks two samples of one step by every path.
 void check_one_step(int64_t numel, int shared_bytes) {
   Operands in(dtypes[1], 1, 2, numel, true);
   const AlignedBatch a(in.of(Form::noise, false, false));
@@ -89,19 +90,20 @@ void check_one_step(int64_t numel, int shared_bytes) {
       check_same(run(a.t, problem, Path::cluster, true), expected, a.t);
       check_same(run(a.t, problem, Path::in_turn, true), expected, a.t);
     }
-    // what was planned for one launch is none of two
+    // a launch that is refused leaves nothing behind for the two that take its place
     become({.multiprocessors = 8, .shared_bytes = shared_bytes, .busy = true});
     check_same(run(a.t, problem, Path::automatic, true), expected, a.t);
   });
 }
 
-// Rows that several warps add up the chunks of.
+// Tests rows whose chunks are added up by several warps.
 void test_rows_of_parts() { check_one_step(256 * 4 * (2 * 256 + 9) - 11, 1 << 20); }
 
-// So few rows that one block adds all of them up, in its shared memory.
+// Tests so few rows that one block adds all of them up, in its shared memory.
 void test_few_rows() { check_one_step(601, 1 << 16); }
 
-// A transition that is not finite: alone in its gradient, and the others' corrected in every path.
+// A transition that is not finite has to keep that to its gradient, and the other rows' gradients
+// have to be corrected in every path.
 void test_not_finite() {
   for (const bool drop : {false, true}) {
     Operands in(dtypes[1], steps, batch, 601, false);
@@ -124,7 +126,7 @@ void test_not_finite() {
   }
 }
 
-// Which path `automatic` is, by what the device says that it can do.
+// Which path `automatic` takes depends on what the device says that it can do.
 void test_choice() {
   Operands in(dtypes[1], steps, batch, 601, true);
   const Batch t = in.of(Form::velocity, false, false);
@@ -137,7 +139,8 @@ void test_choice() {
   CHECK(run(t, independent, Path::automatic, false).path == Path::cluster);
   CHECK(run(t, joint, Path::automatic, false).path == Path::cooperative);
   CHECK(run(t, joint, Path::automatic, false, false).path == Path::two_launches);
-  // One block at a time, which does not hold a row; the cache holds two or three, of 13 KB.
+  // This one runs one block at a time, which does not hold a row; its cache holds two or three
+  // rows, of 13 KB.
   const Machine small{.multiprocessors = 1, .shared_bytes = 14 << 10, .cache_bytes = 40 << 10};
   become(small);
   CHECK(run(t, independent, Path::automatic, false).path == Path::in_turn);
@@ -148,7 +151,8 @@ void test_choice() {
     become(changed);
     return run(t, independent, Path::automatic, false).path;
   };
-  // Less than twice a row: it would be gone again. Then: launches that do not overlap.
+  // A cache for less than two rows would lose a row before it is read again. The others do not
+  // overlap launches.
   CHECK(without([](Machine& m) { m.cache_bytes = 20 << 10; }) == Path::two_launches);
   CHECK(without([](Machine& m) { m.clusters = false; }) == Path::two_launches);
   CHECK(without([](Machine& m) { m.architecture = 80; }) == Path::two_launches);
@@ -173,8 +177,8 @@ void test_choice() {
   }
 }
 
-// A stream's calls share counters, a captured call has its own, and whoever gets none zeroes its
-// own.
+// The calls on a stream share counters, a captured call has its own, and where there are none left
+// a call gets null.
 void test_counters() {
   CONTEXT("counters");
   const auto stream = [](uintptr_t n) { return reinterpret_cast<cuda::Stream>(n); };
@@ -211,13 +215,13 @@ void test_counters() {
   become({});  // another device has its own
   CHECK(of(100, 8) != larger);
   become({});
-  cuda::emulation::being_captured = stream(24);  // by somebody else, whom it does not disturb
+  cuda::emulation::being_captured = stream(24);  // another caller's capture is not disturbed
   CHECK(of(100, 8) != nullptr);
   cuda::emulation::being_captured = nullptr;
   CHECK(cudaGetLastError() == cudaSuccess);
 }
 
-// Launches and questions that a device refuses, and what becomes of them.
+// Checks what happens to launches and questions that a device refuses.
 void test_refusals() {
   CONTEXT("refusals");
   become({.architecture = 0});
@@ -242,7 +246,7 @@ void test_refusals() {
   const auto has = [](const std::string& text, const char* words) {
     return text.find(words) != std::string::npos;
   };
-  CHECK(says({.chains = false}, Path::two_launches).empty());  // then not chained
+  CHECK(says({.chains = false}, Path::two_launches).empty());  // then they are not chained
   CHECK(says({.chains = false}, Path::in_turn).empty());
   const Machine pinched{.shared_bytes = 1 << 10};
   CHECK(has(says(pinched, Path::automatic), "the device runs no block"));
@@ -253,7 +257,8 @@ void test_refusals() {
   CHECK(has(says(several, Path::cluster), "by the path cluster"));
   CHECK(has(says(pinched, Path::cluster), "by the path cluster"));
   CHECK(has(says({.registers = 1000}, Path::cooperative), "by the path cooperative"));
-  CHECK(cudaGetLastError() == cudaSuccess);  // said by us, not to whoever asks next
+  CHECK(cudaGetLastError() ==
+        cudaSuccess);  // we reported it, so whoever asks next must not find it
 }
 
 void test_sums_and_gradient() {
@@ -305,7 +310,7 @@ void test_sums_and_gradient() {
           check_rows(cond.operand(), want.operand(), loose);
           if (guided) check_rows(uncond.operand(), want_uncond.operand(), loose);
           CHECK(cond.loose.guards_intact());
-          // A factor of 1 leaves what is there; another is applied before the only rounding.
+          // A factor of 1 leaves what is there; any other is applied before the only rounding.
           const float one = 1, half = 0.5;
           const Output kept(loose.v, loose, false);
           cuda::gradient(loose, problem.table, from, kept.operand(), {}, {&one, false}, true,
@@ -325,7 +330,8 @@ void test_sums_and_gradient() {
   }
 }
 
-// What a gradient of known kind does not need is not read: here it cannot be.
+// A gradient of a known kind does not read the operands that it does not need: here they cannot be
+// read.
 void test_unread_operands() {
   char* const nowhere = reinterpret_cast<char*>(16);
   for (const Form form : forms) {
@@ -381,7 +387,8 @@ void test_sde_step() {
                        nullptr);
         cuda::emulation::finish();
         cpu::sde_step(serial, t, problem.table, want.operand(), want_mean.operand(), expected);
-        CHECK(same_rows(mean.operand(), want_mean.operand(), t));  // on policy is exactly 0
+        CHECK(same_rows(mean.operand(), want_mean.operand(),
+                        t));  // so that delta is exactly 0 on policy
         if (seeded) {
           check_rows(y.operand(), want.operand(), t);
         } else {

@@ -11,7 +11,7 @@ using cpu::Problem;
 
 constexpr int64_t steps = 3, batch = 4, rows = steps * batch;
 
-// What a Problem of [steps, batch] refers to.
+// The numbers that a Problem of [steps, batch] points to.
 struct Scalars {
   double table[5][rows], advantages[rows], old_log_prob[rows], step_weights[rows];
   double mean[steps] = {-0.1, 0.02, 0.05}, std[steps] = {0.1, 0.2, 0};
@@ -19,7 +19,7 @@ struct Scalars {
   Scalars() {
     Uniform random(8, 1);
     for (int64_t n = 0; n < rows; ++n) {
-      // kappa keeps the ratios of the tests' operands, which are no policy's, about 1.
+      // The operands are no policy's; this kappa keeps their ratios about 1.
       const double row[5] = {0.97, -0.13, 0.21, 0.02, -0.1};
       for (int c = 0; c < 5; ++c) table[c][n] = row[c] * (1 + 0.1 * random());
       advantages[n] = 2 * random();
@@ -78,6 +78,8 @@ void for_each_problem(Form form, int64_t numel, Body body) {
   body(of(config_of(RatioNorm::closed_form, Balance::none, 0.04)), true);
 }
 
+// Calls body(operands, batch, problem, independent) for every form, with and without guidance, of
+// several dtypes.
 template <class Body>
 void for_each_case(int64_t numel, Body body) {
   for (const int n : {0, 1, 2, 6}) {  // float64, float32, bfloat16 and a mixture

@@ -1,5 +1,5 @@
-// Whole batches: the same bits for any number of threads and whether rows are read once or twice,
-// what is read and written how often, and transitions that are not finite.
+// Checks that whole batches give the same bits for any number of threads and whether rows are read
+// once or twice, what is read and written how often, and transitions that are not finite.
 #include "../cpu/driver.h"
 
 #include <thread>
@@ -14,7 +14,7 @@ using cpu::Machine;
 
 constexpr int64_t always = int64_t(1) << 40, never = 0;  // cache_bytes: one pass, two passes
 
-// As many threads as asked for, however little there is to do.
+// Runs as many threads as asked for, however little there is to do.
 cpu::Parallel threads_of(int threads) {
   return [threads](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) {
     const int64_t useful = std::min<int64_t>(threads, n);
@@ -27,8 +27,8 @@ cpu::Parallel threads_of(int threads) {
   };
 }
 
-// The kernels of this processor, writing down which row they were called for: in capitals where
-// operands are read, so "Aa" is a row's sums, then the scaling of its gradient.
+// The kernels of this processor, which also write down the row they are called for: in capitals if
+// they read operands, so "Aa" means a row's sums and then the scaling of its gradient.
 std::string trace;
 void note(char first, const cpu::Span& at) { trace += char(first + at.k * batch + at.i); }
 const cpu::Kernels traced = {
@@ -76,7 +76,8 @@ Result run(const Machine& machine, const cpu::Batch& t, const Problem& problem) 
   return out;
 }
 
-// The gradient that the coefficients say, up to the rounding of another order of operations.
+// Checks that the gradient is that of the coefficients, except for the rounding of another order of
+// operations.
 void check_gradient(const Result& got, const cpu::Batch& t, const Problem& problem) {
   const Machine serial{cpu::kernels(), threads_of(1), 1, never};
   Tensor expected(t.v.dtype, steps, batch, t.numel);
@@ -100,7 +101,7 @@ void check_gradient(const Result& got, const cpu::Batch& t, const Problem& probl
   }
 }
 
-// One thread and two passes is the measure; everything else has to give its bits.
+// One thread with two passes sets the bits, and everything else has to give the same.
 Result check_same_bits(const cpu::Batch& t, const Problem& problem) {
   const Result expected = run({cpu::kernels(), threads_of(1), 1, never}, t, problem);
   check_gradient(expected, t, problem);
@@ -119,7 +120,7 @@ void test_same_bits() {
     const Result got = check_same_bits(t, problem);
     CHECK(std::isfinite(got.evaluation.loss));
   });
-  // Rows longer than a chunk: partial sums combine in their order.
+  // The sums of rows longer than a chunk combine in the order of their chunks.
   const Operands in(dtypes[1], steps, batch, 70000, true);
   for (const Form form : {Form::mean, Form::seeded}) {
     for_each_problem(form, in.numel, [&](const Problem& problem, bool) {
@@ -129,7 +130,7 @@ void test_same_bits() {
   }
 }
 
-// Which rows are touched in which order, in one thread.
+// Checks which rows are touched in which order, in one thread.
 void test_passes() {
   for_each_case(40, [](Operands&, const cpu::Batch& t, const Problem& problem, bool independent) {
     const bool scaled =
@@ -146,7 +147,7 @@ void test_passes() {
       CHECK(trace == (independent && cache == always ? once : twice));
     }
   });
-  // The row has to fit, and there have to be rows for all threads.
+  // One pass needs a cache that a row fits into, and rows for all threads.
   const Operands in(dtypes[1], steps, batch, 40, true);
   const cpu::Batch t = in.of(Form::velocity, true, true);
   const Problem problem =
@@ -182,7 +183,7 @@ void test_nonfinite_rows() {
         }
       }
     }
-    // The batch points into the tensor, so its numbers go back, not the tensor.
+    // The batch points into the tensor, so its numbers are put back, not the tensor.
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t j = 0; j < in.numel; ++j) {
         in.v.set(row / batch, row % batch, j, before.get(row / batch, row % batch, j));
@@ -191,7 +192,7 @@ void test_nonfinite_rows() {
   });
 }
 
-// A call for less gives the same bits as a call for everything.
+// A call without some of the gradients gives the same bits as one with all of them.
 void test_absent_outputs() {
   const Operands in(dtypes[1], steps, batch, 601, true);
   for (const bool independent : {true, false}) {
@@ -212,7 +213,7 @@ void test_absent_outputs() {
   }
 }
 
-// sums and sde_step of long rows: the same bits for any number of threads.
+// sums and sde_step of long rows give the same bits for any number of threads.
 void test_sums_and_sde_step() {
   const Operands in(dtypes[1], steps, batch, 2 * cpu::chunk + 77, false);
   cpu::Batch t = in.of(Form::velocity, false, true);

@@ -24,7 +24,7 @@ constexpr size_t stack_bytes = size_t(1) << 16;
 
 struct Warp {
   Barrier barrier;
-  uint64_t box[2][lanes];  // of even and odd exchanges: nobody is two ahead
+  uint64_t box[2][lanes];  // for even and odd exchanges, as no lane is two ahead of another
 };
 
 struct Block {
@@ -39,7 +39,7 @@ using Copies = std::vector<std::pair<void*, const void*>>;
 struct Grid;
 
 struct Fiber {
-  ucontext_t context;  // of its beginning; from then on it is `resume`
+  ucontext_t context;  // where it begins; afterwards it goes on at `resume`
   jmp_buf resume;
   bool begun = false;
   Position position;
@@ -47,7 +47,7 @@ struct Fiber {
   Block* block;
   Barrier* cluster;
   const Barrier* waits_for = nullptr;
-  uint64_t until = 0;  // waits while the barrier's generation is this
+  uint64_t until = 0;  // it waits while the barrier's generation is this
   bool waits_for_previous = false, lets_next_start = false;
   uint32_t exchanges = 0;
   Copies open;
@@ -61,12 +61,12 @@ struct Grid {
   std::vector<Block> blocks;
   std::vector<Barrier> clusters;
   std::vector<std::unique_ptr<Fiber>> fibers;
-  Grid* previous = nullptr;  // that it is chained to and that has not ended
+  Grid* previous = nullptr;  // the one that it is chained to, until that has ended
   size_t left = 0;           // threads that still run
-  size_t holding = 0;        // threads before the end of which, or their word, no next grid starts
+  size_t holding = 0;        // threads that have neither ended nor called let_next_start
 };
 
-std::vector<std::unique_ptr<char[]>> stacks;  // kept: fresh memory costs a page fault a page
+std::vector<std::unique_ptr<char[]>> stacks;  // kept, as fresh memory costs a page fault a page
 ucontext_t scheduler;
 jmp_buf back;
 Fiber* current;
@@ -79,14 +79,14 @@ void let_go(Fiber& fiber) {
 void begin() {
   current->grid->thread();
   Block& block = *current->block;
-  // Nobody may read a block's shared memory once it has left.
+  // No other block may read this one's shared memory from now on.
   if (--block.left == 0) std::fill(block.shared.begin(), block.shared.end(), char(0xFF));
   let_go(*current);
   current->done = true;
   _longjmp(back, 1);
 }
 
-// _setjmp and _longjmp, as swapcontext asks the kernel for the signal mask every time.
+// This uses _setjmp and _longjmp, as swapcontext asks the kernel for the signal mask every time.
 void yield() {
   if (_setjmp(current->resume) == 0) _longjmp(back, 1);
 }
@@ -153,7 +153,7 @@ uint64_t exchange(uint64_t bits, uint32_t from_lane) {
 
 void enqueue_copy(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
-    std::abort();  // the device would
+    std::abort();  // the device would fail too
   }
   if (copies_land_at_once) {
     std::memcpy(to, from, 16);
@@ -224,8 +224,8 @@ __attribute__((noinline)) bool turn(Fiber& fiber, char* stack) {
   return true;
 }
 
-// One turn of every thread of a grid that can go on, the first thread first and the next time the
-// last one; whether there was one.
+// Gives every thread of a grid that can go on one turn, beginning with the first thread and the
+// next time with the last. Returns whether any could.
 bool step(Grid& grid, size_t first_stack) {
   bool moved = false;
   static bool backwards = false;
@@ -241,15 +241,15 @@ bool step(Grid& grid, size_t first_stack) {
 }  // namespace
 
 void finish() {
-  size_t ended = 0;  // of the chain, from its beginning
+  size_t ended = 0;  // how many grids at the chain's beginning have ended
   while (ended < chain.size()) {
     size_t started = ended + 1;
     while (started < chain.size() && chain[started - 1]->holding == 0) ++started;
     std::vector<size_t> stack(1, 0);
     for (const auto& grid : chain) stack.push_back(stack.back() + grid->fibers.size());
-    bool moved = false;  // the newest that can go on, and no other
+    bool moved = false;  // only the newest grid that can go on gets a turn
     for (size_t n = started; n-- > ended && !moved;) moved = step(*chain[n], stack[n]);
-    if (!moved) std::abort();  // a deadlock
+    if (!moved) std::abort();  // it is a deadlock
     for (size_t n = ended; n + 1 < chain.size(); ++n) {
       if (chain[n]->left == 0) chain[n + 1]->previous = nullptr;
     }

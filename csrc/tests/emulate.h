@@ -1,9 +1,10 @@
-// The device on the host: every CUDA thread a fiber, all of a grid's on one thread of the host, in
-// turns. What the top of ../cuda/team.h has is here in plain C++, stricter than the device where
-// that finds mistakes: asynchronous copies land only when they are waited for, or all at once, as a
-// test likes; shared memory starts, and ends when its block does, as NaNs; threads take turns from
-// the first on and from the last on; a chained launch runs as early as it may, before the one that
-// it is chained to. What it cannot find are races between two synchronizations.
+// A device on the host: every CUDA thread is a fiber, and all fibers of a grid take turns on one
+// thread of the host. The primitives at the top of ../cuda/team.h are here in plain C++, and
+// stricter than the device's where that finds mistakes. Asynchronous copies land either only when
+// they are waited for or all at once, as a test likes. Shared memory holds NaNs when its block
+// begins and after it has ended. Threads take turns from the first on, then from the last on. A
+// chained launch runs as early as it may, before the one that it is chained to. This cannot find
+// races between two synchronizations.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,7 @@ struct Barrier {
   uint64_t generation = 0;
 };
 
-// What a running thread knows; `shared` is its block's memory.
+// What a running thread knows of itself; `shared` is its block's shared memory.
 struct Position {
   uint32_t thread, threads, block, blocks, rank, cluster;
   char* shared;
@@ -38,8 +39,8 @@ Barrier& block_barrier();
 bool any_of_block(bool mine);
 Barrier& warp_barrier();
 Barrier& cluster_barrier();
-char* shared_of(uint32_t rank);  // of a block of this cluster
-// 8 bytes of every lane of the warp, for one exchange.
+char* shared_of(uint32_t rank);  // the shared memory of a block of this cluster
+// Gives the 8 bytes that a lane of the warp passed; all lanes call it at once.
 uint64_t exchange(uint64_t bits, uint32_t from_lane);
 void enqueue_copy(void* to, const void* from);
 void commit();

@@ -1,4 +1,4 @@
-// Launches of the emulated device, once the run time has accepted them.
+// How the emulated run time hands a launch that it has accepted to the emulated device.
 #pragma once
 
 #include <functional>

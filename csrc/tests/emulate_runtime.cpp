@@ -18,18 +18,18 @@ const void* being_captured = nullptr;
 namespace {
 
 constexpr int registers_a_thread = 40, most_threads = 1024;
-constexpr int reserved_bytes = 1024;       // of shared memory, a block
-constexpr int unasked_bytes = 48 << 10;    // that a block has without an attribute
-constexpr int portable = 8, largest = 16;  // clusters
+constexpr int reserved_bytes = 1024;       // shared memory of a block that the system keeps
+constexpr int unasked_bytes = 48 << 10;    // shared memory that needs no attribute
+constexpr int portable = 8, largest = 16;  // sizes of clusters
 
 struct Kernel {
-  int shared_bytes = unasked_bytes;  // at most
+  int shared_bytes = unasked_bytes;  // the most that a launch may ask for
   bool any_cluster = false;
 };
 
 Machine now;
 int number = 0;
-std::map<const void*, Kernel> kernels;  // of the device that there is now
+std::map<const void*, Kernel> kernels;  // what the present device was told of each
 cudaError_t last = cudaSuccess;
 cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
@@ -78,7 +78,7 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
   if (shape.blocks < 1 || shape.threads < 1 || shape.threads > most_threads) {
     return said(cudaErrorInvalidConfiguration);
   }
-  if (shape.threads % 32 != 0) std::abort();  // a device would not; this one has whole warps
+  if (shape.threads % 32 != 0) std::abort();  // a device would run it, but emulated warps are whole
   const bool newer = now.clusters && now.architecture >= 90;
   if (shape.chained && !(newer && now.chains)) return said(cudaErrorNotSupported);
   const int running = blocks_a_multiprocessor(kernel, shape.threads, shape.shared_bytes);

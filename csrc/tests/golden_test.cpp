@@ -1,5 +1,5 @@
-// tests/data/objective_f64.npz, the specification in float64, through the float64 kernels of every
-// instruction set: loss, diagnostics and gradient of every case and variant.
+// The float64 kernels of every instruction set against the specification's numbers in
+// tests/data/objective_f64.npz: loss, diagnostics and gradient of every case and variant.
 #include <set>
 
 #include "../cpu/driver.h"
@@ -72,7 +72,8 @@ double largest(const double* x, int64_t n) {
   return out;
 }
 
-// One golden case: inputs, coefficients, and the derived operands of the mean and noise forms.
+// One golden case: its inputs and coefficients, and the operands of the mean and noise forms, which
+// are computed from them.
 struct Case {
   const Npz& file;
   std::string name;
@@ -135,7 +136,8 @@ struct Case {
     return out;
   }
 
-  // Within 1e-9 of the largest number of the same block (a step, a row), or of `least`.
+  // Checks that numbers are within 1e-9 of the expected ones, relative to the largest of the same
+  // block (a step, a row) or to `least`.
   void check(const char* what, const double* got, const std::vector<double>& expected,
              int64_t block, double offset = 0, double least = 0) const {
     const int64_t count = int64_t(expected.size());
@@ -173,7 +175,7 @@ void test_variant(const cpu::Kernels& kernels, const Case& in, Form form, const 
     for (const double x : got.kl) kl += x / double(got.kl.size());
     in.check("kl", &kl, golden("kl"), 1);
   }
-  // With two samples the statistics take the whole gradient away: what is left is rounding.
+  // With two samples the statistics take the whole gradient away, and what is left is rounding.
   const bool vanishes = !variant.config.detach_stats && in.batch == 2;
   const Array article = in.at("article/grad");
   const double least = vanishes ? largest(article.data.data(), int64_t(article.data.size())) : 0;

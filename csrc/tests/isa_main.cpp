@@ -1,5 +1,5 @@
-// main of a test that is compiled for one instruction set: runs it where the processor has it.
-// Compiled without that set's flags, so that it can say so elsewhere.
+// The main function of a test that is compiled for one instruction set. It is compiled without that
+// set's flags itself, so that it can skip the test on a processor that lacks the set.
 #include "../cpu/driver.h"
 #include "check.h"
 

@@ -1,5 +1,6 @@
-// Sums and gradient of every instruction set against plain loops: every form, storage type and
-// awkward length; what is written and what is left alone; what is exact.
+// Compares sums and gradient of every instruction set with plain loops, for every form, storage
+// type and awkward length, and checks what is written, what is left alone, and what has to be
+// exact.
 #include "../cpu/driver.h"
 #include "check.h"
 #include "reference.h"
@@ -15,7 +16,7 @@ constexpr Step<double> step{0.97, -0.13, 0.21};
 // of that; c3 is for calls with a reference model. The kernel tells the kinds apart.
 constexpr Coefficients kinds[] = {{0.7, -0.3, 0.2}, {0.7, -0.35, 0.2}, {0.7, 0, 0.2}};
 
-// Calls body for the chunks of a row, as the driver does.
+// Calls body for every chunk of a row, as the driver does.
 template <class Body>
 void for_each_chunk(int64_t k, int64_t i, int64_t numel, Body body) {
   for (int64_t begin = 0; begin < numel; begin += cpu::chunk) {
@@ -27,7 +28,7 @@ void for_each_chunk(int64_t k, int64_t i, int64_t numel, Body body) {
 // type.
 bool has_early_gradient(const Batch& t) { return t.v.dtype == (t.wide ? f64 : f32); }
 
-// Everything one instruction set makes of a case.
+// Everything that one instruction set computes from a case.
 struct Results {
   std::vector<Sums> sums;
   Tensor cond, uncond, uncond_alone, early;
@@ -57,7 +58,7 @@ Results run(const Kernels& kernels, const Operands& in, const Batch& t, const Co
         total.ref += part.ref;
         kernels.gradient(t, step, c, at, out.cond.operand(),
                          t.uncond ? out.uncond.operand() : Operand{});
-        if (t.uncond) {  // a branch alone gets what it got beside the other one
+        if (t.uncond) {  // one branch alone gets the same as beside the other
           kernels.gradient(t, step, c, at, {}, out.uncond_alone.operand());
         }
       });
@@ -69,7 +70,7 @@ Results run(const Kernels& kernels, const Operands& in, const Batch& t, const Co
   return out;
 }
 
-// What a case should give, once for all instruction sets.
+// What a case should give, in every instruction set.
 struct Expected {
   std::vector<SumsWithError> sums;
   std::vector<WithError> gradient, early;  // [K, B, D]
@@ -144,7 +145,7 @@ void test_forms() {
   }
 }
 
-// With c2 = c3 = 0 only e enters: no operand of delta is even read.
+// With c2 = c3 = 0 only e enters, so no operand of delta is read.
 void test_closed_form_gradient(const Kernels& kernels) {
   const Coefficients c{0.7, 0, 0};
   for (const DTypes& d : dtypes) {
@@ -188,7 +189,7 @@ void test_departure_gradient(const Kernels& kernels) {
   }
 }
 
-// What the sums' pass may leave behind, scaled afterwards, is the gradient bit by bit.
+// The early gradient that the sums' pass writes gives, once it is scaled, the gradient bit by bit.
 void test_gradient_is_the_early_one_scaled(const Kernels& kernels) {
   for (const DTypes& d : dtypes) {
     const Operands in(d, 1, 2, 1047, false);
@@ -237,7 +238,7 @@ void test_zero_coefficients_write_zeros(const Kernels& kernels) {
       all.fill([] { return NAN; });
       kernels.scale(all.operand(), 0, at);
       CHECK(all_zero(all, 1100));
-      // Not finite coefficients, on the other hand, reach every element.
+      // Coefficients that are not finite, on the other hand, reach every element.
       kernels.gradient(t, step, {NAN, NAN, NAN}, at, cond.operand(), uncond.operand());
       for (int64_t j = 0; j < 1100; ++j) CHECK(std::isnan(cond.get(0, 0, j)));
     }
@@ -264,7 +265,7 @@ void test_scale(const Kernels& kernels) {
   }
 }
 
-// v bitwise equal to v_old: delta is exactly zero, in every type.
+// If v equals v_old bit by bit, delta is exactly zero, in every type.
 void test_on_policy_is_exact(const Kernels& kernels) {
   for (const DTypes& d : dtypes) {
     for (const int64_t numel : {1, 31, 1030}) {

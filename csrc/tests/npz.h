@@ -1,4 +1,4 @@
-// Reads the arrays of NumPy's compressed .npz files: a zip of deflated .npy.
+// Reads the arrays of NumPy's compressed .npz files, which are zip archives of deflated .npy files.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace guard_ops::test {
 
-// RFC 1951, bit by bit; the files are small.
+// Decompresses RFC 1951's deflate. It reads bit by bit, as the files are small.
 class Inflate {
  public:
   Inflate(const uint8_t* from, size_t size) : from_(from), bits_left_(size * 8) {}
@@ -32,7 +32,7 @@ class Inflate {
   }
 
  private:
-  // Canonical Huffman code: how many codes there are of each length, and the symbols in order.
+  // A canonical Huffman code: how many codes each length has, and the symbols in order.
   struct Code {
     int count[16] = {};
     std::vector<int> symbols;

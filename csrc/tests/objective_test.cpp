@@ -15,7 +15,7 @@ using cpu::Problem;
 constexpr int64_t steps = 3, batch = 6, rows = steps * batch;
 constexpr double numel = 48;
 
-// A batch of transitions with ratios about 1 +- 0.3, and the memory that a Problem refers to.
+// A batch of transitions with ratios about 1 +- 0.3, and the memory that its Problem points to.
 struct Batch {
   double table[5][rows], advantages[rows], old_log_prob[rows], step_weights[rows];
   double mean[steps], std[steps];
@@ -66,8 +66,8 @@ Config config_of(RatioNorm norm, Balance balance) {
   return c;
 }
 
-// The problem whose loss has the gradient that is asked for: weights are constants of it, and the
-// statistics are where they are detached.
+// The problem whose loss has the gradient to be checked: the weights are constants in it, and so
+// are the statistics if they are detached.
 Problem frozen(Batch& at, const Evaluation& base, std::vector<double>& weights) {
   Problem out = at.problem;
   weights = base.weights;
@@ -81,7 +81,7 @@ Problem frozen(Batch& at, const Evaluation& base, std::vector<double>& weights) 
   return out;
 }
 
-// Central differences; `step` moves log r by 4e-6, so the difference is good to about 1e-9.
+// The slope by central differences. `step` moves log r by 4e-6, so it is good to about 1e-9.
 double slope(const Problem& problem, std::vector<Sums> sums, int64_t n, double Sums::* which,
              double step) {
   const double at = sums[n].*which;
@@ -100,11 +100,13 @@ void check_coefficients(Batch& at, const Evaluation& base) {
     const double scale = scale_of(problem.config, problem.scalars(n / batch, n % batch));
     const Coefficients& c = base.coefficients[n];
     const double step = 2e-6 / scale, tolerance = 1e-8 * scale;
-    // In the log-prob form e and S1 are 0, and c1 is nothing but c2's companion.
+    // In the log-prob form e and S1 are 0, so the loss does not depend on S1, and c1 only has to
+    // match c2.
     if (problem.old_log_prob.data == nullptr) {
       CHECK_CLOSE(c.c1, slope(problem, at.sums, n, &Sums::s1, step), tolerance);
     }
-    // What one pass builds on: but for the reference model, a gradient is c1 times something known.
+    // One pass relies on this: except for the reference model's part, a gradient is c1 times
+    // something that is known before the sums.
     const bool closed_form = problem.config.ratio_norm == RatioNorm::closed_form;
     CHECK(c.c2 == (closed_form ? 0 : -c.c1 / 2));
     CHECK_CLOSE(c.c2, slope(problem, at.sums, n, &Sums::s2, step), tolerance);
@@ -112,7 +114,7 @@ void check_coefficients(Batch& at, const Evaluation& base) {
   }
 }
 
-// Every combination of what changes the gradient. `body` gets the case and its evaluation.
+// Calls body(batch) for every combination of what changes the gradient.
 template <class Body>
 void for_each_config(Body body) {
   for (int bits = 0; bits < 1 << 7; ++bits) {
@@ -148,7 +150,8 @@ void test_coefficients() {
   });
 }
 
-// A floor above every spread: r_hat = 1 + u - mean(u), through the mean only.
+// With a floor above every spread r_hat = 1 + u - mean(u), so the gradient goes through the mean
+// only.
 void test_degenerate_statistics() {
   for_each_config([](Batch& at) {
     if (at.problem.config.ratio_norm != RatioNorm::standardize) return;
@@ -162,7 +165,8 @@ void test_degenerate_statistics() {
   });
 }
 
-// All sums zero: r_hat is exactly 1 and the gradient plain policy gradient, not an explosion.
+// If all sums are zero, r_hat is exactly 1 and the gradient is the policy gradient and does not
+// explode.
 void test_on_policy() {
   for_each_config([](Batch& at) {
     const Config& c = at.problem.config;
@@ -183,7 +187,7 @@ void test_on_policy() {
   });
 }
 
-// One sample: its spread is zero whatever its ratio.
+// The spread of one sample is zero, whatever its ratio is.
 void test_single_sample_is_degenerate() {
   CONTEXT("one sample");
   Batch at(config_of(RatioNorm::standardize, Balance::inverse_ratio), false, false);
@@ -195,7 +199,7 @@ void test_single_sample_is_degenerate() {
   }
 }
 
-// Transitions that are not finite, each for another reason; sample 5 has no finite one at all.
+// Makes transitions not finite, each for a different reason; sample 5 has no finite one left.
 void spoil(Batch& at) {
   at.sums[1].s2 = NAN;
   at.sums[batch + 2].s2 = INFINITY;
@@ -209,7 +213,7 @@ bool spoiled(int64_t n) {
   return n == 1 || n == batch + 2 || n == 2 * batch + 2 || n == 3 || n % batch == 5;
 }
 
-// The loss of docs/math.md from the excess and weights that were returned.
+// The loss of docs/math.md, from the excess and weights that were returned.
 double loss_of(const Batch& at, const Evaluation& got, double samples, double transitions) {
   const Config& c = at.problem.config;
   double loss = 0, kl = 0;
@@ -270,14 +274,14 @@ void test_nonfinite_transitions() {
     check_statistics(at, got);
     CHECK(std::isfinite(got.loss) == drop);
 
-    // Dropping averages over what is left: 5 samples, 11 transitions.
+    // Dropping averages over what is left, which is 5 samples and 11 transitions.
     Problem dropped = at.problem;
     dropped.config.drop = true;
     const Evaluation rest = cpu::evaluate(dropped, at.sums.data());
     CHECK_CLOSE(rest.loss, loss_of(at, rest, batch - 1, rows - 7), 1e-13);
     if (drop) {
       check_coefficients(at, got);
-    } else {  // and propagating over all: the same gradients of the finite rows, but for that
+    } else {  // propagating averages over all; otherwise the finite rows' gradients are the same
       for (int64_t n = 0; n < rows; ++n) {
         if (spoiled(n)) continue;
         const Coefficients &c = got.coefficients[n], &d = rest.coefficients[n];

@@ -1,5 +1,5 @@
-// The generator of the seeded form: Random123's published answers, and this instruction set's
-// vector code against the scalar one. Compiled once per instruction set.
+// The generator of the seeded form against Random123's published answers, and an instruction set's
+// vector code against the scalar one. This file is compiled once for each instruction set.
 #include "../cpu/philox.h"
 
 #include <random>
@@ -155,7 +155,7 @@ void test_normals(Moments* moments) {
   }
 }
 
-// Within five standard errors of a normal's moments.
+// The moments have to be within five standard errors of a normal's.
 void test_moments(const Moments& m) {
   CONTEXT("moments of %.0f normals", m.count);
   CHECK(m.count > 2e6);

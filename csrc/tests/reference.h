@@ -1,4 +1,4 @@
-// One batch of every form with its tensors, and the formulas of docs/math.md in plain loops.
+// The tensors of a batch of every form, and the formulas of docs/math.md in plain loops.
 #pragma once
 
 #include <string>
@@ -31,7 +31,7 @@ constexpr DTypes dtypes[] = {
     {"wide mixed32", f32, f64, f64, bf16, f64, f32, f32, f64},
 };
 
-// What a case is made of; every operand holds numbers, and a Batch names those of its form.
+// The tensors of a case. All of them hold numbers, and of() makes a Batch of those that a form has.
 struct Operands {
   int64_t steps, batch, numel;
   Tensor v, uncond, ref, x, y, m, v_old, noise;
@@ -149,7 +149,7 @@ inline SumsWithError sums_of(const std::vector<Terms>& row, const Step<double>& 
           add([&](const Terms& x) { return (b * x.drift) * (b * x.drift); })};
 }
 
-// d loss / d v of one element (guidance not yet applied).
+// d loss / d v of one element, before guidance is applied.
 inline WithError gradient_of(const Terms& x, const Step<double>& step, const Coefficients& c) {
   const WithError b = coefficient(step.b);
   return coefficient(c.c1) * (b * x.e) + coefficient(2 * c.c2) * (b * x.delta) +

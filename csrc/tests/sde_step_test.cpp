@@ -1,5 +1,5 @@
-// The rollout step of every instruction set: the mean's single rounding, the sample, its
-// log-prob's sum, and that a mean it made is exact in the mean form.
+// The rollout step of every instruction set: that the mean is rounded once, the sample, the sum in
+// its log-prob, and that delta is exactly 0 in the mean form with a mean from here.
 #include "../cpu/driver.h"
 #include "check.h"
 #include "reference.h"
@@ -55,7 +55,7 @@ void compare(const Kernels& kernels, const Result& got, const Operands& in, cons
           CHECK_WITHIN_ERROR(mean, a * x + b * v);
         }
         CHECK_WITHIN_ERROR(y, stored(WithError(mean) + s * noise_at(in, t, k, i, j), in.x.dtype()));
-        // Of the sample as it is stored, and the mean as it is stored.
+        // The sum is that of the sample and the mean as they are stored.
         const WithError term = (WithError(y) - mean) * (WithError(y) - mean);
         square += term.value;
         error += term.error;
@@ -99,8 +99,8 @@ void test_sde_step() {
   }
 }
 
-// The mean form, given the mean that sde_step returned: delta is exactly zero, whatever the
-// storage of the rest, as both are one expression.
+// In the mean form, given the mean that sde_step returned, delta is exactly zero, whatever the
+// other operands are stored as: both means come from the same expression.
 void test_rollout_mean_is_exact(const Kernels& kernels) {
   for (const DTypes& d : dtypes) {
     const Operands in(d, 2, 2, 1030, false);

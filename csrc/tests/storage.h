@@ -1,4 +1,4 @@
-// Tensors for the tests, and what their bits mean, written apart from the code under test.
+// Tensors for the tests, and what their bits mean; nothing here uses the code under test.
 #pragma once
 
 #include <algorithm>
@@ -18,12 +18,12 @@ using cpu::size_of;
 // ---- 16-bit formats, by their definition --------------------------------------------------------
 
 struct Format {
-  int precision, least;  // digits of a normal number, exponent of the smallest one
+  int precision, least;  // a normal number's binary digits, and the exponent of the smallest one
 };
 
 constexpr Format format_of(DType t) { return t == DType::bf16 ? Format{8, -126} : Format{11, -14}; }
 
-// Bits of +Inf: every exponent bit set.
+// The bits of +Inf, which has every exponent bit set.
 inline int infinity_bits(const Format& f) { return 0x8000 - (1 << (f.precision - 1)); }
 
 inline double decode(const Format& f, uint16_t word) {
@@ -40,7 +40,7 @@ inline double decode(const Format& f, uint16_t word) {
   return (word & 0x8000) ? -value : value;
 }
 
-// To nearest, ties to even (the default rounding of nearbyint).
+// Rounds to nearest, ties to even, as nearbyint does by default.
 inline uint16_t encode(const Format& f, double x) {
   const int sign = std::signbit(x) ? 0x8000 : 0;
   if (std::isnan(x)) return uint16_t(sign | (infinity_bits(f) + 1));
@@ -55,12 +55,13 @@ inline uint16_t encode(const Format& f, double x) {
 // ---- tensors ------------------------------------------------------------------------------------
 
 // [K, B, D] whose rows are strided, misaligned and surrounded by guard elements. All bytes start as
-// 0xFF, NaN in every type: reading a guard poisons a sum, an element left out stays NaN.
+// 0xFF, which is NaN in every type: reading a guard makes a sum NaN, and an element that is not
+// written stays NaN.
 class Tensor {
  public:
   Tensor() = default;
-  // `transposed`: stored [B, K, D], as trainers hold a trajectory. Without `fenced` the last row
-  // ends with the allocation, where an address sanitizer sees a read past it.
+  // `transposed`: stored as [B, K, D], as trainers hold a trajectory. Without `fenced` the last row
+  // ends with the allocation, so that an address sanitizer sees a read past it.
   Tensor(DType dtype, int64_t steps, int64_t batch, int64_t numel, bool transposed = false,
          bool fenced = true)
       : dtype_(dtype), steps_(steps), batch_(batch), numel_(numel) {
@@ -137,7 +138,7 @@ class Tensor {
   std::vector<char> bytes_;
 };
 
-// Uniform in [-bound, bound), the same on every run and library.
+// Uniform numbers in [-bound, bound), the same in every run and with every library.
 class Uniform {
  public:
   explicit Uniform(uint64_t seed, double bound = 2) : engine_(seed), bound_(bound) {}

@@ -1,5 +1,5 @@
-// What csrc/cuda asks of the CUDA run time, of the emulated device; refused where a device would
-// refuse it.
+// What csrc/cuda needs of the CUDA run time, for the emulated device. It refuses what a device
+// would refuse.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// torch's choice of a device, of which there is one. Its tensors are the CPU's, whose memory is
-// gone when a binding returns, so every launch ends before its call does.
+// torch's choice of a device; there is only the emulated one. Tensors are the CPU's, whose memory
+// may be gone when a binding returns, so every launch ends before its call does.
 #pragma once
 
 #include "../../../emulate_runtime.h"

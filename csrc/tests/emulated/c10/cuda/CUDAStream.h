@@ -1,4 +1,4 @@
-// torch's streams, of which the emulated device has one.
+// torch's streams; the emulated device has only one.
 #pragma once
 
 namespace c10::cuda {
