@@ -39,14 +39,13 @@ cpu::Machine machine() {
 }
 
 Tensor sums(GUARD_OPS_OPERANDS) {
-  const Batch t = batch_of(GUARD_OPS_PASS);
-  Rows table[5];
-  table_of(coefficients, table);
-  std::vector<Sums> result(t.steps * t.batch);
-  cpu::sums(machine(), t, table, result.data());
-  Tensor out = at::empty({3, t.steps, t.batch}, model_output.options().dtype(at::kDouble));
+  const Call call(GUARD_OPS_PASS);
+  const int64_t n = call.batch.steps * call.batch.batch;
+  std::vector<Sums> result(n);
+  cpu::sums(machine(), call.batch, call.table, result.data());
+  const auto options = call.model_output().options().dtype(at::kDouble);
+  Tensor out = at::empty({3, call.batch.steps, call.batch.batch}, options);
   double* data = out.data_ptr<double>();
-  const int64_t n = t.steps * t.batch;
   for (int64_t row = 0; row < n; ++row) {
     data[row] = result[row].s1;
     data[n + row] = result[row].s2;
@@ -100,73 +99,88 @@ void fill(const Tensor& to, int64_t at, const double* from, int64_t n) {
   }
 }
 
-Operand gradient_operand(const Tensor& t) { return t.numel() ? operand(t) : Operand{}; }
+std::vector<Coefficients> coefficients_of(const Call& call, const Tensor& sum_grads,
+                                          double factor) {
+  const std::array<Doubles, 3> c = sum_grads_of(sum_grads);
+  std::vector<Coefficients> out;
+  for (int64_t k = 0; k < call.batch.steps; ++k) {
+    for (int64_t i = 0; i < call.batch.batch; ++i) {
+      out.push_back({factor * *c[0].at(k, i), factor * *c[1].at(k, i), factor * *c[2].at(k, i)});
+    }
+  }
+  return out;
+}
 
 std::tuple<Tensor, Tensor> gradient(const Tensor& sum_grads, GUARD_OPS_OPERANDS, bool cond,
                                     bool uncond) {
-  const Batch t = batch_of(GUARD_OPS_PASS);
-  Rows table[5];
-  table_of(coefficients, table);
-  TORCH_CHECK(sum_grads.dim() == 3 && sum_grads.size(0) == 3, "guard_ops: sum_grads [3, K, B]");
-  const Rows c[3] = {rows(sum_grads.select(0, 0)), rows(sum_grads.select(0, 1)),
-                     rows(sum_grads.select(0, 2))};
-  std::vector<Coefficients> row_coefficients(t.steps * t.batch);
-  for (int64_t k = 0; k < t.steps; ++k) {
-    for (int64_t i = 0; i < t.batch; ++i) {
-      row_coefficients[k * t.batch + i] = {*c[0].at(k, i), *c[1].at(k, i), *c[2].at(k, i)};
-    }
-  }
-  Tensor grad = gradient_like(model_output, cond, model_output);
-  Tensor grad_uncond = gradient_like(model_output_uncond, uncond, model_output);
-  cpu::gradient(machine(), t, table, row_coefficients.data(), gradient_operand(grad),
-                gradient_operand(grad_uncond));
+  const Call call(GUARD_OPS_PASS);
+  Tensor grad = gradient_like(call.tensors.model_output, cond, call.model_output());
+  Tensor grad_uncond = gradient_like(call.tensors.model_output_uncond, uncond, call.model_output());
+  const auto coefficients_by_row = coefficients_of(call, sum_grads, 1);
+  cpu::gradient(machine(), call.batch, call.table, coefficients_by_row.data(),
+                gradient_operand(grad), gradient_operand(grad_uncond));
   return {grad, grad_uncond};
 }
 
+// The gradients of `factor` times the loss, in place of those of the loss. A 16-bit one, which
+// would be rounded a second time, is formed anew.
+void scaled_(Tensor grad, Tensor grad_uncond, const Tensor& factor, const Tensor& sum_grads,
+             GUARD_OPS_OPERANDS, bool cond, bool uncond) {
+  const double value = factor.item<double>();
+  if (value == 1) return;
+  const Call call(GUARD_OPS_PASS);
+  const Tensor none = at::empty({0}, call.model_output().options());
+  if (!cond) grad = none;
+  if (!uncond) grad_uncond = none;
+  const auto narrow = [](const Tensor& t) { return t.numel() > 0 && t.element_size() == 2; };
+  if (narrow(grad) || narrow(grad_uncond)) {
+    const auto coefficients_by_row = coefficients_of(call, sum_grads, value);
+    cpu::gradient(machine(), call.batch, call.table, coefficients_by_row.data(),
+                  gradient_operand(grad), gradient_operand(grad_uncond));
+    return;
+  }
+  if (cond) grad.mul_(value);
+  if (uncond) grad_uncond.mul_(value);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(GUARD_OPS_OPERANDS,
-                                                                      GUARD_OPS_OBJECTIVE,
+                                                                      GUARD_OPS_LOSS_OPERANDS,
                                                                       bool cond, bool uncond) {
-  const Batch t = batch_of(GUARD_OPS_PASS);
-  Tensor stats;
-  const Problem problem = problem_of(GUARD_OPS_PASS_LOSS, &stats);
-  Tensor grad = gradient_like(model_output, cond, model_output);
-  Tensor grad_uncond = gradient_like(model_output_uncond, uncond, model_output);
+  const Call call(GUARD_OPS_PASS);
+  const LossProblem loss(call, rows, choices, numbers);
+  const Tensor& v = call.model_output();
+  const LossTensors out(call, gradient_like(v, cond, v),
+                        gradient_like(call.tensors.model_output_uncond, uncond, v));
   const cpu::Evaluation result =
-      cpu::guard_loss(machine(), t, problem, gradient_operand(grad), gradient_operand(grad_uncond));
-  const auto options = model_output.options().dtype(compute_type(t));
-  const int64_t n = t.steps * t.batch;
-  Tensor loss = at::empty({}, options), per_row = at::empty({4, t.steps, t.batch}, options);
-  Tensor metrics = at::empty({cpu::metric_count, t.steps}, options);
-  fill(loss, 0, &result.loss, 1);
+      cpu::guard_loss(machine(), call.batch, loss.problem, gradient_operand(out.grad),
+                      gradient_operand(out.grad_uncond));
+  const int64_t n = call.batch.steps * call.batch.batch;
+  fill(out.loss, 0, &result.loss, 1);
   int64_t at = 0;
   for (const auto* x : {&result.log_ratio, &result.excess, &result.weights, &result.kl}) {
-    fill(per_row, at, x->data(), n);
+    fill(out.per_row, at, x->data(), n);
     at += n;
   }
-  fill(metrics, 0, result.metrics.data(), metrics.numel());
-  Tensor sum_grads = at::empty({3, t.steps, t.batch}, options.dtype(at::kDouble));
-  double* c = sum_grads.data_ptr<double>();
+  fill(out.metrics, 0, result.metrics.data(), out.metrics.numel());
+  double* c = out.sum_grads.data_ptr<double>();
   for (int64_t row = 0; row < n; ++row) {
     c[row] = result.coefficients[row].c1;
     c[n + row] = result.coefficients[row].c2;
     c[2 * n + row] = result.coefficients[row].c3;
   }
-  return {loss, grad, grad_uncond, per_row, metrics, sum_grads};
+  return out.all();
 }
 
 std::tuple<Tensor, Tensor, Tensor> sde_step(const Tensor& model_output, const Tensor& sample,
                                             const Tensor& coefficients, const MaybeTensor& noise,
                                             const MaybeTensor& seed) {
-  TORCH_CHECK(noise.has_value() != seed.has_value(), "guard_ops: sde_step needs noise or seed");
-  const Batch t =
-      batch_of(model_output, {}, {}, sample, {}, {}, {}, noise, seed, coefficients, 1.0);
-  Rows table[5];
-  table_of(coefficients, table);
+  const Call call = step_call(model_output, sample, coefficients, noise, seed);
   const auto strides = at::detail::defaultStrides(sample.sizes());
   Tensor prev_sample = kept_empty(sample.sizes(), strides, sample.options());
-  Tensor mean = kept_empty(sample.sizes(), strides, sample.options().dtype(compute_type(t)));
-  Tensor square = at::empty({t.steps, t.batch}, sample.options().dtype(at::kDouble));
-  cpu::sde_step(machine(), t, table, operand(prev_sample), operand(mean),
+  Tensor mean = kept_empty(sample.sizes(), strides, sample.options().dtype(call.compute_type()));
+  Tensor square =
+      at::empty({call.batch.steps, call.batch.batch}, sample.options().dtype(at::kDouble));
+  cpu::sde_step(machine(), call.batch, call.table, operand(prev_sample), operand(mean),
                 square.data_ptr<double>());
   return {prev_sample, mean, square};
 }
@@ -175,13 +189,9 @@ TORCH_LIBRARY(guard_ops, m) {
   m.def("sums(" GUARD_OPS_SCHEMA ") -> Tensor");
   m.def("gradient(Tensor sum_grads, " GUARD_OPS_SCHEMA
         ", bool cond, bool uncond) -> (Tensor, Tensor)");
-  m.def("guard_loss(" GUARD_OPS_SCHEMA
-        ", Tensor advantages, Tensor? old_log_prob, Tensor? step_weights, Tensor? mean_std, "
-        "int ratio_norm, int balance, bool detach_stats, bool mean_reduction, bool drop, "
-        "bool gaussian, float target_std, float std_floor, float clip_low, float clip_high, "
-        "float adv_clip, float weight_floor, float kl_beta, bool cond, bool uncond) -> "
-        "(Tensor loss, Tensor grad, Tensor grad_uncond, Tensor per_row, Tensor metrics, "
-        "Tensor sum_grads)");
+  m.def("guard_loss(" GUARD_OPS_SCHEMA ", " GUARD_OPS_LOSS_SCHEMA
+        ", bool cond, bool uncond) -> (Tensor loss, Tensor grad, Tensor grad_uncond, "
+        "Tensor per_row, Tensor metrics, Tensor sum_grads)");
   m.def(
       "scaled_(Tensor(a!) grad, Tensor(b!) grad_uncond, Tensor factor, Tensor "
       "sum_grads, " GUARD_OPS_SCHEMA ", bool cond, bool uncond) -> ()");
@@ -193,22 +203,49 @@ TORCH_LIBRARY(guard_ops, m) {
 TORCH_LIBRARY_IMPL(guard_ops, CPU, m) {
   m.impl("sums", sums);
   m.impl("gradient", gradient);
+  m.impl("scaled_", scaled_);
   m.impl("guard_loss", guard_loss);
   m.impl("sde_step", sde_step);
+}
+
+// The names of what the operators take, in their order, as guard_ops/backends/compiled.py has them.
+pybind11::dict layout() {
+  namespace py = pybind11;
+  py::dict out, norms;
+#define GUARD_OPS_NAME(name, ...) #name,
+#define GUARD_OPS_SECOND(first, name) #name,
+  const auto names = [](std::initializer_list<const char*> list) {
+    py::list out;
+    for (const char* name : list) out.append(name);
+    return py::tuple(out);
+  };
+  out["latents"] = names({GUARD_OPS_LATENTS(GUARD_OPS_SECOND)});
+  out["rows"] = names({GUARD_OPS_ROWS(GUARD_OPS_NAME)});
+  out["choices"] = names({GUARD_OPS_CHOICES(GUARD_OPS_SECOND)});
+  out["numbers"] = names({GUARD_OPS_NUMBERS(GUARD_OPS_NAME)});
+  out["balance"] = names({GUARD_OPS_BALANCES(GUARD_OPS_NAME)});
+  out["reduction"] = names({GUARD_OPS_REDUCTIONS(GUARD_OPS_NAME)});
+  out["nonfinite"] = names({GUARD_OPS_NONFINITES(GUARD_OPS_NAME)});
+#define GUARD_OPS_NORM(name, statistics, debiased) \
+  norms[#name] = py::make_tuple(statistics, debiased);
+  GUARD_OPS_RATIO_NORMS(GUARD_OPS_NORM)
+#undef GUARD_OPS_NORM
+#undef GUARD_OPS_SECOND
+#undef GUARD_OPS_NAME
+  out["ratio_norm"] = py::list(norms.attr("items")());
+  return out;
 }
 
 }  // namespace
 }  // namespace guard_ops
 
 namespace guard_ops {
-void define_plain(pybind11::module_& m);  // bindings_plain.cpp
 #if defined(GUARD_OPS_CUDA_VERSION)
 void define_cuda(pybind11::module_& m);  // bindings_cuda.cpp
 #endif
 }  // namespace guard_ops
 
 PYBIND11_MODULE(_C, m) {
-  guard_ops::define_plain(m);
 #if defined(GUARD_OPS_CUDA_VERSION)
   guard_ops::define_cuda(m);
 #endif
@@ -233,6 +270,8 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "Versions, architectures, compiler and flags of this build, and the ISA in use.");
+  m.def("layout", guard_ops::layout,
+        "As guard_ops.backends.compiled.layout: what the operators take, by name and in order.");
   m.def(
       "keep_buffers", [](size_t bytes) { guard_ops::buffers().limit(bytes); },
       "How many bytes of freed results the CPU operators keep for their next ones.");

@@ -4,15 +4,32 @@
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
-#include "evaluate.h"
+#include "objective.h"
 
 namespace guard_ops {
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using TensorList = c10::List<MaybeTensor>;
+
+// Every operator over latents takes these: Transitions, in guard_ops/transitions.py.
+#define GUARD_OPS_SCHEMA \
+  "Tensor?[] latents, Tensor? seed, Tensor coefficients, float guidance_scale"
+#define GUARD_OPS_OPERANDS                                                        \
+  const TensorList &latents, const MaybeTensor &seed, const Tensor &coefficients, \
+      double guidance_scale
+#define GUARD_OPS_PASS latents, seed, coefficients, guidance_scale
+
+// And a loss takes these besides them: Rows of guard_ops/transitions.py, [K, B] each but the
+// last, which is [2, K], and Objective of guard_ops/config.py.
+#define GUARD_OPS_ROWS(X) X(advantages) X(old_log_prob) X(step_weights) X(mean_std)
+#define GUARD_OPS_LOSS_SCHEMA "Tensor?[] rows, int[] choices, float[] numbers"
+#define GUARD_OPS_LOSS_OPERANDS \
+  const TensorList &rows, at::IntArrayRef choices, at::ArrayRef<double> numbers
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -38,129 +55,165 @@ inline Operand operand(const MaybeTensor& t) {
   return {t->data_ptr(), dtype_of(*t), t->stride(0), t->stride(1)};
 }
 
-inline Rows rows(const Tensor& t) {
+// A gradient, which is empty where nobody wants it.
+inline Operand gradient_operand(const Tensor& t) { return t.numel() ? operand(t) : Operand{}; }
+
+inline Doubles doubles_of(const Tensor& t) {
   TORCH_CHECK(t.dim() == 2 && t.scalar_type() == at::kDouble, "guard_ops: needs float64 [K, B]");
   return {t.const_data_ptr<double>(), t.stride(0), t.stride(1)};
 }
 
-inline Numbers numbers(const Tensor& t) {
-  const bool wide = t.scalar_type() == at::kDouble;
-  TORCH_CHECK(t.dim() == 2 && (wide || t.scalar_type() == at::kFloat),
+inline Reals reals_of(const MaybeTensor& t) {
+  if (!t.has_value()) return {};
+  const bool wide = t->scalar_type() == at::kDouble;
+  TORCH_CHECK(t->dim() == 2 && (wide || t->scalar_type() == at::kFloat),
               "guard_ops: needs float64 or float32 [K, B]");
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), wide};
+  return {t->const_data_ptr(), t->stride(0), t->stride(1), wide};
 }
 
-inline Numbers numbers(const MaybeTensor& t) { return t.has_value() ? numbers(*t) : Numbers{}; }
+// d loss / d sums [3, K, B].
+inline std::array<Doubles, 3> sum_grads_of(const Tensor& t) {
+  TORCH_CHECK(t.dim() == 3 && t.size(0) == 3, "guard_ops: sum_grads needs [3, K, B]");
+  return {doubles_of(t.select(0, 0)), doubles_of(t.select(0, 1)), doubles_of(t.select(0, 2))};
+}
 
-inline void table_of(const Tensor& coefficients, Rows table[5]) {
-  TORCH_CHECK(coefficients.dim() == 3 && coefficients.scalar_type() == at::kDouble,
-              "guard_ops: coefficients needs float64 [5, K, B]");
-  for (int n = 0; n < 5; ++n) {
-    table[n] = {coefficients.const_data_ptr<double>() + n * coefficients.stride(0),
-                coefficients.stride(1), coefficients.stride(2)};
+// The tensors of a call, by name.
+struct LatentTensors {
+#define GUARD_OPS_FIELD(field, name) MaybeTensor name;
+  GUARD_OPS_LATENTS(GUARD_OPS_FIELD)
+#undef GUARD_OPS_FIELD
+
+  LatentTensors() = default;
+  explicit LatentTensors(const TensorList& list) {
+    size_t n = 0;
+#define GUARD_OPS_TAKE(field, name) name = list.get(n++);
+    GUARD_OPS_LATENTS(GUARD_OPS_TAKE)
+#undef GUARD_OPS_TAKE
+    TORCH_CHECK(n == list.size() && model_output, "guard_ops: latents needs ", n,
+                ", of which the first is there");
   }
-}
+};
 
-inline Form form_of(const MaybeTensor& old_mean, const MaybeTensor& old_model_output,
-                    const MaybeTensor& noise, const MaybeTensor& seed) {
-  if (seed) return Form::seeded;
-  if (noise) return Form::noise;
-  if (old_model_output) return Form::velocity;
-  return old_mean ? Form::mean : Form::log_prob;
-}
+// A call's operands: as torch's tensors, and as the kernels take them.
+struct Call {
+  LatentTensors tensors;
+  Batch batch{};
+  Doubles table[5];
 
-#define GUARD_OPS_OPERANDS                                                                    \
-  const Tensor &model_output, const MaybeTensor &model_output_uncond,                         \
-      const MaybeTensor &ref_model_output, const MaybeTensor &sample,                         \
-      const MaybeTensor &prev_sample, const MaybeTensor &old_mean,                            \
-      const MaybeTensor &old_model_output, const MaybeTensor &noise, const MaybeTensor &seed, \
-      [[maybe_unused]] const Tensor &coefficients, double guidance_scale
-#define GUARD_OPS_PASS                                                                \
-  model_output, model_output_uncond, ref_model_output, sample, prev_sample, old_mean, \
-      old_model_output, noise, seed, coefficients, guidance_scale
-
-inline Batch batch_of(GUARD_OPS_OPERANDS) {
-  Batch t{};
-  t.form = form_of(old_mean, old_model_output, noise, seed);
-  t.steps = model_output.size(0);
-  t.batch = model_output.size(1);
-  t.numel = model_output.size(2);
-  t.v = operand(model_output);
-  t.uncond = operand(model_output_uncond);
-  t.ref = operand(ref_model_output);
-  t.x = operand(sample);
-  t.y = operand(prev_sample);
-  t.m = operand(old_mean);
-  t.v_old = operand(old_model_output);
-  t.noise = operand(noise);
-  for (const MaybeTensor& x : {MaybeTensor(model_output), model_output_uncond, ref_model_output,
-                               sample, prev_sample, old_mean, old_model_output, noise}) {
-    if (!x) continue;
-    t.wide = t.wide || x->scalar_type() == at::kDouble;
-    TORCH_CHECK(x->sizes() == model_output.sizes(), "guard_ops: operands differ in shape");
+  Call(GUARD_OPS_OPERANDS) : Call(LatentTensors(latents), seed, coefficients, guidance_scale) {}
+  Call(LatentTensors given, const MaybeTensor& seed, const Tensor& coefficients,
+       double guidance_scale)
+      : tensors(std::move(given)) {
+    const Tensor& v = *tensors.model_output;
+#define GUARD_OPS_PUT(field, name)                                                          \
+  batch.field = operand(tensors.name);                                                      \
+  if (tensors.name) {                                                                       \
+    batch.wide = batch.wide || tensors.name->scalar_type() == at::kDouble;                  \
+    TORCH_CHECK(tensors.name->sizes() == v.sizes(), "guard_ops: operands differ in shape"); \
   }
-  if (seed) {
-    TORCH_CHECK(seed->scalar_type() == at::kLong && seed->dim() == 3 && seed->size(2) == 2,
-                "guard_ops: seed needs int64 [K, B, 2]");
-    t.seeds = {seed->const_data_ptr<int64_t>(), seed->stride(0), seed->stride(1), seed->stride(2)};
+    GUARD_OPS_LATENTS(GUARD_OPS_PUT)
+#undef GUARD_OPS_PUT
+    batch.form = seed                       ? Form::seeded
+                 : tensors.noise            ? Form::noise
+                 : tensors.old_model_output ? Form::velocity
+                 : tensors.old_mean         ? Form::mean
+                                            : Form::log_prob;
+    batch.steps = v.size(0);
+    batch.batch = v.size(1);
+    batch.numel = v.size(2);
+    batch.guidance_scale = guidance_scale;
+    if (seed) {
+      TORCH_CHECK(seed->scalar_type() == at::kLong && seed->dim() == 3 && seed->size(2) == 2,
+                  "guard_ops: seed needs int64 [K, B, 2]");
+      batch.seeds = {seed->const_data_ptr<int64_t>(), seed->stride(0), seed->stride(1),
+                     seed->stride(2)};
+    }
+    TORCH_CHECK(coefficients.dim() == 3 && coefficients.scalar_type() == at::kDouble,
+                "guard_ops: coefficients needs float64 [5, K, B]");
+    for (int n = 0; n < 5; ++n) {
+      table[n] = {coefficients.const_data_ptr<double>() + n * coefficients.stride(0),
+                  coefficients.stride(1), coefficients.stride(2)};
+    }
   }
-  t.guidance_scale = guidance_scale;
-  return t;
+
+  const Tensor& model_output() const { return *tensors.model_output; }
+  at::ScalarType compute_type() const { return batch.wide ? at::kDouble : at::kFloat; }
+};
+
+// The operands of a rollout's step.
+inline Call step_call(const Tensor& model_output, const Tensor& sample, const Tensor& coefficients,
+                      const MaybeTensor& noise, const MaybeTensor& seed) {
+  TORCH_CHECK(noise.has_value() != seed.has_value(), "guard_ops: sde_step needs noise or seed");
+  LatentTensors latents;
+  latents.model_output = model_output;
+  latents.sample = sample;
+  latents.noise = noise;
+  return Call(latents, seed, coefficients, 1.0);
 }
 
-inline at::ScalarType compute_type(const Batch& t) { return t.wide ? at::kDouble : at::kFloat; }
+inline Config config_of(at::IntArrayRef choices, at::ArrayRef<double> numbers) {
+  Config config{};
+  size_t choice = 0, number = 0;
+#define GUARD_OPS_COUNT(...) +1
+  TORCH_CHECK(choices.size() == 0 GUARD_OPS_CHOICES(GUARD_OPS_COUNT) &&
+                  numbers.size() == 0 GUARD_OPS_NUMBERS(GUARD_OPS_COUNT),
+              "guard_ops: an objective of ", choices.size(), " choices and ", numbers.size(),
+              " numbers is none of this build");
+#undef GUARD_OPS_COUNT
+#define GUARD_OPS_PUT(type, name) config.name = static_cast<type>(choices[choice++]);
+  GUARD_OPS_CHOICES(GUARD_OPS_PUT)
+#undef GUARD_OPS_PUT
+#define GUARD_OPS_PUT(name) config.name = numbers[number++];
+  GUARD_OPS_NUMBERS(GUARD_OPS_PUT)
+#undef GUARD_OPS_PUT
+  return config;
+}
 
-#define GUARD_OPS_OBJECTIVE                                                                   \
-  const Tensor &advantages, const MaybeTensor &old_log_prob, const MaybeTensor &step_weights, \
-      const MaybeTensor &mean_std, int64_t ratio_norm, int64_t balance, bool detach_stats,    \
-      bool mean_reduction, bool drop, bool gaussian, double target_std, double std_floor,     \
-      double clip_low, double clip_high, double adv_clip, double weight_floor, double kl_beta
-#define GUARD_OPS_PASS_LOSS                                                                     \
-  t, coefficients, advantages, old_log_prob, step_weights, mean_std, ratio_norm, balance,       \
-      detach_stats, mean_reduction, drop, gaussian, target_std, std_floor, clip_low, clip_high, \
-      adv_clip, weight_floor, kl_beta
-
-// The operator guard_ops::guard_loss: loss, grad, grad_uncond, per_row, metrics, sum_grads.
-using GuardLoss = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(GUARD_OPS_OPERANDS,
-                                                                             GUARD_OPS_OBJECTIVE,
-                                                                             bool cond,
-                                                                             bool uncond);
-
-// `stats` keeps the memory of the statistics that the problem points to.
-inline Problem problem_of(const Batch& t, const Tensor& coefficients, GUARD_OPS_OBJECTIVE,
-                          Tensor* stats) {
+// A loss's [K, B] side, and the tensors whose memory it points to.
+struct LossProblem {
+#define GUARD_OPS_FIELD(name) MaybeTensor name;
+  GUARD_OPS_ROWS(GUARD_OPS_FIELD)
+#undef GUARD_OPS_FIELD
   Problem problem{};
-  problem.config = {static_cast<RatioNorm>(ratio_norm),
-                    static_cast<Balance>(balance),
-                    detach_stats,
-                    mean_reduction,
-                    drop,
-                    gaussian,
-                    target_std,
-                    std_floor,
-                    clip_low,
-                    clip_high,
-                    adv_clip,
-                    weight_floor,
-                    kl_beta};
-  problem.steps = t.steps;
-  problem.batch = t.batch;
-  problem.numel = t.numel;
-  table_of(coefficients, problem.table);
-  problem.advantages = numbers(advantages);
-  problem.old_log_prob = numbers(old_log_prob);
-  problem.step_weights = numbers(step_weights);
-  if (mean_std) {
-    *stats = mean_std->contiguous();
-    problem.mean = stats->const_data_ptr<double>();
-    problem.std = problem.mean + t.steps;
-  }
-  return problem;
-}
 
-#define GUARD_OPS_SCHEMA                                                                           \
-  "Tensor model_output, Tensor? model_output_uncond, Tensor? ref_model_output, Tensor? sample, "   \
-  "Tensor? prev_sample, Tensor? old_mean, Tensor? old_model_output, Tensor? noise, Tensor? seed, " \
-  "Tensor coefficients, float guidance_scale"
+  LossProblem(const Call& call, GUARD_OPS_LOSS_OPERANDS) {
+    size_t n = 0;
+#define GUARD_OPS_TAKE(name) name = rows.get(n++);
+    GUARD_OPS_ROWS(GUARD_OPS_TAKE)
+#undef GUARD_OPS_TAKE
+    TORCH_CHECK(n == rows.size() && advantages, "guard_ops: rows needs ", n,
+                ", of which the first is there");
+    problem.config = config_of(choices, numbers);
+    problem.steps = call.batch.steps;
+    problem.batch = call.batch.batch;
+    problem.numel = call.batch.numel;
+    for (int c = 0; c < 5; ++c) problem.table[c] = call.table[c];
+    problem.advantages = reals_of(advantages);
+    problem.old_log_prob = reals_of(old_log_prob);
+    problem.step_weights = reals_of(step_weights);
+    if (!mean_std) return;
+    mean_std = mean_std->contiguous();
+    problem.mean = mean_std->const_data_ptr<double>();
+    problem.std = problem.mean + problem.steps;
+  }
+};
+
+// What guard_ops::guard_loss returns.
+struct LossTensors {
+  Tensor loss, grad, grad_uncond, per_row, metrics, sum_grads;
+
+  LossTensors(const Call& call, Tensor grad, Tensor grad_uncond)
+      : grad(std::move(grad)), grad_uncond(std::move(grad_uncond)) {
+    const int64_t steps = call.batch.steps, batch = call.batch.batch;
+    const auto options = call.model_output().options().dtype(call.compute_type());
+    loss = at::empty({}, options);
+    per_row = at::empty({4, steps, batch}, options);
+    metrics = at::empty({metric_count, steps}, options);
+    sum_grads = at::empty({3, steps, batch}, options.dtype(at::kDouble));
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> all() const {
+    return {loss, grad, grad_uncond, per_row, metrics, sum_grads};
+  }
+};
 
 }  // namespace guard_ops

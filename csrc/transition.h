@@ -1,8 +1,8 @@
-// One transition's formulas, shared by every C++ and CUDA kernel.
+// Transitions: the operands that every C++ and CUDA kernel takes, and the formulas of one element.
 //
 // Symbols are those of docs/math.md: mean = a x + b v, delta = mean - m, e = y - m. T is a scalar
-// or a SIMD vector. No function here rounds twice where the
-// specification rounds once: build without floating-point contraction.
+// or a SIMD vector. No function here rounds twice where the specification rounds once: build
+// without floating-point contraction.
 #pragma once
 
 #include <cmath>
@@ -26,6 +26,112 @@ GUARD_OPS_HD constexpr bool uses_old_velocity(Form f) {
   return f == Form::velocity || f == Form::noise || f == Form::seeded;
 }
 GUARD_OPS_HD constexpr bool uses_noise(Form f) { return f == Form::noise || f == Form::seeded; }
+
+// ---- operands -----------------------------------------------------------------------------------
+
+// The operands over latents, [K, B, D] each: (their field in Batch, their name), in the order of
+// guard_ops.transitions.Latents. An extension whose list is another one is not loaded.
+#define GUARD_OPS_LATENTS(X)     \
+  X(v, model_output)             \
+  X(uncond, model_output_uncond) \
+  X(ref, ref_model_output)       \
+  X(x, sample)                   \
+  X(y, prev_sample)              \
+  X(m, old_mean)                 \
+  X(v_old, old_model_output)     \
+  X(noise, noise)
+
+enum class DType : int { f64, f32, bf16, f16 };
+
+GUARD_OPS_HD int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+// A [K, B, D] tensor with dense latents; strides in elements. Null when absent.
+struct Operand {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride_k = 0, stride_b = 0;
+
+  GUARD_OPS_HD explicit operator bool() const { return data != nullptr; }
+  GUARD_OPS_HD char* row(int64_t k, int64_t i) const {
+    return static_cast<char*>(data) + (k * stride_k + i * stride_b) * size_of(dtype);
+  }
+};
+
+// [K, B, 2] int64: Philox key and transition.
+struct Seeds {
+  const int64_t* data = nullptr;
+  int64_t stride_k = 0, stride_b = 0, stride_word = 0;
+  GUARD_OPS_HD uint64_t word(int64_t k, int64_t i, int w) const {
+    return static_cast<uint64_t>(data[k * stride_k + i * stride_b + w * stride_word]);
+  }
+};
+
+struct Batch {
+  Form form;
+  bool wide;  // arithmetic in float64 instead of float32
+  int64_t steps, batch, numel;
+#define GUARD_OPS_FIELD(field, name) Operand field;
+  GUARD_OPS_LATENTS(GUARD_OPS_FIELD)
+#undef GUARD_OPS_FIELD
+  Seeds seeds;
+  double guidance_scale;
+
+  // Calls body(operand) for each of them, absent ones too.
+  template <class Body>
+  void each(Body body) const {
+#define GUARD_OPS_CALL(field, name) body(field);
+    GUARD_OPS_LATENTS(GUARD_OPS_CALL)
+#undef GUARD_OPS_CALL
+  }
+};
+
+// A number that a call may do without.
+struct Maybe {
+  bool given;
+  double value;
+};
+
+// Where [K, B] inputs lie: element (k, i) at data[k * stride_k + i * stride_b].
+struct Doubles {
+  const double* data = nullptr;
+  int64_t stride_k = 0, stride_b = 0;
+  GUARD_OPS_HD const double* at(int64_t k, int64_t i) const {
+    return data == nullptr ? nullptr : data + k * stride_k + i * stride_b;
+  }
+};
+
+// The same of float64 or float32 numbers, read as the caller has them.
+struct Reals {
+  const void* data = nullptr;
+  int64_t stride_k = 0, stride_b = 0;
+  bool wide = true;
+
+  GUARD_OPS_HD double at(int64_t k, int64_t i) const {
+    const int64_t n = k * stride_k + i * stride_b;
+    return wide ? static_cast<const double*>(data)[n] : double(static_cast<const float*>(data)[n]);
+  }
+  GUARD_OPS_HD Maybe read(int64_t k, int64_t i) const {
+    return data == nullptr ? Maybe{false, 0.0} : Maybe{true, at(k, i)};
+  }
+};
+
+struct Sums {  // S1 = sum(delta e), S2 = sum(delta^2), ref = sum((b (v - v_ref))^2)
+  double s1, s2, ref;
+};
+
+GUARD_OPS_HD Sums operator+(const Sums& p, const Sums& q) {
+  return {p.s1 + q.s1, p.s2 + q.s2, p.ref + q.ref};
+}
+
+struct Coefficients {  // d loss / d Sums
+  double c1, c2, c3;
+};
+
+GUARD_OPS_HD bool operator==(const Coefficients& p, const Coefficients& q) {
+  return p.c1 == q.c1 && p.c2 == q.c2 && p.c3 == q.c3;
+}
+
+// ---- formulas -----------------------------------------------------------------------------------
 
 // a * b + c in one rounding; a SIMD vector's header specializes it.
 template <class T>
@@ -116,6 +222,11 @@ template <class T>
 struct Factors {
   T k1, k2, k3;
 };
+
+// The gradient's factors of a transition whose velocity enters the mean by b.
+GUARD_OPS_HD Factors<double> factors_of(double b, const Coefficients& c) {
+  return {b * c.c1, 2 * b * c.c2, 2 * b * b * c.c3};
+}
 
 // b (c1 e + 2 c2 delta), without the reference's part.
 template <Form F, class T>

@@ -3,18 +3,9 @@
 from .backends import available_backends, use_backend
 from .blocks import balance_weights, clipped_surrogate, ratio_norm
 from .config import GuardConfig
+from .loss import GuardLossOutput, LossAndGrad, guard_loss, guard_loss_and_grad
 from .objective import Metrics, group_advantages
-from .ops import (
-    GuardLossOutput,
-    LogRatio,
-    LossAndGrad,
-    SdeStep,
-    guard_loss,
-    guard_loss_and_grad,
-    log_prob,
-    log_ratio,
-    sde_step,
-)
+from .ops import LogRatio, SdeStep, log_prob, log_ratio, sde_step
 from .schedule import SdeSchedule, StepCoefficients
 from .statistics import RatioStatistics
 from .transitions import philox_seed

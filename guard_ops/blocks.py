@@ -1,4 +1,4 @@
-"""The objective's building blocks on [K, B] numbers, for other people's objectives."""
+"""The objective's building blocks on [K, B] numbers, for objectives that guard_loss lacks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from . import objective
-from .config import GuardConfig
-from .schedule import StepCoefficients, check_coefficients
-from .statistics import RatioStatistics
+from .config import RATIO_NORMS, GuardConfig
+from .schedule import StepCoefficients
+from .statistics import RatioStatistics, check_statistics
+from .transitions import check_coefficients, check_config, check_gaussian
 
 
 def ratio_norm(
@@ -29,13 +30,12 @@ def ratio_norm(
     mean_std = None
     if statistics is not None:
         mean_std = check_statistics(statistics, config, log_ratio.shape[:-1], log_ratio.device)
-    if config.ratio_norm == "closed_form":
+    if RATIO_NORMS[config.ratio_norm].debiased:
         if coeffs is None or kl_old is None:
-            raise ValueError(
-                f"`{'coeffs' if coeffs is None else 'kl_old'}` is missing: closed_form needs both"
-            )
+            missing = "coeffs" if coeffs is None else "kl_old"
+            raise ValueError(f"`{missing}` is missing: {config.ratio_norm} needs both")
         coeffs = _row_coefficients(coeffs, log_ratio)
-        check_gaussian(coeffs)
+        check_gaussian(coeffs, config.ratio_norm)
         _check_rows("kl_old", kl_old, log_ratio)
     wide = log_ratio.double()
     finite = wide.isfinite()
@@ -50,7 +50,7 @@ def balance_weights(
 ) -> Tensor:
     """Weights over each sample's K steps, [K, B], of ``excess`` [K, B]; no gradient.
 
-    ``inverse_dt`` needs ``coeffs`` ([K] or [K, B]). Not finite steps get 0.
+    ``inverse_dt`` needs ``coeffs`` ([K] or [K, B]). A step that is not finite gets 0.
     """
     _check_rows("excess", excess)
     check_config(config)
@@ -78,40 +78,6 @@ def clipped_surrogate(excess: Tensor, advantages: Tensor, *, config: GuardConfig
         )
     losses, _ = objective.surrogate(excess.double(), advantages.double(), config)
     return losses.to(excess.dtype)
-
-
-def check_config(config: GuardConfig) -> None:
-    """A config is a GuardConfig."""
-    if not isinstance(config, GuardConfig):
-        raise TypeError(f"`config` is a {type(config).__name__}; it needs a GuardConfig")
-
-
-def check_statistics(
-    statistics: RatioStatistics, config: GuardConfig, steps: torch.Size, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Mean and std, of shape ``steps`` ([K], or [] for one step), if the config uses them."""
-    if not isinstance(statistics, RatioStatistics):
-        raise TypeError(f"`statistics` is a {type(statistics).__name__}; it needs RatioStatistics")
-    if config.ratio_norm != "standardize":
-        raise ValueError(
-            f"`statistics` is given but `config.ratio_norm` is {config.ratio_norm!r}; only "
-            "standardize uses it"
-        )
-    if statistics.mean.shape != steps or statistics.mean.device != device:
-        raise ValueError(
-            f"`statistics` covers steps of shape {tuple(statistics.mean.shape)} on "
-            f"{statistics.mean.device}; this call needs {tuple(steps)} on {device}"
-        )
-    return statistics.mean, statistics.std
-
-
-def check_gaussian(coeffs: StepCoefficients) -> None:
-    """closed_form is exact only for the Gaussian kappa."""
-    if not coeffs.gaussian:
-        raise ValueError(
-            "`config.ratio_norm` is closed_form, which needs the Gaussian kappa 1 / (2 s^2); "
-            "`coeffs` are of kind cps"
-        )
 
 
 def _check_rows(name: str, value: Tensor, like: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Whose line a warning names."""
+"""Finds the line that calls this package, for a warning to name instead of a line of its own."""
 
 from __future__ import annotations
 

@@ -1,16 +1,69 @@
-"""GuardConfig: which ratio, which clip, which balance."""
+"""GuardConfig, the settings of the objective, and Objective, the form in which kernels get them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 RatioNorm = Literal["none", "standardize", "closed_form"]
 Balance = Literal["none", "inverse_ratio", "inverse_dt"]
 Reduction = Literal["mean", "sum"]
 NonFinite = Literal["propagate", "drop"]
+
+
+class NormNeeds(NamedTuple):
+    """What a ``ratio_norm`` has to know besides its transition's log-ratio."""
+
+    statistics: bool  # it needs the mean and the std of its step over the batch
+    debiased: bool  # it normalizes log r + kl_old, so it needs the old mean and a Gaussian kappa
+
+
+RATIO_NORMS: dict[RatioNorm, NormNeeds] = {
+    "none": NormNeeds(statistics=False, debiased=False),
+    "standardize": NormNeeds(statistics=True, debiased=False),
+    "closed_form": NormNeeds(statistics=False, debiased=True),
+}
+
+# Every language takes the objective's values in the order of these three. csrc/objective.h lists
+# the same names, which backends/compiled.py compares; kernels/objective.py reads them from here.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "ratio_norm": get_args(RatioNorm),
+    "balance": get_args(Balance),
+    "reduction": get_args(Reduction),
+    "nonfinite": get_args(NonFinite),
+}
+FLAGS = ("detach_stats", "gaussian")  # `gaussian` comes from the coefficients, not the config
+NUMBERS: dict[str, tuple[bool, bool]] = {  # name -> (zero is allowed, infinity is allowed)
+    "target_std": (False, False),
+    "std_floor": (True, False),
+    "clip_low": (True, True),
+    "clip_high": (True, True),
+    "adv_clip": (False, True),
+    "weight_floor": (False, False),
+    "kl_beta": (True, False),
+}
+
+
+class Objective(NamedTuple):
+    """A GuardConfig, and whether the densities are Gaussian, as operators and kernels take them."""
+
+    choices: tuple[int, ...]  # for each of CHOICES the index of the chosen name; then FLAGS
+    numbers: tuple[float, ...]  # in the order of NUMBERS
+
+    def chosen(self) -> dict[str, int]:
+        """The choices and flags by name."""
+        return dict(zip((*CHOICES, *FLAGS), self.choices, strict=True))
+
+    def named(self) -> dict[str, float]:
+        """The numbers by name."""
+        return dict(zip(NUMBERS, self.numbers, strict=True))
+
+    def needs(self) -> NormNeeds:
+        """What the chosen ``ratio_norm`` has to know."""
+        names = CHOICES["ratio_norm"]
+        return RATIO_NORMS[names[self.chosen()["ratio_norm"]]]  # type: ignore[index]
 
 
 @dataclass(frozen=True)
@@ -32,12 +85,12 @@ class GuardConfig:
         reduction: log-densities are "mean" over a latent's D elements (as every public
             implementation has it) or "sum" (the true density).
         kl_beta: weight of the KL to the reference model; needs ``ref_model_output`` when not 0.
-        nonfinite: NaN or Inf in a transition: "propagate" (loss and its own gradient turn NaN) or
-            "drop" (means over the finite transitions, its own gradient 0). It never reaches
-            another transition's gradient either way.
+        nonfinite: what a NaN or Inf in a transition does: with "propagate" the loss and that
+            transition's gradient turn NaN; with "drop" means are over the finite transitions and
+            its gradient is 0. Either way it never reaches another transition's gradient.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it got and what it needs.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
 
     ratio_norm: RatioNorm = "standardize"
@@ -53,32 +106,18 @@ class GuardConfig:
     kl_beta: float = 0.0
     nonfinite: NonFinite = "propagate"
 
+    # The config as kernels take it: first for coefficients that are not Gaussian, then for those
+    # that are. Both are made once, not at every call, and are no fields, as the fields imply them.
+    objectives: ClassVar[tuple[Objective, Objective]]
+
     def __post_init__(self) -> None:
-        choices: dict[str, Any] = {
-            "ratio_norm": RatioNorm,
-            "balance": Balance,
-            "reduction": Reduction,
-            "nonfinite": NonFinite,
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if value not in get_args(allowed):
-                raise ValueError(
-                    f"`{name}` is {value!r}; it needs one of {', '.join(get_args(allowed))}"
-                )
+            if value not in allowed:
+                raise ValueError(f"`{name}` is {value!r}; it needs one of {', '.join(allowed)}")
         if not isinstance(self.detach_stats, bool):
             raise TypeError(f"`detach_stats` is {self.detach_stats!r}; it needs a bool")
-        # name -> (zero allowed, infinity allowed)
-        numbers = {
-            "target_std": (False, False),
-            "std_floor": (True, False),
-            "clip_low": (True, True),
-            "clip_high": (True, True),
-            "adv_clip": (False, True),
-            "weight_floor": (False, False),
-            "kl_beta": (True, False),
-        }
-        for name, (zero, infinity) in numbers.items():
+        for name, (zero, infinity) in NUMBERS.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"`{name}` is {value!r}; it needs a number")
@@ -87,6 +126,14 @@ class GuardConfig:
                 raise ValueError(
                     f"`{name}` is {value}; it needs {bound}{'' if infinity else ' and finite'}"
                 )
+        both = tuple(self._objective(gaussian=gaussian) for gaussian in (False, True))
+        object.__setattr__(self, "objectives", both)
+
+    def _objective(self, *, gaussian: bool) -> Objective:
+        named = [allowed.index(getattr(self, name)) for name, allowed in CHOICES.items()]
+        flags = {"detach_stats": self.detach_stats, "gaussian": gaussian}
+        choices = (*named, *(int(flags[name]) for name in FLAGS))
+        return Objective(choices, tuple(float(getattr(self, name)) for name in NUMBERS))
 
     @classmethod
     def article(cls, **overrides: Any) -> GuardConfig:

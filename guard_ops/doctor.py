@@ -19,11 +19,11 @@ from . import __version__, extension
 from .backends import available_backends, unavailable_backends
 from .selftest import self_test
 
-PATIENCE = 20.0  # seconds for a program to say its version
+PATIENCE = 20.0  # seconds that a program has to print its version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report (``--json``: for programs); 0 when every available backend is right."""
+    """Print the report (``--json``: for programs); return 0 if every available backend is right."""
     parser = argparse.ArgumentParser(prog="guard-ops doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(arguments)
@@ -66,7 +66,7 @@ def examine() -> dict[str, Any]:
 
 
 def advice(backend: str) -> str:
-    """What to do to have a backend that is not available."""
+    """What the user can do to get a backend that is not available."""
     cuda, gpus = torch.version.cuda, torch.cuda.device_count()
     rebuild = f"install a C++20 compiler and build next to this torch: {extension.REBUILD}"
     if backend == "cpu":
@@ -89,7 +89,7 @@ def _build(name: str) -> dict[str, Any]:
 
 
 def _driver() -> dict[str, str | None]:
-    """The NVIDIA driver: its release, and the newest CUDA it runs; None without one."""
+    """The NVIDIA driver's release and the newest CUDA that it runs, each None if unknown."""
     release = None
     if shutil.which("nvidia-smi"):
         lines = _lines("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -106,7 +106,7 @@ def _driver() -> dict[str, str | None]:
 def _device(index: int) -> dict[str, Any]:
     try:
         properties = torch.cuda.get_device_properties(index)
-    except RuntimeError as error:  # counted by the driver, and does not start
+    except RuntimeError as error:  # the driver counts a device that does not start
         return {"name": f"device {index}", "error": str(error).splitlines()[0]}
     return {
         "name": properties.name,
@@ -120,7 +120,7 @@ def _size(device: dict[str, Any]) -> str:
 
 
 def _version(command: str) -> str | None:
-    """The line of ``command --version`` that names one, or None without the command."""
+    """The line of ``command --version`` that names the version; None if there is no command."""
     if shutil.which(command) is None:
         return None
     lines = [line for line in _lines(command, "--version") if any(c.isdigit() for c in line)]
@@ -129,7 +129,7 @@ def _version(command: str) -> str | None:
 
 
 def _lines(*command: str) -> list[str]:
-    """What a program printed; nothing where it fails, or hangs as nvidia-smi on a sick driver."""
+    """The lines that a program prints; none if it fails or hangs (nvidia-smi, on a sick driver)."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
     except (OSError, subprocess.SubprocessError):

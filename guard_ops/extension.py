@@ -1,7 +1,8 @@
 """The compiled extension: whether it fits the torch that runs, and loading it if it does.
 
-A C++ extension of another torch dies with ``undefined symbol`` where it is loaded, or worse, later.
-So what it was built for is read from the record that the build put beside it, before it is loaded.
+An extension that was built for another torch fails with ``undefined symbol`` when it is loaded, or
+worse, later. So the torch it was built for is read first, from the record that the build put beside
+it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def load() -> ModuleType:
     """``guard_ops._C``, which registers ``torch.ops.guard_ops``.
 
     Raises:
-        ImportError: it was not built, or is of another torch, or does not load; says which. The
-            latter two have been warned of, once, whoever asks first.
+        ImportError: it was not built, or is for another torch, or does not load; the message says
+            which. Of the latter two the first call also warns.
     """
     module, reason, _ = _load()
     if module is None:
@@ -40,12 +41,12 @@ def load() -> ModuleType:
 
 
 def warned() -> bool:
-    """Whether there is an extension that cannot be used, of which :func:`load` has warned."""
+    """Whether :func:`load` has warned of an extension that is there but cannot be used."""
     return _load()[2]
 
 
 def build_record() -> dict[str, Any] | None:
-    """``{"torch": "2.14.1", "cuda": "13.0" or None}`` of the build; None without one."""
+    """The versions it was built for, ``{"torch": "2.14.1", "cuda": "13.0" or None}``; else None."""
     spec = importlib.util.find_spec("guard_ops._C")
     path = Path(spec.origin).with_suffix(".json") if spec and spec.origin else None
     if path is None or not path.is_file():
@@ -55,10 +56,11 @@ def build_record() -> dict[str, Any] | None:
 
 
 def mismatch(record: dict[str, Any], version: str, cuda: str | None) -> str:
-    """Why an extension with that ``record`` cannot run under this torch, or nothing.
+    """Why an extension with that ``record`` cannot run under this torch; empty if it can.
 
-    libtorch's C++ interface is the same within one minor release of torch; libcudart's within one
-    major release of CUDA. An extension without CUDA kernels runs under a torch with or without.
+    libtorch's C++ interface is the same within one minor release of torch, and libcudart's within
+    one major release of CUDA. An extension without CUDA kernels runs under torch with or without
+    CUDA.
     """
     if _numbers(record["torch"])[:2] == _numbers(version)[:2]:
         wanted = record["cuda"]
@@ -72,7 +74,7 @@ def mismatch(record: dict[str, Any], version: str, cuda: str | None) -> str:
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str, bool]:
-    """(the module, why there is none, whether that was warned of); at most one warning."""
+    """(the module, why there is none, whether a warning said so); cached, so it warns only once."""
     if importlib.util.find_spec("guard_ops._C") is None:
         return None, NOT_BUILT, False
     record = build_record()

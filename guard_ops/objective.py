@@ -1,8 +1,8 @@
-"""The objective on [K, B] numbers (two sums in, two coefficients out).
+"""The objective on [K, B] numbers: the sums of each transition come in, the loss comes out.
 
-Plain differentiable PyTorch in float64: the truth that every fused [K, B] arithmetic follows line
-by line, and the path of distributed and custom objectives. Ratios are handled as differences from
-1 throughout: ``u = expm1(log r)``, ``excess = r_hat - 1``.
+It is plain differentiable PyTorch in float64. Fused kernels follow it line by line and are tested
+against it; the ``reference`` backend and losses with statistics over ranks run it. Ratios are
+handled as differences from 1 throughout: ``u = expm1(log r)``, ``excess = r_hat - 1``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import GuardConfig
+from .config import RATIO_NORMS, GuardConfig
 from .schedule import StepCoefficients
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
@@ -34,7 +34,7 @@ class Metrics(NamedTuple):
     nonfinite: Tensor  # how many transitions were not finite
 
 
-class Objective(NamedTuple):
+class Evaluation(NamedTuple):
     """What :func:`evaluate` returns; all but ``loss`` are detached."""
 
     loss: Tensor  # []
@@ -66,7 +66,7 @@ def log_ratio_and_kl(
 
 
 def log_density(exponent: Tensor, coeffs: StepCoefficients, numel: int, reduction: str) -> Tensor:
-    """``exponent - log s - log sqrt(2 pi)``, the constants times D under "sum"; cps drops both."""
+    """``exponent - log s - log sqrt(2 pi)``; "sum" has both constants D times, cps has neither."""
     if not coeffs.gaussian:
         return exponent
     constants = torch.log(coeffs.s) + LOG_SQRT_2PI
@@ -74,7 +74,7 @@ def log_density(exponent: Tensor, coeffs: StepCoefficients, numel: int, reductio
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``x`` [K, B] over the batch where ``mask``; NaN for a step without any."""
+    """Mean of ``x`` [K, B] over the batch where ``mask``; NaN for a step without such a sample."""
     return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1)
 
 
@@ -91,25 +91,38 @@ def normalize(
     config: GuardConfig,
     mean_std: tuple[Tensor, Tensor] | None,  # [K], [K]: statistics from elsewhere
 ) -> Tensor:
-    """RatioNorm: ``excess = r_hat - 1`` [K, B]."""
+    """RatioNorm: ``excess = r_hat - 1`` [K, B].
+
+    Only this function tells one ``ratio_norm`` from another, with ``config.RATIO_NORMS``, which
+    says what a norm has to know. csrc/objective.h and kernels/objective.py have the same function.
+    """
     if config.ratio_norm == "closed_form":
         assert coeffs is not None
         return torch.expm1(coeffs.s * (log_ratio + torch.where(finite, kl_old, 0.0)))
     u = torch.expm1(log_ratio)
     if config.ratio_norm == "none":
         return u
-    if mean_std is None:
-        stats_of = u.detach() if config.detach_stats else u
-        mean = masked_mean(stats_of, finite)
-        variance = masked_mean((stats_of - mean.unsqueeze(-1)) ** 2, finite)
-        degenerate = ~(variance.detach().sqrt() > config.std_floor)
-        std = torch.where(degenerate, 1.0, variance).sqrt()  # no gradient of sqrt at 0
-    else:
-        mean, std = mean_std
-        degenerate = ~(std > config.std_floor)
-    denominator = torch.where(degenerate, config.target_std, std)
-    excess = config.target_std * ((u - mean.unsqueeze(-1)) / denominator.unsqueeze(-1))
-    return torch.where(finite, excess, 0.0)
+    mean, std = (x.unsqueeze(-1) for x in _statistics(u, finite, config, mean_std))
+    if config.ratio_norm == "standardize":
+        denominator = torch.where(std > config.std_floor, std, config.target_std)
+        return torch.where(finite, config.target_std * ((u - mean) / denominator), 0.0)
+    raise NotImplementedError(f"`normalize` lacks the ratio_norm {config.ratio_norm!r}")
+
+
+def _statistics(
+    u: Tensor, finite: Tensor, config: GuardConfig, mean_std: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Each step's mean and std (correction 0) of ``u`` over its finite samples.
+
+    A std of 0 has a gradient of 0, not that of a square root.
+    """
+    if mean_std is not None:
+        return mean_std
+    stats_of = u.detach() if config.detach_stats else u
+    mean = masked_mean(stats_of, finite)
+    variance = masked_mean((stats_of - mean.unsqueeze(-1)) ** 2, finite)
+    spread = variance.detach() > 0
+    return mean, torch.where(spread, torch.where(spread, variance, 1.0).sqrt(), 0.0)
 
 
 def balance(
@@ -151,17 +164,18 @@ def evaluate(
     config: GuardConfig,
     step_weights: Tensor | None = None,  # [K, B]
     mean_std: tuple[Tensor, Tensor] | None = None,  # [K], [K]
-) -> Objective:
+) -> Evaluation:
     """``loss = mean_i sum_k w_ki l_ki + kl_beta mean_ki kl`` with its diagnostics.
 
-    NaN stays in its transition: a row that is not finite takes part in no statistic and no weight.
+    A transition that is not finite takes part in no statistic and no weight, so that its NaN does
+    not spread to others.
     """
     with torch.no_grad():
         finite = log_ratio.isfinite() & advantages.isfinite() & torch.expm1(log_ratio).isfinite()
         if config.kl_beta:
             finite = finite & kl.isfinite()
-        if config.ratio_norm == "closed_form":
-            finite = finite & torch.expm1(coeffs.s * (log_ratio + kl_old)).isfinite()
+        if RATIO_NORMS[config.ratio_norm].debiased:
+            finite = finite & normalize(log_ratio, kl_old, finite, coeffs, config, None).isfinite()
     safe_log_ratio = torch.where(finite, log_ratio, 0.0)
     excess = normalize(safe_log_ratio, kl_old, finite, coeffs, config, mean_std)
     if step_weights is None:
@@ -178,13 +192,13 @@ def evaluate(
     loss = losses.sum(0).sum() / samples
     if config.kl_beta:
         loss = loss + config.kl_beta * (torch.where(finite, kl, 0.0).sum() / transitions)
-    if config.nonfinite == "propagate":  # the loss turns NaN, and only the row's own gradient
+    if config.nonfinite == "propagate":  # the loss turns NaN, and that transition's gradient
         poison = torch.where(finite, 0.0, math.nan).to(log_ratio.dtype)
         loss = loss + (log_ratio * poison).sum()
     with torch.no_grad():
         metrics = _metrics(safe_log_ratio, excess, clipped, weights, kl_old, finite, config)
         excess = torch.where(finite, excess, math.nan)
-    return Objective(loss, excess, weights.detach(), metrics)
+    return Evaluation(loss, excess, weights.detach(), metrics)
 
 
 def _metrics(

@@ -3,13 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 SdeKind = Literal["flow_sde", "dance_sde", "cps"]
+
+
+class SdeRule(NamedTuple):
+    """All that tells one kind of stochastic step from another; sigmas may be [], [N] or [K, B]."""
+
+    std: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # from sigma, next, eta, sigma_max
+    mean: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # a, b from sigma, next, std
+    diffusion: bool  # whether s = std sqrt(-dt); else s = std
+    gaussian: bool  # whether kappa = 1 / (2 s^2) and densities keep their constants; else kappa = 1
+    largest_noise_level: float  # an infinite noise level is never allowed, even if this is inf
+
+
+def _diffusion_mean(sigma: Tensor, sigma_next: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    dt = sigma_next - sigma
+    return 1 + std**2 / (2 * sigma) * dt, (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt
+
+
+def _flow_sde_std(sigma: Tensor, sigma_next: Tensor, eta: Tensor, sigma_max: Tensor) -> Tensor:
+    spread = sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))
+    return eta.expand_as(sigma) * spread.sqrt()
+
+
+def _dance_sde_std(sigma: Tensor, sigma_next: Tensor, eta: Tensor, sigma_max: Tensor) -> Tensor:
+    return eta.expand_as(sigma)
+
+
+def _cps_std(sigma: Tensor, sigma_next: Tensor, eta: Tensor, sigma_max: Tensor) -> Tensor:
+    return sigma_next * torch.sin(eta * (math.pi / 2))
+
+
+def _cps_mean(sigma: Tensor, sigma_next: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    c = (sigma_next**2 - std**2).clamp(min=0.0).sqrt()
+    return (1 - sigma_next) + c, -(1 - sigma_next) * sigma + c * (1 - sigma)
+
+
+SDE_RULES: dict[SdeKind, SdeRule] = {
+    "flow_sde": SdeRule(_flow_sde_std, _diffusion_mean, True, True, math.inf),
+    "dance_sde": SdeRule(_dance_sde_std, _diffusion_mean, True, True, math.inf),
+    "cps": SdeRule(_cps_std, _cps_mean, False, False, 1.0),
+}
 
 
 class StepCoefficients:
@@ -45,7 +85,8 @@ class StepCoefficients:
         deterministic: tuple[int, ...] = ()
         if a.device.type == "cpu" and not torch.compiler.is_compiling():
             for name, value in named.items():
-                infinite = value.isinf() & (s == 0) if name == "kappa" else False  # 1 / (2 s^2)
+                # kappa = 1 / (2 s^2) is infinite for a deterministic step
+                infinite = value.isinf() & (s == 0) if name == "kappa" else False
                 if not bool((value.isfinite() | infinite).all()):
                     raise ValueError(f"`{name}` has a value that is not finite")
             if bool((s < 0).any()):
@@ -59,7 +100,7 @@ class StepCoefficients:
     def _set(self, table: Tensor, gaussian: bool, deterministic: tuple[int, ...]) -> None:
         self.table = table  # [5, *shape] float64: a, b, s, kappa, dt
         self.gaussian = gaussian
-        self.deterministic = deterministic  # steps known on the host to have s == 0
+        self.deterministic = deterministic  # the steps of which the host knows that s == 0
 
     @classmethod
     def _of(cls, table: Tensor, gaussian: bool, deterministic: tuple[int, ...]) -> StepCoefficients:
@@ -104,14 +145,6 @@ class StepCoefficients:
         return f"StepCoefficients(shape={tuple(self.shape)}, device={str(self.device)!r})"
 
 
-def check_coefficients(coeffs: StepCoefficients) -> None:
-    """What an op takes as ``coeffs``."""
-    if not isinstance(coeffs, StepCoefficients):
-        raise TypeError(
-            f"`coeffs` is a {type(coeffs).__name__}; it needs StepCoefficients, as schedule[k] is"
-        )
-
-
 class SdeSchedule:
     """The stochastic sampler's steps: ``schedule[k]`` gives step k's :class:`StepCoefficients`.
 
@@ -134,7 +167,7 @@ class SdeSchedule:
     Args:
         sigmas: N + 1 noise levels, strictly decreasing within [0, 1]; sequence or 1-D tensor.
         noise_level: eta >= 0; at most 1 for ``cps``. 0 is the ODE: it samples, but has no density.
-        kind: "flow_sde", "dance_sde" or "cps".
+        kind: a key of SDE_RULES: "flow_sde", "dance_sde" or "cps".
         device: where the coefficients live; the device of ``sigmas`` when it is a tensor.
 
     Raises:
@@ -163,14 +196,16 @@ class SdeSchedule:
                     f"`sigmas` is {_describe(sigmas)}; it needs a sequence of floats"
                 ) from error
         _check_sigmas(values)
-        if kind not in get_args(SdeKind):
-            raise ValueError(f"`kind` is {kind!r}; it needs one of {', '.join(get_args(SdeKind))}")
+        if kind not in SDE_RULES:
+            raise ValueError(f"`kind` is {kind!r}; it needs one of {', '.join(SDE_RULES)}")
         if isinstance(noise_level, bool) or not isinstance(noise_level, (int, float)):
             raise TypeError(f"`noise_level` is {_describe(noise_level)}; it needs a number")
-        top = 1.0 if kind == "cps" else math.inf
+        top = SDE_RULES[kind].largest_noise_level
         if not 0.0 <= noise_level <= top or math.isinf(noise_level):
-            raise ValueError(f"`noise_level` is {noise_level}; {kind} needs 0 <= noise_level"
-                             + (" <= 1" if kind == "cps" else " < inf"))  # fmt: skip
+            bound = "< inf" if math.isinf(top) else f"<= {top:g}"
+            raise ValueError(
+                f"`noise_level` is {noise_level}; {kind} needs 0 <= noise_level {bound}"
+            )
         self.sigmas = tuple(values)
         self.noise_level = float(noise_level)
         self.kind: SdeKind = kind
@@ -227,7 +262,7 @@ class SdeSchedule:
             ValueError: an index outside ``0 .. N-1`` (negative ones count from the end).
             TypeError: not an index.
         """
-        gaussian = self.kind != "cps"
+        gaussian = SDE_RULES[self.kind].gaussian
         if isinstance(k, Tensor):
             return self._lookup(k, gaussian)
         n = len(self)
@@ -246,7 +281,7 @@ class SdeSchedule:
             raise TypeError(f"`k` is {_describe(k)}; it needs an int, slice, list or LongTensor")
         if not steps:
             raise ValueError(f"`k` is {k!r}, which selects none of the {n} steps")
-        if table is None:  # a list as an index would be a copy to the device, which is waited for
+        if table is None:  # the host would wait for an index that is a list to reach the device
             table = torch.stack([self._table[:, step] for step in steps], 1)
         zeros = tuple(i for i, step in enumerate(steps) if step in self._deterministic)
         return StepCoefficients._of(table, gaussian, zeros)
@@ -284,25 +319,17 @@ def coefficient_table(
     sigma_next: Tensor,  # [*shape]
     noise_level: Tensor,  # [] or [*shape]
     kind: SdeKind,
-    sigma_max: Tensor,  # []: what stands for sigma where it is 1 in 1 - sigma, sigmas[1]
+    sigma_max: Tensor,  # []: replaces sigma in 1 - sigma where sigma is 1; a schedule's sigmas[1]
 ) -> Tensor:
     """``a, b, s, kappa, dt`` of steps from ``sigma`` to ``sigma_next``: [5, *shape] float64.
 
     The table of :class:`SdeSchedule`, on any device and without a host synchronization.
     """
-    dt = sigma_next - sigma
-    if kind == "cps":
-        std = sigma_next * torch.sin(noise_level * (math.pi / 2))
-        c = (sigma_next**2 - std**2).clamp(min=0.0).sqrt()
-        a, b = (1 - sigma_next) + c, -(1 - sigma_next) * sigma + c * (1 - sigma)
-        return torch.stack([a, b, std.expand_as(a), torch.ones_like(a), dt])
-    std = noise_level.expand_as(sigma)
-    if kind == "flow_sde":
-        std = std * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
-    a = 1 + std**2 / (2 * sigma) * dt
-    b = (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt
-    s = std * (-dt).sqrt()
-    return torch.stack([a, b, s, 1 / (2 * s**2), dt])
+    rule, dt = SDE_RULES[kind], sigma_next - sigma
+    std = rule.std(sigma, sigma_next, noise_level, sigma_max)
+    a, b = rule.mean(sigma, sigma_next, std)
+    s = std * (-dt).sqrt() if rule.diffusion else std.expand_as(a)
+    return torch.stack([a, b, s, 1 / (2 * s**2) if rule.gaussian else torch.ones_like(a), dt])
 
 
 def _check_sigmas(values: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""Whether a backend computes what it should: a small problem, held against ``reference``."""
+"""Checks what a backend computes on a small problem against ``reference``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.distributions import Normal
 from . import GuardConfig, SdeSchedule, guard_loss_and_grad, log_ratio, philox_seed, sde_step
 from .backends import select, use_backend
 
-# Relative, in the norm; in float32 the reference itself is off by 1e-7.
+# The largest norm of an error, relative to the norm of the right result. In float32 the reference
+# itself is off by 1e-7.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 SIGMAS = (1.0, 0.9, 0.6, 0.2, 0.0)
 
@@ -19,8 +20,8 @@ SIGMAS = (1.0, 0.9, 0.6, 0.2, 0.0)
 def self_test(backend: str) -> str:
     """``ok``, or by how much results differ from what they should be.
 
-    ``reference`` is held against torch.distributions, every other backend against ``reference`` in
-    float64, from the same rounded inputs, on the device that the backend runs on.
+    ``reference`` is compared with torch.distributions, and every other backend with ``reference``
+    in float64 on the CPU, which gets the same rounded inputs.
     """
     try:
         device, dtype = _where(backend)
@@ -30,12 +31,12 @@ def self_test(backend: str) -> str:
         with use_backend("reference"):
             case = _case(dtype, torch.device("cpu"), torch.float64)
             truth = [_density_ratio(case)] if backend == "reference" else _everything(case)
-    except Exception as error:  # a compiler's own, too
+    except Exception as error:  # a compiler may raise a class of its own
         return f"failed: {error}"
     errors = [
         float((a.cpu().double() - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True)
     ]
-    worst = max(errors, key=lambda e: (e != e, e))  # a NaN is the worst
+    worst = max(errors, key=lambda e: (e != e, e))  # a NaN counts as the worst
     return "ok" if worst <= TOLERANCE[dtype] else f"off by {worst:.1e} (relative)"
 
 
@@ -82,7 +83,8 @@ def _everything(case: dict[str, Any]) -> list[Tensor]:
     advantages = torch.tensor([1.0, -0.5, 2.0, -1.5], dtype=v.dtype, device=v.device)
     out: list[Any] = [_log_ratio(case)]
     for config in (GuardConfig.article(), GuardConfig.paper()):
-        out += guard_loss_and_grad(**case, advantages=advantages, config=config)
+        found = guard_loss_and_grad(**case, advantages=advantages, config=config)
+        out += [found.loss, found.grad]
     seed = philox_seed(1, v.shape[:2], v.device)
     for source in ({"noise": case["noise"]}, {"seed": seed}):
         step: Any = sde_step(v, case["old_model_output"], case["coeffs"], **source)
@@ -93,7 +95,8 @@ def _everything(case: dict[str, Any]) -> list[Tensor]:
 def _density_ratio(case: dict[str, Any]) -> Any:
     """``log r`` as the difference of two log-densities, which float64 can afford."""
     x = torch.zeros_like(case["noise"])  # cancels
-    a, b, s = (c.reshape(3, 1, 1, 1) for c in case["coeffs"].table[:3])
+    coeffs = case["coeffs"]
+    a, b, s = (c.reshape(3, 1, 1, 1) for c in (coeffs.a, coeffs.b, coeffs.s))
     old, new = a * x + b * case["old_model_output"], a * x + b * case["model_output"]
     y = old + s * case["noise"]
     difference = Normal(new, s).log_prob(y) - Normal(old, s).log_prob(y)

@@ -1,4 +1,4 @@
-"""RatioStatistics: RatioNorm's per-step mean and std over more than one call sees."""
+"""RatioStatistics: RatioNorm's mean and std of each step, over more samples than one call has."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .config import RATIO_NORMS, GuardConfig
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,10 +47,10 @@ class RatioStatistics:
 
     @torch.no_grad()
     def update(self, log_ratio: Tensor) -> RatioStatistics:
-        """Take in ``log_ratio`` [K, B] ([B] for one step); transitions not finite are left out.
+        """Add ``log_ratio`` [K, B] ([B] for one step), leaving out what is not finite.
 
-        Where an advantage is not finite, :func:`guard_ops.guard_loss` leaves the transition out as
-        well: set its ``log_ratio`` to NaN to have the same here.
+        :func:`guard_ops.guard_loss` also leaves out a transition whose advantage is not finite. To
+        do the same here, set its ``log_ratio`` to NaN.
         """
         if not isinstance(log_ratio, Tensor):
             raise TypeError(f"`log_ratio` is a {type(log_ratio).__name__}; it needs a tensor")
@@ -68,7 +70,7 @@ class RatioStatistics:
 
     @torch.no_grad()
     def merge(self, other: RatioStatistics) -> RatioStatistics:
-        """Take in other statistics of the same steps."""
+        """Add other statistics of the same steps."""
         if other.count.shape != self.count.shape:
             raise ValueError(
                 f"`other` covers steps of shape {tuple(other.count.shape)} but this "
@@ -97,7 +99,7 @@ class RatioStatistics:
 
     @torch.no_grad()
     def decay(self, factor: float) -> RatioStatistics:
-        """Weigh what was seen by ``factor`` in [0, 1]: a running average over updates."""
+        """Multiply earlier samples' weight by ``factor`` in [0, 1], for a running average."""
         if not 0.0 <= factor <= 1.0:
             raise ValueError(f"`factor` is {factor}; it needs [0, 1]")
         self.count, self.m2 = self.count * factor, self.m2 * factor
@@ -120,7 +122,7 @@ class RatioStatistics:
         return {"count": self.count, "mean": self.mean, "m2": self.m2}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave, for as many steps."""
+        """Restore what :meth:`state_dict` gave, which has to be for the same number of steps."""
         for name in ("count", "mean", "m2"):
             if name not in state:
                 raise ValueError(f"`state` lacks {name!r}; it needs what state_dict() gave")
@@ -132,3 +134,23 @@ class RatioStatistics:
         self.count, self.mean, self.m2 = (
             state[name].to(self.count) for name in ("count", "mean", "m2")
         )
+
+
+def check_statistics(
+    statistics: RatioStatistics, config: GuardConfig, steps: torch.Size, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and std, of shape ``steps`` ([K], or [] for one step); raises if they are of no use."""
+    if not isinstance(statistics, RatioStatistics):
+        raise TypeError(f"`statistics` is a {type(statistics).__name__}; it needs RatioStatistics")
+    if not RATIO_NORMS[config.ratio_norm].statistics:
+        using = [name for name, needs in RATIO_NORMS.items() if needs.statistics]
+        raise ValueError(
+            f"`statistics` is given but `config.ratio_norm` is {config.ratio_norm!r}, which has no "
+            f"use for it; those that have: {', '.join(using)}"
+        )
+    if statistics.mean.shape != steps or statistics.mean.device != device:
+        raise ValueError(
+            f"`statistics` covers steps of shape {tuple(statistics.mean.shape)} on "
+            f"{statistics.mean.device}; this call needs {tuple(steps)} on {device}"
+        )
+    return statistics.mean, statistics.std

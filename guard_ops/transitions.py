@@ -1,20 +1,22 @@
-"""Transitions: the checked [K, B, D] operands that every backend function takes."""
+"""The operands of a call: the named groups that backends take, and the checks that fill them.
+
+A new operand over latents is a field of :class:`Latents` and one of ``options.TransitionOptions``;
+docs/life-of-a-call.md says what else reads the list.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import GuardConfig
-from .schedule import StepCoefficients, check_coefficients
+from .options import Names
+from .schedule import StepCoefficients
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-    from .statistics import RatioStatistics
-
+Given = Mapping[str, Any]  # a call's keyword arguments: those of TransitionOptions and maybe more
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 FORMS = {
@@ -24,62 +26,77 @@ FORMS = {
     "seeded": ("old_model_output", "seed"),
     "log-prob": ("sample", "prev_sample", "old_log_prob"),
 }
+DIFFERENTIATED = ("model_output", "model_output_uncond")
+
+# ---- the groups ---------------------------------------------------------------------------------
 
 
-class LossArguments(NamedTuple):
-    """The arguments of a loss as its caller gave them, in the order of :class:`Transitions`."""
+class Latents(NamedTuple):
+    """The operands over whole latents, [K, B, D] with dense D; strides over K and B are free.
 
-    model_output: Tensor
-    model_output_uncond: Tensor | None
+    The form in which the behaviour policy is given (:data:`FORMS`) follows from which of the
+    optional ones are there. csrc/transition.h lists the same names, which backends/compiled.py
+    compares.
+    """
+
+    model_output: Tensor  # v
+    model_output_uncond: Tensor | None  # v = uncond + guidance_scale (v - uncond)
     ref_model_output: Tensor | None
-    sample: Tensor | None
-    prev_sample: Tensor | None
-    old_mean: Tensor | None
+    sample: Tensor | None  # x
+    prev_sample: Tensor | None  # y
+    old_mean: Tensor | None  # m
     old_model_output: Tensor | None
     noise: Tensor | None
-    seed: int | Tensor | None
-    coeffs: StepCoefficients
-    guidance_scale: float | None
-    old_log_prob: Tensor | None
-    advantages: Tensor | None = None  # from here on: not of a log-ratio alone
-    step_weights: Tensor | None = None
-    config: GuardConfig = GuardConfig()
-    statistics: RatioStatistics | None = None
-    process_group: ProcessGroup | None = None
+
+    def present(self) -> list[Tensor]:
+        """The operands that the call has."""
+        return [x for x in self if x is not None]
 
 
 class Transitions(NamedTuple):
-    """K x B transitions with latents flattened to D dense elements; strides over K and B are free.
+    """K x B transitions: all that a kernel over latents has to know.
 
-    Which of the optional ones are present says how the behaviour policy is given (:data:`FORMS`).
-    No property: torch.compile of 2.9 compares a named tuple's without asking for its value.
+    The groups of operands have methods but no properties, because torch.compile of torch 2.9
+    compares a named tuple's property without asking for its value.
     """
 
-    model_output: Tensor  # [K, B, D] v
-    model_output_uncond: Tensor | None  # [K, B, D]: v = uncond + guidance_scale (v - uncond)
-    ref_model_output: Tensor | None  # [K, B, D]
-    sample: Tensor | None  # [K, B, D] x
-    prev_sample: Tensor | None  # [K, B, D] y
-    old_mean: Tensor | None  # [K, B, D] m
-    old_model_output: Tensor | None  # [K, B, D]
-    noise: Tensor | None  # [K, B, D]
+    latents: Latents
     seed: Tensor | None  # [K, B, 2] int64: Philox key, transition
     coefficients: Tensor  # [5, K, B] float64: a, b, s, kappa, dt
     guidance_scale: float
 
     def form(self) -> str:
-        """A key of :data:`FORMS`."""
+        """How the behaviour policy is given: a key of :data:`FORMS`."""
         if self.seed is not None:
             return "seeded"
-        if self.noise is not None:
+        if self.latents.noise is not None:
             return "noise"
-        if self.old_model_output is not None:
+        if self.latents.old_model_output is not None:
             return "velocity"
-        return "log-prob" if self.old_mean is None else "mean"
+        return "log-prob" if self.latents.old_mean is None else "mean"
 
     def compute_dtype(self) -> torch.dtype:
         """float64 if any operand is, else float32."""
-        return compute_dtype(*(x for x in self[:8] if x is not None))
+        return compute_dtype(*self.latents.present())
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors in one flat tuple, because an autograd.Function does not look into groups."""
+        return (*self.latents, self.seed, self.coefficients)
+
+    @classmethod
+    def take(cls, tensors: Iterator[Any], guidance_scale: float) -> Transitions:
+        """Rebuilds the group from what :meth:`tensors` gave; leaves any tensors that follow."""
+        latents = Latents._make([next(tensors) for _ in Latents._fields])
+        return cls(latents, next(tensors), next(tensors), guidance_scale)
+
+
+class Rows(NamedTuple):
+    """The numbers of an objective that come with each transition or step."""
+
+    advantages: Tensor  # [K, B] float64 or float32
+    old_log_prob: Tensor | None  # [K, B] float64 or float32
+    step_weights: Tensor | None  # [K, B] float64 or float32
+    mean_std: Tensor | None  # [2, K] float64
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -116,23 +133,33 @@ def philox_seed(
     return torch.stack([torch.full_like(transition, seed), transition], -1)
 
 
-class Shape(NamedTuple):
+# ---- the checks ---------------------------------------------------------------------------------
+
+
+def check_options(function: str, given: Given, names: Names) -> None:
+    """Raises for an unknown or missing keyword argument, as Python does for a plain signature."""
+    for name in given:
+        if name not in names.known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    for name in names.required:
+        if name not in given:
+            raise TypeError(f"{function}() is missing the keyword argument {name!r}")
+
+
+class CallShape(NamedTuple):
     """How the caller shaped a call: ``[K, B, *latent]``, or ``[B, *latent]`` for one step."""
 
     steps: int
     batch: int
-    latent: tuple[int, ...]
+    full: tuple[int, ...]  # the shape of an operand over latents
     one_step: bool
 
     def leading(self) -> tuple[int, ...]:
         """``(B,)`` or ``(K, B)``."""
         return (self.batch,) if self.one_step else (self.steps, self.batch)
 
-    def full(self) -> tuple[int, ...]:
-        return self.leading() + self.latent
 
-
-def check_shape(model_output: Tensor, coeffs: StepCoefficients) -> Shape:
+def check_shape(model_output: Tensor, coeffs: StepCoefficients) -> CallShape:
     """The call's shape from ``model_output`` and ``coeffs``; raises naming what does not fit."""
     check_tensor("model_output", model_output)
     check_coefficients(coeffs)
@@ -145,31 +172,28 @@ def check_shape(model_output: Tensor, coeffs: StepCoefficients) -> Shape:
         )
     if 0 in shape:
         raise ValueError(f"`model_output` has shape {shape}, which is empty")
-    if coeffs.device != model_output.device:
+    if coeffs.table.device != model_output.device:
         raise ValueError(
-            f"`coeffs` is on {coeffs.device} but `model_output` on {model_output.device}; "
+            f"`coeffs` is on {coeffs.table.device} but `model_output` on {model_output.device}; "
             "use schedule.to(device) once"
         )
-    want = shape[: len(coeffs.shape)]
-    if tuple(coeffs.shape) != want:
-        raise ValueError(
-            f"`coeffs` has shape {tuple(coeffs.shape)} but `model_output` {shape} needs {want}"
-        )
+    got = tuple(coeffs.table.shape[1:])
+    want = shape[: len(got)]
+    if got != want:
+        raise ValueError(f"`coeffs` has shape {got} but `model_output` {shape} needs {want}")
     steps = 1 if one_step else shape[0]
-    return Shape(steps, shape[leading - 1], shape[leading:], one_step)
+    return CallShape(steps, shape[leading - 1], shape, one_step)
 
 
-def expand_coefficients(coeffs: StepCoefficients, shape: Shape) -> StepCoefficients:
-    """[5, K, B] whatever they were."""
+def full_table(coeffs: StepCoefficients, shape: CallShape) -> Tensor:
+    """The coefficients, which a call takes as [], [K] or [K, B], as one table [5, K, B]."""
     table = coeffs.table
     table = table.reshape(table.shape + (1,) * (3 - table.ndim))
-    return StepCoefficients._of(
-        table.expand(5, shape.steps, shape.batch), coeffs.gaussian, coeffs.deterministic
-    )
+    return table.expand(5, shape.steps, shape.batch)
 
 
 def check_stochastic(coeffs: StepCoefficients) -> None:
-    """A deterministic step has no density and so no ratio."""
+    """Raises for a deterministic step, which has no density and so no ratio."""
     if coeffs.deterministic:
         raise ValueError(
             f"`coeffs` has s == 0 at step {', '.join(map(str, coeffs.deterministic))} of this call:"
@@ -178,32 +202,24 @@ def check_stochastic(coeffs: StepCoefficients) -> None:
         )
 
 
-def latents(name: str, value: Tensor, shape: Shape, device: torch.device) -> Tensor:
-    """[K, B, D] of a floating ``[K, B, *latent]``; a copy only if its latent is not dense."""
+def latents(name: str, value: Tensor, shape: CallShape, device: torch.device) -> Tensor:
+    """Checks an operand and views it as [K, B, D]; copies it only if its latents are not dense."""
     check_tensor(name, value)
-    given, wanted = tuple(value.shape), shape.full()
-    if given != wanted:
-        raise ValueError(f"`{name}` has shape {given} but `model_output` {wanted}")
+    if value.shape != shape.full:
+        raise ValueError(f"`{name}` has shape {tuple(value.shape)} but `model_output` {shape.full}")
     if value.device != device:
         raise ValueError(f"`{name}` is on {value.device} but `model_output` on {device}")
     return flatten(value, shape.steps, shape.batch)
 
 
 def flatten(value: Tensor, steps: int, batch: int) -> Tensor:
-    """[K, B, D] with dense D; a view when the latent is dense."""
+    """``value`` as [K, B, D] with dense D; a view if its latents are dense."""
     value = value.reshape(steps, batch, -1)
     return value if value.stride(2) == 1 or value.shape[2] == 1 else value.contiguous()
 
 
-def constant(name: str, value: Tensor, shape: Shape, device: torch.device) -> Tensor:
-    """:func:`latents` of an operand that the loss does not differentiate."""
-    value = latents(name, value, shape, device)
-    check_constant(name, value)
-    return value
-
-
 def check_constant(name: str, value: Tensor) -> None:
-    """What carries a gradient that would be ignored is refused."""
+    """Raises for a constant that requires grad, because its gradient would be ignored."""
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"`{name}` requires grad but is a constant of the loss; detach it")
 
@@ -211,14 +227,15 @@ def check_constant(name: str, value: Tensor) -> None:
 def per_transition(
     name: str,
     value: Tensor | None,
-    shape: Shape,
+    shape: CallShape,
     device: torch.device,
     *,
     per_sample: bool = False,
 ) -> Tensor:
-    """[K, B] float64 or float32 of a floating tensor of that shape.
+    """Checks a number per transition and returns it as [K, B] float64 or float32.
 
-    ([B] for one step, or ``per_sample``). 16-bit numbers become float32, which holds them.
+    ``value`` is [K, B], or [B] for one step; with ``per_sample`` it may be [B] for several steps.
+    16-bit numbers become float32, which represents them exactly.
     """
     value = check_tensor(name, value)
     check_constant(name, value)
@@ -228,7 +245,7 @@ def per_transition(
     if not ok:
         choices = {shape.leading(), (shape.batch,)} if per_sample else {shape.leading()}
         raise ValueError(
-            f"`{name}` has shape {tuple(value.shape)}; with `model_output` of shape {shape.full()} "
+            f"`{name}` has shape {tuple(value.shape)}; with `model_output` of shape {shape.full} "
             f"it needs {' or '.join(map(str, sorted(choices, key=len)))}"
         )
     if value.device != device:
@@ -237,7 +254,7 @@ def per_transition(
     return value if value.element_size() > 2 else value.float()
 
 
-def seeds(seed: int | Tensor, shape: Shape, device: torch.device) -> Tensor:
+def seeds(seed: int | Tensor, shape: CallShape, device: torch.device) -> Tensor:
     """[K, B, 2] int64 from what the caller passed as ``seed``."""
     if not isinstance(seed, Tensor):
         if shape.steps > 1 and isinstance(seed, int):
@@ -250,7 +267,7 @@ def seeds(seed: int | Tensor, shape: Shape, device: torch.device) -> Tensor:
         raise TypeError(f"`seed` has dtype {seed.dtype}; it needs torch.int64, as philox_seed's")
     if tuple(seed.shape) != (*shape.leading(), 2):
         raise ValueError(
-            f"`seed` has shape {tuple(seed.shape)} but `model_output` {shape.full()} needs "
+            f"`seed` has shape {tuple(seed.shape)} but `model_output` {shape.full} needs "
             f"{(*shape.leading(), 2)}"
         )
     if seed.device != device:
@@ -258,54 +275,91 @@ def seeds(seed: int | Tensor, shape: Shape, device: torch.device) -> Tensor:
     return seed.reshape(shape.steps, shape.batch, 2)
 
 
-_BEHAVIOUR = sorted({name for names in FORMS.values() for name in names})
+_BEHAVIOUR = tuple(sorted({name for names in FORMS.values() for name in names}))
+_FORM_OF = {tuple(sorted(names)): form for form, names in FORMS.items()}
 
 
-def check_form(given: LossArguments) -> str:
+def check_form(given: Given) -> str:
     """The one form that the given operands make; raises for none, half of one, or two at once."""
-    present = {name for name in _BEHAVIOUR if getattr(given, name) is not None}
-    form = next((f for f, names in FORMS.items() if set(names) == present), None)
+    present = tuple([name for name in _BEHAVIOUR if given.get(name) is not None])
+    form = _FORM_OF.get(present)
     if form is None:
         options = "; ".join(f"{name}: {' + '.join(parts)}" for name, parts in FORMS.items())
         raise ValueError(
-            f"the behaviour policy is given by {' + '.join(sorted(present)) or 'nothing'}; it "
+            f"the behaviour policy is given by {' + '.join(present) or 'nothing'}; it "
             f"needs exactly one of the forms  {options}"
         )
     return form
 
 
-def gather(shape: Shape, coeffs: StepCoefficients, given: LossArguments) -> Transitions:
-    """Check every operand and flatten it to [K, B, D]; ``coeffs`` are [K, B]."""
-    device = given.model_output.device
-
-    def flat(name: str, value: Tensor | None) -> Tensor | None:
-        return None if value is None else constant(name, value, shape, device)
-
-    uncond, scale, seed = given.model_output_uncond, given.guidance_scale, given.seed
+def check_guidance(given: Given) -> float:
+    """The guidance scale, 1 for a call without classifier-free guidance."""
+    uncond, scale = given.get("model_output_uncond"), given.get("guidance_scale")
     if (uncond is None) != (scale is None):
         missing = "guidance_scale" if scale is None else "model_output_uncond"
         raise ValueError(f"`{missing}` is missing: classifier-free guidance needs both")
     if isinstance(scale, bool) or not isinstance(scale, (int, float, type(None))):
         raise TypeError(f"`guidance_scale` is a {type(scale).__name__}; it needs a float")
-    if uncond is not None:
-        uncond = latents("model_output_uncond", uncond, shape, device)
-    return Transitions(
-        latents("model_output", given.model_output, shape, device),
-        uncond,
-        flat("ref_model_output", given.ref_model_output),
-        flat("sample", given.sample),
-        flat("prev_sample", given.prev_sample),
-        flat("old_mean", given.old_mean),
-        flat("old_model_output", given.old_model_output),
-        flat("noise", given.noise),
-        None if seed is None else seeds(seed, shape, device),
-        coeffs.table,
-        1.0 if scale is None else float(scale),
-    )
+    return 1.0 if scale is None else float(scale)
+
+
+def gather(shape: CallShape, model_output: Tensor, given: Given) -> Transitions:
+    """Checks every operand over latents and flattens it to [K, B, D]."""
+    coeffs: StepCoefficients = given["coeffs"]
+    check_stochastic(coeffs)
+    check_form(given)
+    scale = check_guidance(given)
+    device = model_output.device
+    found = []
+    for name in Latents._fields:
+        value = model_output if name == "model_output" else given.get(name)
+        if value is not None:
+            value = latents(name, value, shape, device)
+            if name not in DIFFERENTIATED:
+                check_constant(name, value)
+        found.append(value)
+    seed = given.get("seed")
+    key = None if seed is None else seeds(seed, shape, device)
+    return Transitions(Latents._make(found), key, full_table(coeffs, shape), scale)
+
+
+def old_log_prob(shape: CallShape, model_output: Tensor, given: Given) -> Tensor | None:
+    """``old_log_prob`` as [K, B]; None unless the call is in the log-prob form."""
+    old = given.get("old_log_prob")
+    return None if old is None else per_transition("old_log_prob", old, shape, model_output.device)
+
+
+def check_coefficients(coeffs: StepCoefficients) -> None:
+    """Raises unless ``coeffs`` are StepCoefficients."""
+    if not isinstance(coeffs, StepCoefficients):
+        raise TypeError(
+            f"`coeffs` is a {type(coeffs).__name__}; it needs StepCoefficients, as schedule[k] is"
+        )
+
+
+def check_config(config: GuardConfig) -> None:
+    """Raises unless ``config`` is a GuardConfig."""
+    if not isinstance(config, GuardConfig):
+        raise TypeError(f"`config` is a {type(config).__name__}; it needs a GuardConfig")
+
+
+def check_gaussian(coeffs: StepCoefficients, ratio_norm: str) -> None:
+    """Raises for coefficients without the Gaussian kappa, on which ``log r + kl_old`` relies."""
+    if not coeffs.gaussian:
+        raise ValueError(
+            f"`config.ratio_norm` is {ratio_norm}, which needs the Gaussian kappa 1 / (2 s^2); "
+            "`coeffs` are of a kind without it"
+        )
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises unless ``reduction`` is one of the ways to reduce a log-density over a latent."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"`reduction` is {reduction!r}; it needs one of mean, sum")
 
 
 def check_tensor(name: str, value: object) -> Tensor:
-    """A floating tensor of a dtype that the kernels know."""
+    """Returns ``value`` if it is a tensor of a dtype that kernels take; else raises."""
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
     if value.dtype not in FLOATING:

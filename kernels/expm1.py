@@ -1,6 +1,6 @@
 """``exp(x) - 1`` in float64, to a few units in the last place, without a vendor's library.
 
-Triton has no portable expm1: libdevice's is NVIDIA's, and the interpreter has none.
+Triton has no portable expm1: libdevice's is for NVIDIA alone, and the interpreter has none.
 """
 
 import triton
@@ -16,12 +16,15 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def expm1(x):
-    """float64 of any shape; ``x = k ln 2 + r``, a Taylor polynomial of r, ``2^k p + (2^k - 1)``."""
+    """``2^k p + (2^k - 1)``, where ``x = k ln 2 + r`` and p is a Taylor polynomial of expm1(r).
+
+    ``x`` is float64 of any shape.
+    """
     inside = (x > UNDERFLOW) & (x <= OVERFLOW)
     y = tl.where(inside, x, 0.0)
     k = tl.floor(y * LOG2_E + 0.5)
     r = (y - k * LN2_HIGH) - k * LN2_LOW  # |r| <= ln 2 / 2
-    p = r * 1.1470745597729725e-11 + 1.6059043836821613e-10  # 1 / 14!, 1 / 13!
+    p = r * 1.1470745597729725e-11 + 1.6059043836821613e-10  # 1 / 14!, 1 / 13!, and so on
     p = p * r + 2.08767569878681e-09
     p = p * r + 2.505210838544172e-08
     p = p * r + 2.755731922398589e-07
@@ -34,7 +37,7 @@ def expm1(x):
     p = p * r + 0.16666666666666666
     p = p * r + 0.5
     p = p * r * r + r
-    half = ((k.to(tl.int64) + 1022) << 52).to(tl.float64, bitcast=True)  # 2^(k-1), no overflow
+    half = ((k.to(tl.int64) + 1022) << 52).to(tl.float64, bitcast=True)  # 2^(k-1): 2^k may overflow
     y = tl.where(k == 0, p, 2.0 * (half * p + (half - 0.5)))
     y = tl.where(x <= UNDERFLOW, -1.0, y)
     return tl.where(inside | (x <= UNDERFLOW), y, x + INFINITY)  # +inf, or NaN

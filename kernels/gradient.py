@@ -1,7 +1,7 @@
 """``d loss / d v = b (c1 e + 2 c2 delta) + 2 c3 b^2 (v - v_ref)``, and what rescales it.
 
 An objective of the log-ratio alone has c2 = -c1 / 2, so that its gradient is ``b c1`` times the
-departure ``y - mean = e - delta``; the closed form's has c2 = 0, and is ``b c1 e``.
+departure ``y - mean = e - delta``; with the closed form c2 is 0, and the gradient is ``b c1 e``.
 """
 
 import triton
@@ -19,7 +19,6 @@ from .launch import (
     start_tuned,
     strides_of,
 )
-from .objective import CLOSED_FORM
 from .paths import cut
 from .sums import tuning_key
 from .transition import TILE, differences, load, step_coefficient, store, velocity
@@ -32,8 +31,9 @@ def put_gradient(
 ):  # fmt: skip
     """Writes the gradient of one tile for the branches whose pointer in ``grads`` is not None.
 
-    ``g``: its part without the reference; ``from_ref``: v - v_ref; ``b`` and the coefficients are
-    float64. Three coefficients of 0 write 0, whatever the operands hold.
+    ``g``: the gradient but for the reference model's part; ``from_ref``: v - v_ref; ``b`` and the
+    coefficients are float64. If all three coefficients are 0, 0 is written, even where an operand
+    is not finite.
     """
     k3 = (2 * b * b * c3).to(T)
     if t.ref_model_output is not None:
@@ -55,7 +55,7 @@ def put_resident_gradient(
     t, grads, grad_strides, k, i, start, inside, direction, from_ref, b, c1, c2, c3,
     guidance_scale, T: tl.constexpr,
 ):  # fmt: skip
-    """:func:`put_gradient` of a tile whose direction was kept: its departure or residual."""
+    """:func:`put_gradient` of a tile whose :func:`direction_of` is still in registers."""
     g = (b * c1).to(T) * direction
     put_gradient(
         t, grads, grad_strides, k, i, start, inside, g, from_ref, b, c1, c2, c3, guidance_scale, T
@@ -64,8 +64,8 @@ def put_resident_gradient(
 
 @triton.jit
 def direction_of(e, departure, mode):
-    """What the gradient of an objective is a multiple of."""
-    if mode.norm == CLOSED_FORM:
+    """The tile of which a gradient is a multiple, but for the reference model's part."""
+    if mode.debiased:
         direction = e
     else:
         direction = departure
@@ -77,11 +77,12 @@ def write_gradient(
     t, strides, table, table_strides, grads, grad_strides, k, i, start, c1, c2, c3, numel,
     guidance_scale, T: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the gradient: reads the operands that a coefficient needs once, and writes it."""
+    """Writes a tile of the gradient; reads an operand once, and only if a coefficient needs it."""
     a = step_coefficient(table, table_strides, 0, k, i).to(T)
     b = step_coefficient(table, table_strides, 1, k, i)
     s = step_coefficient(table, table_strides, 2, k, i).to(T)
-    # Not masks ANDed with a scalar: the interpreter loses their type, and a bound is cheaper.
+    # Bounds rather than masks ANDed with a scalar: those cost more, and lose their type in the
+    # interpreter.
     lane, left = tl.arange(0, TILE), numel - start
     used = tl.where((c1 != 0) | (c2 != 0) | (c3 != 0), left, 0)
     moved = tl.where(c2 != 0, left, 0)
@@ -118,18 +119,18 @@ def gradient_kernel(
     numel,
     steps,
     batch,
-    tiles,  # of a row
+    tiles,  # in a row
     c,  # [3, K, B] float64, contiguous
-    written,  # [3, K, B] float64: of the gradient that is there already; or None
-    factor,  # []: of the gradient that is asked for; or None
+    written,  # [3, K, B] float64: what c was for the gradient that is already there; or None
+    factor,  # []: multiplies c; or None
     grads,  # (cond, uncond) pointers, None where not wanted
     grad_strides,
     T: tl.constexpr,
 ):
-    """A program a tile, from the last tile to the first: what the sums read last is still cached.
+    """One program per tile, from the last to the first: what the sums read last is still cached.
 
-    Reads the operands once and writes the gradient. With ``written``, a row is written only where
-    its coefficients are others now; with ``factor``, only where that is not 1.
+    Reads the operands once and writes the gradient. With ``written``, a row is written only if its
+    coefficients differ from those; with ``factor``, only if that is not 1.
     """
     table_strides = (table_c, table_k, table_i)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -142,7 +143,8 @@ def gradient_kernel(
     if written is not None:
         w1, w2 = tl.load(written + row), tl.load(written + rows + row)
         w3 = tl.load(written + 2 * rows + row)
-        changed = ((c1 != w1) | (c2 != w2) | (c3 != w3)) & (c1 == c1)  # NaN was written as NaN
+        # NaN coefficients were NaN before as well, and differ from themselves
+        changed = ((c1 != w1) | (c2 != w2) | (c3 != w3)) & (c1 == c1)
     if factor is not None:
         scale = tl.load(factor).to(tl.float64)
         changed = scale != 1
@@ -156,7 +158,7 @@ def gradient_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=POINTERS)
 def scale_kernel(x, factor, size, T: tl.constexpr):
-    """``x *= factor`` over dense memory, a program a tile; returns at once where factor is 1."""
+    """``x *= factor`` over dense memory, one program per tile; returns at once if factor is 1."""
     scale = tl.load(factor).to(T)
     if scale != 1:
         start = tl.program_id(0).to(tl.int64) * TILE
@@ -168,8 +170,8 @@ def scale_kernel(x, factor, size, T: tl.constexpr):
 def gradient(
     t: Transitions,
     c: Tensor,  # [3, K, B] float64
-    grad: Tensor | None,  # [K, B, D], to be written, like its branch
-    grad_uncond: Tensor | None,
+    grad: Tensor | None,  # to be written, like model_output
+    grad_uncond: Tensor | None,  # to be written, like model_output_uncond
     *,
     written: Tensor | None = None,  # [3, K, B] float64
     factor: Tensor | None = None,  # []
@@ -177,7 +179,7 @@ def gradient(
     """Launch :func:`gradient_kernel`."""
     if grad is None and grad_uncond is None:
         return
-    parts, device = cut(*t.model_output.shape), t.model_output.device
+    parts, device = cut(*t.latents.model_output.shape), t.latents.model_output.device
     grads = (grad, grad_uncond)
     last = (parts.row_tiles, c.contiguous(), written, factor, grads, tuple(map(strides_of, grads)))
 
@@ -187,13 +189,13 @@ def gradient(
 
     dtype = compute_type(t.compute_dtype())
     with on_device(device):
-        # One that may find nothing to do says nothing of how long the others take.
+        # A launch that may find nothing to write is no measure of how long others take.
         start_tuned("gradient", tuning_key(t), launch, search=written is None and factor is None)
 
 
 def rescale(
     t: Transitions,
-    c: Tensor,  # [3, K, B] float64: of the gradients as they are
+    c: Tensor,  # [3, K, B] float64: the coefficients of the gradients as they are now
     grad: Tensor | None,
     grad_uncond: Tensor | None,
     factor: Tensor,  # []
@@ -203,7 +205,7 @@ def rescale(
     if narrow:
         gradient(t, c, grad, grad_uncond, factor=factor)
         return
-    with on_device(t.model_output.device):
+    with on_device(t.latents.model_output.device):
         for x in (grad, grad_uncond):
             if x is None:
                 continue

@@ -3,14 +3,20 @@
 import triton
 import triton.language as tl
 
-from .evaluate import Given, evaluate, load_coefficients, own_coefficients, store_coefficients
+from .evaluate import (
+    Given,
+    evaluate,
+    independent_coefficients,
+    load_coefficients,
+    store_coefficients,
+)
 from .gradient import direction_of, put_resident_gradient, write_gradient
 from .launch import COUNTS, POINTERS
 from .sums import combine, is_last, segment_sums, store_partial, tile_of, tile_sums, totals
 from .transition import TILE, step_coefficient
 
-# Counters of grid_kernel: of the grid's arrivals, its gate, its departures; then every row's
-# arrivals and gate.
+# Where grid_kernel's counters are. The first counts the grid's programs as they arrive; then come
+# the grid's gate, its programs that leave, every row's programs that arrive, and every row's gate.
 GATE = tl.constexpr(1)
 DEPARTURES = tl.constexpr(2)
 ROW = tl.constexpr(3)
@@ -19,7 +25,7 @@ GRID_COUNTERS = 3
 
 @triton.jit
 def open_gate(gate):
-    """Lets through who waits at it, and all that this program wrote before."""
+    """Lets the programs that wait at the gate go on; they see all that this one has written."""
     tl.debug_barrier()
     tl.atomic_xchg(gate, 1, sem="release")
 
@@ -34,7 +40,7 @@ def wait_at(gate):
 
 @triton.jit
 def reset_gates(counters, rows):
-    """By the last program to leave: every gate is closed again for the next launch."""
+    """Closes every gate for the next launch; the last program to leave calls it."""
     tl.store(counters + GATE, 0)
     for first in range(0, rows, 1024):
         row = first + tl.arange(0, 1024)
@@ -55,7 +61,7 @@ def grid_kernel(
     batch,
     segments,
     tiles,
-    partial,  # [3, K B, segments] float64; may be sums
+    partial,  # [3, K B, segments] float64; the same memory as sums if segments is 1
     sums,  # [3, K B] float64
     counters,  # int32 [GRID_COUNTERS + 2 K B], 0 before and after
     advantages,
@@ -69,13 +75,7 @@ def grid_kernel(
     weights_k,
     weights_i,
     out,
-    target_std: tl.float64,
-    std_floor: tl.float64,
-    clip_low: tl.float64,
-    clip_high: tl.float64,
-    adv_clip: tl.float64,
-    weight_floor: tl.float64,
-    kl_beta: tl.float64,
+    numbers,  # Numbers
     mode,
     written,  # [3, K B] float64: the coefficients of the gradient that is written
     grads,  # (cond, uncond) pointers, None where not wanted
@@ -84,14 +84,15 @@ def grid_kernel(
     PADDED: tl.constexpr,
     STEPS: tl.constexpr,
     BATCH: tl.constexpr,
-    RESIDENT: tl.constexpr,  # a segment is one tile, and every one has its program
-    PER_ROW: tl.constexpr,  # a transition needs only its own sums
+    RESIDENT: tl.constexpr,  # whether a segment is one tile, and every one has a program
+    PER_ROW: tl.constexpr,  # whether a transition needs only its own sums
 ):
-    """Persistent programs, all resident; each takes every num_programs-th segment.
+    """Persistent programs, which all run at once; each takes every num_programs-th segment.
 
-    The last to arrive, of the grid or, PER_ROW, of the transition, makes the coefficients and opens
-    the gate; then the gradient. RESIDENT holds its tile in registers in between: every operand is
-    read once. Else it is read again, from the last segment back.
+    A program forms its segments' sums, waits at a gate, and writes the gradient. The gate is opened
+    by the last program to arrive, which computes the coefficients: of the grid, or of the
+    transition if PER_ROW. If RESIDENT, a program holds its tile in registers meanwhile and reads
+    every operand once. Else it reads its segments again, from the last one back.
     """
     table_strides = (table_c, table_k, table_i)
     given = Given(advantages, old_log_prob, step_weights, mean_std)
@@ -121,9 +122,9 @@ def grid_kernel(
             if is_last(counters + ROW + row, segments):
                 if PADDED > 1:
                     combine(partial, sums, row, 1, rows, segments, PADDED)
-                c1, c2, c3 = own_coefficients(
+                c1, c2, c3 = independent_coefficients(
                     sums, table, table_strides, given, given_strides, k, i, numel, steps, batch,
-                    target_std, std_floor, clip_low, clip_high, adv_clip, kl_beta, mode,
+                    numbers, mode,
                 )  # fmt: skip
                 store_coefficients(written, row, rows, c1, c2, c3)
                 open_gate(counters + ROW + rows + row)
@@ -133,9 +134,8 @@ def grid_kernel(
                     if PADDED > 1:
                         combine(partial, sums, 0, rows, rows, segments, PADDED)
                     evaluate(
-                        sums, table, table_strides, given, given_strides, out, numel, steps, batch,
-                        target_std, std_floor, clip_low, clip_high, adv_clip, weight_floor,
-                        kl_beta, mode, STEPS, BATCH,
+                        sums, table, table_strides, given, given_strides, out, numel, steps,
+                        batch, numbers, mode, STEPS, BATCH,
                     )  # fmt: skip
                     open_gate(counters + GATE)
                 wait_at(counters + GATE)
@@ -154,9 +154,8 @@ def grid_kernel(
                 if PADDED > 1:
                     combine(partial, sums, 0, rows, rows, segments, PADDED)
                 evaluate(
-                    sums, table, table_strides, given, given_strides, out, numel, steps, batch,
-                    target_std, std_floor, clip_low, clip_high, adv_clip, weight_floor, kl_beta,
-                    mode, STEPS, BATCH,
+                    sums, table, table_strides, given, given_strides, out, numel, steps,
+                    batch, numbers, mode, STEPS, BATCH,
                 )  # fmt: skip
                 open_gate(counters + GATE)
             wait_at(counters + GATE)
@@ -179,8 +178,7 @@ def grid_kernel(
     if is_last(counters + DEPARTURES, programs):
         if PER_ROW:
             evaluate(
-                sums, table, table_strides, given, given_strides, out, numel, steps, batch,
-                target_std, std_floor, clip_low, clip_high, adv_clip, weight_floor, kl_beta,
-                mode, STEPS, BATCH,
+                sums, table, table_strides, given, given_strides, out, numel, steps,
+                batch, numbers, mode, STEPS, BATCH,
             )  # fmt: skip
         reset_gates(counters, rows)

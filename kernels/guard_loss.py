@@ -2,27 +2,26 @@
 
 - ``two_launches``: :func:`sums_then_evaluate_kernel`, then ``gradient_kernel``.
 - ``one_launch``: :func:`grid_kernel`, whose programs are all resident and wait for each other.
-- ``rows``: :func:`rows_kernel`, a program a transition, where a transition needs only its own sums.
+- ``rows``: :func:`rows_kernel`, one program per transition, if that needs only its own sums.
 
-All leave the same bits. No program waits for one that may not have started, but in ``grid_kernel``,
-which is launched cooperatively for that.
+All three give the same bits. Only in ``grid_kernel`` do programs wait for others. It is launched
+cooperatively, so that all of them run.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transitions import Transitions
+from ..config import CHOICES, Objective
+from ..transitions import Rows, Transitions
 from .evaluate import (
     Given,
     Results,
     evaluate,
-    own_coefficients,
+    independent_coefficients,
     steps_at_once,
     store_coefficients,
 )
@@ -40,7 +39,7 @@ from .launch import (
     start_tuned,
     strides_of,
 )
-from .objective import BALANCE, RATIO_NORM, Mode
+from .objective import mode_of, numbers_of
 from .paths import choose, cut, machine, refused
 from .sums import (
     combine,
@@ -70,34 +69,30 @@ def sums_then_evaluate_kernel(
     batch,
     segments,
     tiles,
-    partial,  # [3, K B, segments] float64; may be sums
+    partial,  # [3, K B, segments] float64; the same memory as sums if segments is 1
     sums,  # [3, K B] float64
     counters,  # int32, 0 before and after
-    advantages,  # these four: Given
+    # The pointers of Given, then its strides. These are arguments of their own instead of tuples,
+    # so that COUNTS keeps Triton from compiling for their values.
+    advantages,
     old_log_prob,
     step_weights,
     mean_std,
-    advantages_k,  # their strides, which are numbers of their own and not tuples, so that
-    advantages_i,  # none of them is compiled for
+    advantages_k,
+    advantages_i,
     old_k,
     old_i,
     weights_k,
     weights_i,
     out,  # Results
-    target_std: tl.float64,
-    std_floor: tl.float64,
-    clip_low: tl.float64,
-    clip_high: tl.float64,
-    adv_clip: tl.float64,
-    weight_floor: tl.float64,
-    kl_beta: tl.float64,
+    numbers,  # Numbers
     mode,  # Mode
     T: tl.constexpr,
     PADDED: tl.constexpr,
     STEPS: tl.constexpr,
     BATCH: tl.constexpr,
 ):
-    """A program a segment, the last to arrive does the [K, B] arithmetic.
+    """One program per segment forms its sums; the last to arrive does the [K, B] arithmetic.
 
     Reads every operand once.
     """
@@ -117,8 +112,8 @@ def sums_then_evaluate_kernel(
         if PADDED > 1:
             combine(partial, sums, 0, rows, rows, segments, PADDED)
         evaluate(
-            sums, table, table_strides, given, given_strides, out, numel, steps, batch, target_std,
-            std_floor, clip_low, clip_high, adv_clip, weight_floor, kl_beta, mode, STEPS, BATCH,
+            sums, table, table_strides, given, given_strides, out, numel, steps,
+            batch, numbers, mode, STEPS, BATCH,
         )  # fmt: skip
 
 
@@ -136,7 +131,7 @@ def rows_kernel(
     batch,
     segments,
     tiles,
-    partial,  # [3, K B, segments] float64; may be sums
+    partial,  # [3, K B, segments] float64; the same memory as sums if segments is 1
     sums,  # [3, K B] float64
     counters,  # int32, 0 before and after
     advantages,
@@ -150,13 +145,7 @@ def rows_kernel(
     weights_k,
     weights_i,
     out,
-    target_std: tl.float64,
-    std_floor: tl.float64,
-    clip_low: tl.float64,
-    clip_high: tl.float64,
-    adv_clip: tl.float64,
-    weight_floor: tl.float64,
-    kl_beta: tl.float64,
+    numbers,  # Numbers
     mode,
     written,  # [3, K B] float64: the coefficients of the gradient that is written
     grads,  # (cond, uncond) pointers, None where not wanted
@@ -165,9 +154,9 @@ def rows_kernel(
     PADDED: tl.constexpr,
     STEPS: tl.constexpr,
     BATCH: tl.constexpr,
-    RESIDENT: tl.constexpr,  # a row is one tile
+    RESIDENT: tl.constexpr,  # whether a row is one tile
 ):
-    """A program a transition: its sums, its coefficients, its gradient from the last tile back.
+    """One program per transition: its sums, coefficients, and gradient from the last tile back.
 
     Reads every operand once if a row is one tile, else twice, the second time from cache, and
     writes the gradient. The coefficients assume that every other transition is finite.
@@ -198,9 +187,9 @@ def rows_kernel(
     tl.debug_barrier()
     if PADDED > 1:
         combine(partial, sums, row, 1, rows, segments, PADDED)
-    c1, c2, c3 = own_coefficients(
-        sums, table, table_strides, given, given_strides, k, i, numel, steps, batch, target_std,
-        std_floor, clip_low, clip_high, adv_clip, kl_beta, mode,
+    c1, c2, c3 = independent_coefficients(
+        sums, table, table_strides, given, given_strides, k, i, numel, steps, batch,
+                    numbers, mode,
     )  # fmt: skip
     store_coefficients(written, row, rows, c1, c2, c3)
     if RESIDENT:
@@ -219,80 +208,51 @@ def rows_kernel(
             )  # fmt: skip
     if is_last(counters, rows):
         evaluate(
-            sums, table, table_strides, given, given_strides, out, numel, steps, batch, target_std,
-            std_floor, clip_low, clip_high, adv_clip, weight_floor, kl_beta, mode, STEPS, BATCH,
+            sums, table, table_strides, given, given_strides, out, numel, steps,
+            batch, numbers, mode, STEPS, BATCH,
         )  # fmt: skip
 
 
-class Objective(NamedTuple):
-    """The [K, B] side of a call: its operands, and GuardConfig's choices and numbers."""
+def independent(rows: Rows, objective: Objective, steps: int) -> bool:
+    """Whether a transition's gradient needs only its own sums, if all others are finite."""
+    balance = CHOICES["balance"][objective.chosen()["balance"]]
+    ratios = not objective.needs().statistics or rows.mean_std is not None
+    weights = balance != "inverse_ratio" or steps == 1 or rows.step_weights is not None
+    return ratios and weights
 
-    advantages: Tensor  # [K, B] float64 or float32, like the next two
-    old_log_prob: Tensor | None  # [K, B]
-    step_weights: Tensor | None  # [K, B]
-    mean_std: Tensor | None  # [2, K] float64
-    ratio_norm: str
-    balance: str
-    detach_stats: bool
-    mean_reduction: bool
-    drop: bool
-    gaussian: bool
-    target_std: float
-    std_floor: float
-    clip_low: float
-    clip_high: float
-    adv_clip: float
-    weight_floor: float
-    kl_beta: float
 
-    @property
-    def mode(self) -> Mode:
-        """What a kernel is compiled for."""
-        values = (
-            RATIO_NORM.index(self.ratio_norm),
-            BALANCE.index(self.balance),
-            *map(int, self[6:10]),
-            int(self.kl_beta != 0),
-        )
-        return Mode(*map(tl.constexpr, values))
-
-    def independent(self, steps: int) -> bool:
-        """Whether a row's gradient needs only its own sums, if all others are finite."""
-        own_ratio = self.ratio_norm != "standardize" or self.mean_std is not None
-        own_weight = self.balance != "inverse_ratio" or steps == 1 or self.step_weights is not None
-        return own_ratio and own_weight
-
-    def others_count(self, steps: int) -> bool:
-        """Whether it matters to a row that another is not finite, even then."""
-        return self.drop or (steps > 1 and self.step_weights is None)
+def others_count(rows: Rows, objective: Objective, steps: int) -> bool:
+    """Whether an :func:`independent` transition's gradient changes if another is not finite."""
+    drop = CHOICES["nonfinite"][objective.chosen()["nonfinite"]] == "drop"
+    return drop or (steps > 1 and rows.step_weights is None)
 
 
 def guard_loss(
     t: Transitions,
+    rows: Rows,
     objective: Objective,
-    grad: Tensor | None,  # [K, B, D], to be written, like its branch
-    grad_uncond: Tensor | None,
-    loss: Tensor,  # [], to be written, like what follows
+    grad: Tensor | None,  # like model_output
+    grad_uncond: Tensor | None,  # like model_output_uncond
+    loss: Tensor,  # []
     per_row: Tensor,  # [4, K, B]
     metrics: Tensor,  # [10, K]
     sum_grads: Tensor,  # [3, K, B] float64
     path: str | None = None,
 ) -> None:
-    """Launch ``path``, or the one that :mod:`.paths` chooses."""
-    (steps, batch, numel), device = t.model_output.shape, t.model_output.device
+    """Launch ``path``, or the one that :mod:`.paths` chooses, to write the six tensors."""
+    v = t.latents.model_output
+    (steps, batch, numel), device = v.shape, v.device
     parts = cut(steps, batch, numel)
-    independent = objective.independent(steps)
-    row_bytes = numel * sum(x.element_size() for x in t[:8] if x is not None)
-    path = path or choose(machine(device), parts, row_bytes, independent)
+    alone = independent(rows, objective, steps)
+    row_bytes = numel * sum(x.element_size() for x in t.latents.present())
+    path = path or choose(machine(device), parts, row_bytes, alone)
     if grad is None and grad_uncond is None:
         path = "two_launches"
     with on_device(device):
         sums = torch.empty_like(sum_grads)
-        pairs = 2 * -(-steps * batch // 2)  # the second one begins at a multiple of 16 bytes
-        scratch = sums.new_empty(pairs + 2 * steps)
-        excess, spread = scratch[:pairs], scratch[pairs:]
+        spread = sums.new_empty(2 * steps)
         count = GRID_COUNTERS + 2 * parts.rows if path == "one_launch" else 1
-        given = Given(*objective[:4])
+        by_strides = (rows.advantages, rows.old_log_prob, rows.step_weights)
         common = (
             *arguments(t),
             parts.segments,
@@ -300,11 +260,11 @@ def guard_loss(
             partial_sums(sums, parts.segments),
             sums,
             counters(device, count),
-            *given,
-            *(n for x in given[:3] for n in strides_of(x)),
-            Results(loss, per_row, metrics, sum_grads, excess, spread),
-            *objective[10:],
-            objective.mode,
+            *rows,
+            *(n for x in by_strides for n in strides_of(x)),
+            Results(loss, per_row, metrics, sum_grads, spread),
+            numbers_of(objective),
+            mode_of(objective),
         )
         constants = (compute_type(t.compute_dtype()), parts.padded, *steps_at_once(steps, batch))
         if path == "two_launches":
@@ -316,7 +276,7 @@ def guard_loss(
             gradient(t, sum_grads, grad, grad_uncond)
             return
         grads = (grad, grad_uncond)
-        written = torch.empty_like(sum_grads) if independent else sum_grads
+        written = torch.empty_like(sum_grads) if alone else sum_grads
         last = (written, grads, tuple(map(strides_of, grads)), *constants)
         if path == "rows":
             start(rows_kernel, parts.rows, *common, *last, parts.one_tile, warps=WARPS["rows"])
@@ -330,7 +290,7 @@ def guard_loss(
                     *common,
                     *last,
                     resident,
-                    independent,
+                    alone,
                     warps=WARPS["grid"],
                     programs=1,
                     **({} if device.type == "cpu" else {"launch_cooperative_grid": True}),
@@ -339,7 +299,7 @@ def guard_loss(
                 if not refused(device, error):
                     raise
                 results = loss, per_row, metrics, sum_grads
-                guard_loss(t, objective, grad, grad_uncond, *results, path="two_launches")
+                guard_loss(t, rows, objective, grad, grad_uncond, *results, path="two_launches")
                 return
-        if independent and objective.others_count(steps):
+        if alone and others_count(rows, objective, steps):
             gradient(t, sum_grads, grad, grad_uncond, written=written)

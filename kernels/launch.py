@@ -22,20 +22,22 @@ from .transition import Operands
 
 INTERPRETED = isinstance(halve, InterpretedFunction)  # TRITON_INTERPRET=1 at import
 
-# Warps of a program that holds one tile of 4096 elements: 16 elements a thread, so that a 16-bit
-# operand is two 16-byte loads, a float32 one four, all in flight at once.
+# A program holds one tile of 4096 elements. With 8 warps a thread has 16 of them: two 16-byte loads
+# of a 16-bit operand, four of a float32 one, all in flight at once.
 WARPS = {"sums": 8, "gradient": 8, "sde_step": 8, "rows": 8, "grid": 8}
-CANDIDATES = (4, 8, 16)  # what GUARD_OPS_AUTOTUNE=1 searches, for kernels without a barrier
+CANDIDATES = (4, 8, 16)  # warps that GUARD_OPS_AUTOTUNE=1 tries, for kernels without a barrier
 _tuned: dict[tuple[object, ...], int] = {}
 
 
-# Arguments that a kernel is not compiled anew for: by default Triton would for a 1, and for a
-# multiple of 16. `numel` and the latents' strides stay out: 16-byte loads follow from them.
+# Arguments for whose values no kernel is compiled; by default Triton compiles anew for a 1, and for
+# a multiple of 16. `numel` and the latents' strides are left out, because 16-byte loads follow from
+# their being multiples of 16.
 COUNTS = [
     "steps", "batch", "segments", "tiles", "table_c", "table_k", "table_i", "advantages_k",
     "advantages_i", "old_k", "old_i", "weights_k", "weights_i",
 ]  # fmt: skip
-# Pointers to numbers that are read one by one: a slice of them may begin anywhere.
+# Pointers for whose alignment no kernel is compiled: their numbers are read one by one, and a slice
+# of them may begin anywhere.
 POINTERS = [
     "table", "partial", "sums", "counter", "counters", "c", "written", "factor", "advantages",
     "old_log_prob", "step_weights", "mean_std",
@@ -43,26 +45,33 @@ POINTERS = [
 
 
 def strides_of(x: Tensor | None) -> tuple[int, int]:
-    """Over K and B; 0 over a single one, so that one step is compiled for like several."""
+    """Strides over K and B; 0 where the size is 1, so that one step and several compile alike."""
     if x is None:
         return 0, 0
     return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
 
 
-def pack(*tensors: Tensor | None) -> tuple[Operands, Operands]:
-    """Pointers and strides of operands in the order of ``Transitions``."""
-    *latents, seed = tensors
-    if seed is not None and seed.stride(2) != 1:  # a transition's two numbers beside each other
-        seed = seed.contiguous()
-    packed = Operands._make([*latents, seed])
-    return packed, Operands._make(map(strides_of, packed))
+def pack(operands: Any) -> tuple[Any, Any]:
+    """``Operands`` as pointers, and as strides."""
+    seed = operands.seed
+    if seed is not None and seed.stride(2) != 1:  # kernels read a transition's two side by side
+        operands = operands._replace(seed=seed.contiguous())
+    return operands, Operands._make(map(strides_of, operands))
 
 
 def arguments(t: Transitions) -> tuple[Any, ...]:
-    """What every kernel over a loss's transitions begins with."""
+    """The arguments with which every kernel over a loss's transitions begins."""
     table = t.coefficients
-    steps, batch, numel = t.model_output.shape
-    return (*pack(*t[:9]), table, *table.stride(), t.guidance_scale, numel, steps, batch)
+    steps, batch, numel = t.latents.model_output.shape
+    return (
+        *pack(Operands(*t.latents, t.seed)),
+        table,
+        *table.stride(),
+        t.guidance_scale,
+        numel,
+        steps,
+        batch,
+    )
 
 
 def compute_type(dtype: torch.dtype) -> Any:
@@ -86,10 +95,10 @@ def nvidia() -> bool:
 def start(
     kernel: Any, grid: int, *args: Any, warps: int, programs: int = 2, **options: Any
 ) -> None:
-    """Launch ``grid`` programs; what is to be fused is written so, hence no fusion of others.
+    """Launch ``grid`` programs, without floating-point fusion other than the kernels' ``tl.fma``.
 
-    programs: how many share a processor's 65,536 registers. Left to itself, NVIDIA's assembler
-    aims at more of them and spills.
+    programs: how many are to share a processor's 65,536 registers. Left to itself, NVIDIA's
+    assembler aims at more programs and spills registers.
     """
     if nvidia():
         options["maxnreg"] = min(255, 65536 // (32 * warps * programs))
@@ -97,18 +106,18 @@ def start(
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is; of a torch without CUDA it cannot be asked."""
+    """Whether a CUDA graph is being captured, which a torch without CUDA cannot be asked."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def start_tuned(
     name: str, key: tuple[object, ...], launch: Callable[[int], None], search: bool = True
 ) -> None:
-    """``launch(warps)`` with the table's number of warps, or under GUARD_OPS_AUTOTUNE=1 the best.
+    """``launch(warps)`` with the number in ``WARPS``, or under GUARD_OPS_AUTOTUNE=1 the fastest.
 
-    ``launch`` must be repeatable; no number of warps changes a bit of the result. The search is
-    made once per key, where ``search``, never while a graph is captured. Without it nothing stalls
-    a training step.
+    The search launches repeatedly, so ``launch`` must be repeatable; no number of warps changes a
+    bit of the result. It is made once per key, if ``search``, and never while a graph is captured.
+    It has to be asked for, because it stalls a training step.
     """
     if INTERPRETED or os.environ.get("GUARD_OPS_AUTOTUNE") != "1":
         launch(WARPS[name])
@@ -128,30 +137,31 @@ def _milliseconds(launch: Callable[[int], None], warps: int) -> float:
 
 
 # ---- counters -----------------------------------------------------------------------------------
-# A kernel leaves its counters at 0, so they are zeroed once and not per call, which would be one
-# more launch. Calls on one stream follow each other and share; a captured graph may be replayed
-# beside anything, so its calls get counters that nobody else ever gets. All are slices of one
-# reserve a device, which is made before anything is captured, or traced to be: torch.compile's CUDA
-# graphs let nothing that is first allocated inside them live on.
+# A kernel leaves its counters at 0, so they are zeroed once, and not in every call by one more
+# launch. Calls on one stream follow each other and share counters. A captured graph may be replayed
+# beside anything, so its calls get counters that nothing else gets. All are slices of one reserve
+# per device, which is made before anything is captured or traced: what is first allocated inside
+# one of torch.compile's CUDA graphs does not live on.
 
 RESERVED = 1 << 18  # int32, 1 MB
-LEAST = 1024  # counters of a stream
-LINE = 32  # of a cache's line: no two share one, and all begin where the first did
+LEAST = 1024  # the fewest counters that a stream gets
+LINE = 32  # counters in a cache line; a slice has whole lines, so that no two slices share one
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
 _reserved: dict[torch.device, Tensor] = {}
 _filled: dict[torch.device, torch.cuda.Event] = {}
-_lock = threading.RLock()  # over all of these
+_lock = threading.RLock()  # held to change any of the three
 
 
 def prepare(device: torch.device) -> None:
-    """Make the device's reserve, if it has none; for calls that may be the first, traced ones too.
+    """Make the device's reserve, if it has none; every call that may be the first calls this.
 
-    Under tracing the caller is a fake implementation, whose tensors are none: this one is.
+    Under tracing that is a fake implementation, whose tensors have no memory. The reserve has some,
+    because it is made under ``no_dispatch``.
     """
     if device.type != "cuda" or device in _reserved or torch.cuda.is_current_stream_capturing():
         return
     with _lock, no_dispatch(), torch.cuda.device(device):
-        # asked again, now of this device's stream
+        # asked again, as the current stream is now one of this device
         if device not in _reserved and not torch.cuda.is_current_stream_capturing():
             reserve = torch.zeros(RESERVED, dtype=torch.int32, device=device)
             _filled[device] = torch.cuda.Event()
@@ -165,7 +175,7 @@ def counters(device: torch.device, count: int) -> Tensor:
         return _stream_counters(device, count)
     if torch.cuda.is_current_stream_capturing():
         taken = _take(device, count)
-        if taken is None:  # the graph zeroes them itself: one more node
+        if taken is None:  # counters outside the reserve are zeroed by one more node of the graph
             return torch.zeros(count, dtype=torch.int32, device=device)
         return taken
     prepare(device)

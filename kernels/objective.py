@@ -1,34 +1,70 @@
-"""The objective's scalars, line by line ``guard_ops/objective.py``, on float64 of any shape.
+"""The objective's formulas, those of ``guard_ops/objective.py``, on float64 of any shape.
 
-Names and order are those of ``csrc/objective.h``, which does the same in C++.
+Names and order are those of ``csrc/objective.h``, which does the same in C++. The choices and the
+numbers of an objective are read from ``guard_ops/config.py``.
 """
 
-from typing import Any, NamedTuple
+import struct
+from typing import Any
 
 import triton
 import triton.language as tl
 
+from ..config import CHOICES, FLAGS, NUMBERS, NormNeeds, Objective
 from .expm1 import expm1
-
-RATIO_NORM = ("none", "standardize", "closed_form")  # as GuardConfig's, by number
-BALANCE = ("none", "inverse_ratio", "inverse_dt")
-NONE = tl.constexpr(0)
-STANDARDIZE = tl.constexpr(1)
-CLOSED_FORM = tl.constexpr(2)
-INVERSE_RATIO = tl.constexpr(1)
-INVERSE_DT = tl.constexpr(2)
+from .transition import group
 
 
-class Mode(NamedTuple):
-    """Which objective: ``tl.constexpr`` each, for a kernel is compiled for one."""
+def _choice(name: str, value: str) -> tl.constexpr:
+    return tl.constexpr(CHOICES[name].index(value))
 
-    norm: Any  # index into RATIO_NORM
-    balance: Any  # index into BALANCE
-    detach_stats: Any
-    mean_reduction: Any
-    drop: Any
-    gaussian: Any
-    kl: Any  # whether kl_beta is not 0
+
+NONE = _choice("ratio_norm", "none")
+STANDARDIZE = _choice("ratio_norm", "standardize")
+CLOSED_FORM = _choice("ratio_norm", "closed_form")
+INVERSE_RATIO = _choice("balance", "inverse_ratio")
+INVERSE_DT = _choice("balance", "inverse_dt")
+MEAN = _choice("reduction", "mean")
+DROP = _choice("nonfinite", "drop")
+
+# The choices of an objective, each a tl.constexpr, as kernels are compiled for them. `kl` says
+# whether the loss has a KL term.
+Mode = group("Mode", (*CHOICES, *FLAGS, "kl", *NormNeeds._fields))
+# The numbers of an objective, each as three float32 (`words`).
+Numbers = group("Numbers", NUMBERS)
+
+
+def mode_of(objective: Objective) -> Any:
+    """The part of an objective that kernels are compiled for."""
+    kl = objective.named()["kl_beta"] != 0
+    values = (*objective.choices, kl, *objective.needs())
+    return Mode._make(tl.constexpr(int(value)) for value in values)
+
+
+def numbers_of(objective: Objective) -> Any:
+    """The part of an objective that kernels take at each call."""
+    return Numbers._make(map(words, objective.numbers))
+
+
+def words(value: float) -> tuple[float, float, float]:
+    """The 64 bits of a float64 as three whole numbers, each of which a float32 represents exactly.
+
+    Triton passes a Python float as float32, and cannot be told otherwise in a tuple. For integers
+    it would compile anew. A buffer on the device would have to be filled by a copy, for which the
+    host would wait.
+    """
+    (bits,) = struct.unpack("<Q", struct.pack("<d", value))
+    mask = (1 << 22) - 1
+    return float(bits & mask), float(bits >> 22 & mask), float(bits >> 44)
+
+
+@triton.jit
+def number(of):
+    """The float64 whose :func:`words` these are."""
+    low = tl.full((), of[0], tl.float32).to(tl.int64)
+    middle = tl.full((), of[1], tl.float32).to(tl.int64)
+    high = tl.full((), of[2], tl.float32).to(tl.int64)
+    return (low | (middle << 22) | (high << 44)).to(tl.float64, bitcast=True)
 
 
 LOG_SQRT_2PI = tl.constexpr(0.91893853320467274178)
@@ -42,19 +78,46 @@ def is_finite(x):
 
 @triton.jit
 def scale_of(kappa, numel, mode):
-    return kappa / numel if mode.mean_reduction else kappa
+    return kappa / numel if mode.reduction == MEAN else kappa
 
 
 @triton.jit
-def ratio_of(s1, s2, ref, advantage, old_log_prob, s, kappa, numel, mode):
-    """``log r``, ``kl_old``, KL to the reference model, ``u = expm1(log r)``, whether finite."""
+def normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode):
+    """RatioNorm of a finite transition; only this function tells one norm from another.
+
+    Returns ``excess = r_hat - 1``; ``outer`` and ``inner``, whose product is the derivative of the
+    excess by ``log_ratio`` (by ``log_ratio + kl_old`` for a debiased norm) with the statistics held
+    constant; and ``by_std``. A norm that needs statistics is ``outer (u - mean)``, so that its
+    derivative by the mean is ``-outer``; by the std it is ``-outer by_std``.
+    """
+    by_std = tl.zeros_like(u)
+    if mode.ratio_norm == CLOSED_FORM:
+        excess = expm1(s * (log_ratio + kl_old))
+        outer, inner = 1.0 + excess, s
+    elif mode.ratio_norm == STANDARDIZE:
+        target_std = number(numbers.target_std)
+        spread = std > number(numbers.std_floor)
+        denominator = tl.where(spread, std, target_std)
+        excess = target_std * ((u - mean) / denominator)
+        outer, inner = target_std / denominator, 1.0 + u
+        by_std = tl.where(spread, (u - mean) / std, 0.0)
+    else:
+        tl.static_assert(mode.ratio_norm == NONE, "normalize lacks this ratio_norm")
+        excess = u
+        outer, inner = tl.zeros_like(u) + 1.0, 1.0 + u
+    return excess, outer, inner, by_std
+
+
+@triton.jit
+def ratio_of(s1, s2, ref, advantage, old_log_prob, s, kappa, numel, numbers, mode):
+    """``log r``, ``kl_old``, the reference model's KL, ``u = expm1(log r)``, and whether finite."""
     scale = scale_of(kappa, numel, mode)
     kl = ref / (2 * s * s * numel)
     if old_log_prob is not None:
         log_prob = -scale * s2
         if mode.gaussian:
             constants = tl.log(s) + LOG_SQRT_2PI
-            log_prob = log_prob - (constants if mode.mean_reduction else numel * constants)
+            log_prob = log_prob - (constants if mode.reduction == MEAN else numel * constants)
         log_ratio = log_prob - old_log_prob
         kl_old = tl.zeros_like(log_ratio) + float("nan")
     else:
@@ -64,38 +127,22 @@ def ratio_of(s1, s2, ref, advantage, old_log_prob, s, kappa, numel, mode):
     finite = is_finite(log_ratio) & is_finite(advantage) & is_finite(u)
     if mode.kl:
         finite = finite & is_finite(kl)
-    if mode.norm == CLOSED_FORM:
-        finite = finite & is_finite(expm1(s * (log_ratio + kl_old)))
+    if mode.debiased:
+        excess, _, _, _ = normalize(log_ratio, kl_old, u, s, 0.0, 1.0, numbers, mode)
+        finite = finite & is_finite(excess)
     return log_ratio, kl_old, kl, u, finite
 
 
 @triton.jit
-def denominator_of(std, target_std, std_floor):
-    """The spread that RatioNorm divides by; a degenerate step's is ``target_std``."""
-    return tl.where(std > std_floor, std, target_std)
-
-
-@triton.jit
-def excess_of(log_ratio, kl_old, u, s, mean, denominator, target_std, mode):
-    """``r_hat - 1`` of a finite transition."""
-    if mode.norm == CLOSED_FORM:
-        excess = expm1(s * (log_ratio + kl_old))
-    elif mode.norm == STANDARDIZE:
-        excess = target_std * ((u - mean) / denominator)
-    else:
-        excess = u
-    return excess
-
-
-@triton.jit
-def inverse_rho(excess, weight_floor):
+def inverse_rho(excess, numbers):
+    weight_floor = number(numbers.weight_floor)
     rho = 1.0 + excess
     return 1.0 / tl.where(rho < weight_floor, weight_floor, rho)
 
 
 @triton.jit
-def own_weight(dt, finite_steps, mode):
-    """The balances that need no other step's ratio; of a sample's finite steps."""
+def independent_weight(dt, finite_steps, mode):
+    """A step's weight by a balance that needs no ratios, if the sample has ``finite_steps``."""
     if mode.balance == INVERSE_DT:
         weight = 1.0 / (finite_steps * tl.abs(dt))
     else:
@@ -104,8 +151,10 @@ def own_weight(dt, finite_steps, mode):
 
 
 @triton.jit
-def surrogate_of(excess, advantage, clip_low, clip_high, adv_clip):
-    """Loss, its slope in ``r_hat``, and whether clipped, past the upper and the lower bound."""
+def surrogate_of(excess, advantage, numbers):
+    """Loss, its slope in ``r_hat``, and whether it is clipped, above the clip, and below it."""
+    clip_low, clip_high = number(numbers.clip_low), number(numbers.clip_high)
+    adv_clip = number(numbers.adv_clip)
     a = tl.where(advantage < -adv_clip, -adv_clip, advantage)
     a = tl.where(a > adv_clip, adv_clip, a)
     high, low = excess > clip_high, excess < -clip_low
@@ -116,18 +165,19 @@ def surrogate_of(excess, advantage, clip_low, clip_high, adv_clip):
 
 
 @triton.jit
-def coefficients_of(d_excess, d_u, excess, u, s, kappa, numel, transitions, kl_beta, finite, mode):
-    """``d loss / d (S1, S2, reference sum)``; of a transition that is not finite 0, or NaN."""
+def coefficients_of(d_excess, outer, inner, s, kappa, numel, transitions, finite, numbers, mode):
+    """``d loss / d (S1, S2, reference sum)``; 0 or NaN for a transition that is not finite.
+
+    ``d_excess``: ``d loss / d r_hat``, less any gradient that goes through the statistics.
+    """
     scale = scale_of(kappa, numel, mode)
-    if mode.norm == CLOSED_FORM:
-        c1 = d_excess * (1.0 + excess) * s * 2 * scale
-        c2 = tl.zeros_like(c1)
-    else:
-        d_log_ratio = d_u * (1.0 + u)
-        c1 = d_log_ratio * 2 * scale
+    d_log_ratio = d_excess * outer * inner
+    c1 = d_log_ratio * 2 * scale
+    c2 = tl.zeros_like(c1)
+    if not mode.debiased:  # S2 cancels in log r + kl_old
         c2 = -d_log_ratio * scale
     c3 = tl.zeros_like(c1)
     if mode.kl:
-        c3 = c3 + kl_beta / transitions / (2 * s * s * numel)
-    other = 0.0 if mode.drop else float("nan")
-    return tl.where(finite, c1, other), tl.where(finite, c2, other), tl.where(finite, c3, other)
+        c3 = c3 + number(numbers.kl_beta) / transitions / (2 * s * s * numel)
+    rest = 0.0 if mode.nonfinite == DROP else float("nan")
+    return tl.where(finite, c1, rest), tl.where(finite, c2, rest), tl.where(finite, c3, rest)

@@ -1,4 +1,4 @@
-"""Which of the fused loss's paths runs: a rule of sizes and mode, documented in docs/gpu.md.
+"""Chooses a path of the fused loss by sizes and objective, as docs/gpu.md documents.
 
 ``GUARD_OPS_TRITON_PATH=two_launches|one_launch|rows`` overrides it, for benchmarks and tests.
 """
@@ -13,23 +13,23 @@ import torch
 
 from .transition import TILE
 
-MAX_SEGMENTS = 128  # of one row
+MAX_SEGMENTS = 128  # in a row
 PATHS = ("two_launches", "one_launch", "rows")
 
 
 class Machine(NamedTuple):
-    """What the rule asks of a device."""
+    """What the choice of a path depends on in a device."""
 
     processors: int  # each runs one program of grid_kernel
-    cache_bytes: int  # second level
+    cache_bytes: int  # size of the second-level cache
     cooperative: bool  # whether a launch can promise that all its programs are resident
 
 
-_apart: set[torch.device] = set()  # that have refused a cooperative launch
+_apart: set[torch.device] = set()  # the devices that have refused a cooperative launch
 
 
 def machine(device: torch.device) -> Machine:
-    """Of a device; the interpreter's is one processor that runs a program after the other."""
+    """What is known of ``device``; Triton's interpreter counts as a single processor."""
     known = _machine(device)
     return known._replace(cooperative=False) if device in _apart else known
 
@@ -58,12 +58,12 @@ def _machine(device: torch.device) -> Machine:
 
 
 class Cut(NamedTuple):
-    """How a call is cut into programs: by its shape alone, and so are its bits."""
+    """How a call is cut into programs. Its shape alone decides that, so it decides the bits too."""
 
     rows: int  # K B
-    tiles: int  # of a segment
-    segments: int  # of a row
-    row_tiles: int
+    tiles: int  # in a segment
+    segments: int  # in a row
+    row_tiles: int  # in a row
 
     @property
     def units(self) -> int:
@@ -71,7 +71,7 @@ class Cut(NamedTuple):
 
     @property
     def padded(self) -> int:
-        """The power of two from ``segments`` on."""
+        """The smallest power of two that is not below ``segments``."""
         return 1 << (self.segments - 1).bit_length()
 
     @property
@@ -81,13 +81,13 @@ class Cut(NamedTuple):
 
 
 def segment_tiles(numel: int) -> int:
-    """Tiles of a segment: a power of two, such that a row has at most MAX_SEGMENTS."""
+    """Tiles in a segment: the smallest power of two by which a row has at most MAX_SEGMENTS."""
     tiles = -(-numel // int(TILE.value))
     return 1 << (-(-tiles // MAX_SEGMENTS) - 1).bit_length()
 
 
 def cut(steps: int, batch: int, numel: int) -> Cut:
-    """Of K x B latents of ``numel`` elements."""
+    """Cuts a call of K x B latents of ``numel`` elements."""
     tiles = segment_tiles(numel)
     row_tiles = -(-numel // int(TILE.value))
     return Cut(steps * batch, tiles, -(-row_tiles // tiles), row_tiles)
@@ -99,8 +99,8 @@ def choose(on: Machine, parts: Cut, row_bytes: int, independent: bool) -> str:
     - ``one_launch`` where every segment is one tile and has its own processor: nothing is read
       twice and one launch is saved. That is up to 540,672 elements on an H100.
     - ``rows`` where a transition needs only its own sums (``independent``), there are enough of
-      them to fill the device, and either one is one tile or two a processor fit the second-level
-      cache, from where they are read again.
+      them to fill the device, and a transition is one tile, or the second-level cache, from which
+      it is read again, holds two per processor.
     - ``two_launches`` otherwise.
     """
     forced = os.environ.get("GUARD_OPS_TRITON_PATH")
@@ -109,7 +109,7 @@ def choose(on: Machine, parts: Cut, row_bytes: int, independent: bool) -> str:
             raise ValueError(
                 f"GUARD_OPS_TRITON_PATH is {forced!r}; it needs one of {', '.join(PATHS)}"
             )
-        resident = on.cooperative or on.processors == 1  # one program waits for nobody
+        resident = on.cooperative or on.processors == 1  # a single program waits for no other
         possible = {"rows": independent, "one_launch": resident}.get(forced, True)
         return forced if possible else "two_launches"
     if on.cooperative and parts.tiles == 1 and parts.units <= on.processors:

@@ -1,4 +1,4 @@
-"""Philox4x32-10 and its normals: the integers of ``backends/philox.py``, normals within 1e-6.
+"""Philox4x32-10 and its normals: integers as in ``backends/philox.py``, normals to within 1e-6.
 
 Logarithm, sine and cosine are polynomials (Cephes'), as in ``csrc/cpu/philox.h``: the GPU's own
 fast logarithm has no digits near 1, where a radius is small.
@@ -52,7 +52,7 @@ def log_unit(x):
 
 @triton.jit
 def sin_cos(x):
-    """Of float32 within a quarter of pi around 0."""
+    """Sine and cosine of float32 within pi / 4 of 0."""
     z = x * x
     sine = tl.fma(-1.9515295891e-4 * z + 8.3321608736e-3, z, -1.6666654611e-1)
     cosine = tl.fma(2.443315711809948e-5 * z - 1.388731625493765e-3, z, 4.166664568298827e-2)
@@ -61,7 +61,7 @@ def sin_cos(x):
 
 @triton.jit
 def box_muller(radius_word, angle_word, T: tl.constexpr):
-    """Two normals from a radius word and an angle word, both by way of exact float32 numbers."""
+    """Two normals from a radius word and an angle word, first made exact float32 numbers."""
     uniform = tl.maximum(radius_word.to(tl.float32), 0.5) * 2.3283064365386963e-10  # 2^-32
     rest = (angle_word & 0x3FFFFFFF).to(tl.int32) - 0x20000000
     fraction = rest.to(tl.float32) * 9.313225746154785e-10  # 2^-30

@@ -18,7 +18,7 @@ from .launch import (
 from .paths import cut
 from .summation import sum_all
 from .sums import combine, is_last, partial_sums, store_partial, tile_sum
-from .transition import TILE, load, mean, noise_of, rounded, step_coefficient, store
+from .transition import TILE, Operands, load, mean, noise_of, rounded, step_coefficient, store
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=POINTERS)
@@ -35,15 +35,15 @@ def sde_step_kernel(
     segments,
     tiles,
     prev_sample,  # [K, B, D], dtype of the sample
-    mean_out,  # [K, B, D] float32 (float64)
+    mean_out,  # [K, B, D] float32, or float64 if an operand is
     out_strides,  # (over K, over B) of both
-    partial,  # [3, K B, segments] float64; may be sums
-    sums,  # [3, K B] float64, of which the second is the square
+    partial,  # [3, K B, segments] float64; the same memory as sums if segments is 1
+    sums,  # [3, K B] float64; the second of the three is sum((y - mean)^2)
     counter,  # int32, 0 before and after
     T: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """A program a segment. Reads v, x (and the noise) once, writes the sample and the mean once."""
+    """One program per segment. Reads v, x and any noise once, writes sample and mean once."""
     table_strides = (table_c, table_k, table_i)
     segment, row = tl.program_id(0) % segments, tl.program_id(0) // segments
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
@@ -62,7 +62,7 @@ def sde_step_kernel(
         y = rounded(tl.fma(noise, s, mu), prev_sample.dtype.element_ty)
         store(mean_out, out_strides, k, i, start, inside, mu)
         store(prev_sample, out_strides, k, i, start, inside, y)
-        d = tl.where(inside, y.to(T) - mu, 0.0)  # log_prob is that of the sample as it is stored
+        d = tl.where(inside, y.to(T) - mu, 0.0)  # log_prob is that of the rounded sample
         square += tile_sum(d * d)
     rows = steps * batch
     total = sum_all(square)
@@ -81,15 +81,17 @@ def sde_step(
     prev_sample: Tensor,  # [K, B, D], to be written
     mean_out: Tensor,  # [K, B, D], to be written; its dtype is that of the arithmetic
 ) -> Tensor:
-    """Launch :func:`sde_step_kernel`; ``sum((y - mean)^2)`` [K, B] float64."""
+    """Launch :func:`sde_step_kernel`; returns ``sum((y - mean)^2)`` [K, B] float64."""
     steps, batch, numel = x.shape
     parts = cut(steps, batch, numel)
+    absent = Operands._make(None for _ in Operands._fields)
+    operands = absent._replace(model_output=v, sample=x, noise=noise, seed=seed)
     with on_device(x.device):
         sums = coefficients.new_empty((3, steps, batch))
         start(
             sde_step_kernel,
             parts.units,
-            *pack(v, None, None, x, None, None, None, noise, seed),
+            *pack(operands),
             coefficients,
             *coefficients.stride(),
             numel,

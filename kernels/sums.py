@@ -1,8 +1,8 @@
 """``S1, S2`` and the reference sum of every transition; the fused loss's first pass.
 
-A row is cut into segments by its length alone (:func:`cut`); every segment's sums
-are one fixed tree, and so is the sum over segments. The last program to arrive adds those up and,
-in the fused loss, does the [K, B] arithmetic, so that no launch is spent on it.
+Only a row's length decides how it is cut into segments (:func:`cut`). Each segment is added up in a
+fixed order, and so are the segments. The last program to arrive adds those up and, in the fused
+loss, does the [K, B] arithmetic, so that this takes no launch of its own.
 """
 
 import torch
@@ -30,13 +30,13 @@ COMBINED = tl.constexpr(2048)  # partial sums that are added up at once
 
 @triton.jit
 def tile_sum(x):
-    """[TILE] of products -> [TILE / 4] float64: four neighbours are added as they are."""
+    """[TILE] products -> [TILE / 4] float64: four neighbours are added before they are widened."""
     return halve(halve(x)).to(tl.float64)
 
 
 @triton.jit
 def tile_of(t, strides, table, table_strides, k, i, start, numel, guidance_scale, T: tl.constexpr):
-    """:func:`differences` and ``v - v_ref`` (v without one) of a tile. Reads every operand once."""
+    """A tile's :func:`differences`, ``v - v_ref`` (or v) and b. Reads every operand once."""
     a = step_coefficient(table, table_strides, 0, k, i).to(T)
     b = step_coefficient(table, table_strides, 1, k, i).to(T)
     s = step_coefficient(table, table_strides, 2, k, i).to(T)
@@ -64,7 +64,7 @@ def tile_sums(t, delta, e, from_ref, b):
 
 @triton.jit
 def totals(t, s1, s2, ref):
-    """The three sums, float64 scalars, of their terms."""
+    """Adds up the terms of the three sums, each to a float64 scalar."""
     total = tl.full((), 0.0, tl.float64)
     if t.ref_model_output is not None:
         total = sum_all(ref)
@@ -105,8 +105,8 @@ def store_partial(partial, row, segment, rows, segments, s1, s2, ref):
 def combine(partial, sums, first, count, rows, segments, PADDED: tl.constexpr):
     """``sums`` [3, rows] of rows ``[first, first + count)`` from ``partial`` [3, rows, segments].
 
-    PADDED: the power of two from ``segments`` on. Read past the first-level cache, which may hold
-    another program's older ones.
+    PADDED: the smallest power of two that is not below ``segments``. The loads bypass the
+    first-level cache, which may hold older values of what other programs have written.
     """
     GROUP: tl.constexpr = COMBINED // PADDED
     segment = tl.arange(0, PADDED)[None, :]
@@ -124,7 +124,7 @@ def combine(partial, sums, first, count, rows, segments, PADDED: tl.constexpr):
 
 @triton.jit
 def is_last(counter, expected):
-    """Counts this program in; whether it is the last of ``expected``, which resets the counter."""
+    """Counts this program; returns whether it is the last of ``expected``, and resets if it is."""
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel") == expected - 1
     if last:
@@ -146,13 +146,13 @@ def sums_kernel(
     batch,
     segments,
     tiles,
-    partial,  # [3, K B, segments] float64; may be sums
+    partial,  # [3, K B, segments] float64; the same memory as sums if segments is 1
     sums,  # [3, K B] float64
     counter,  # int32, 0 before and after
     T: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """A program a segment. Reads every operand once, writes three numbers a segment."""
+    """One program per segment. Reads every operand once, writes three numbers per segment."""
     table_strides = (table_c, table_k, table_i)
     segment, row = tl.program_id(0) % segments, tl.program_id(0) // segments
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
@@ -167,13 +167,13 @@ def sums_kernel(
 
 
 def partial_sums(sums: Tensor, segments: int) -> Tensor:
-    """Where segments' sums go, [3, K B, segments]: where a row's go, if it is one segment."""
+    """Memory for the segments' sums [3, K B, segments], which is ``sums`` if segments is 1."""
     return sums if segments == 1 else sums.new_empty(segments * sums.numel())
 
 
 def sums(t: Transitions, out: Tensor) -> None:
     """Launch :func:`sums_kernel`; out: [3, K, B] float64."""
-    parts, device = cut(*t.model_output.shape), t.model_output.device
+    parts, device = cut(*t.latents.model_output.shape), t.latents.model_output.device
     with on_device(device):
         partial = partial_sums(out, parts.segments)
         last = (parts.segments, parts.tiles, partial, out, counters(device, 1))
@@ -187,5 +187,6 @@ def sums(t: Transitions, out: Tensor) -> None:
 
 def tuning_key(t: Transitions) -> tuple[object, ...]:
     """Row length, rows, dtypes and device: what a launch configuration may depend on."""
-    dtypes = tuple(None if x is None else x.dtype for x in t[:9])
-    return (*t.model_output.shape, dtypes, torch.device(t.model_output.device))
+    dtypes = tuple(None if x is None else x.dtype for x in (*t.latents, t.seed))
+    v = t.latents.model_output
+    return (*v.shape, dtypes, torch.device(v.device))

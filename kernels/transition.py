@@ -1,43 +1,42 @@
 """One transition's formulas on a tile of its elements, shared by every kernel.
 
-Symbols are those of docs/math.md; the roundings those of ``csrc/transition.h``. Launch without
-floating-point fusion: what is to be fused is written ``tl.fma``.
+Symbols are those of docs/math.md, and roundings those of ``csrc/transition.h``. Kernels have to be
+launched without floating-point fusion: what is to be fused is written ``tl.fma``.
 """
 
-from typing import Any, NamedTuple
+from collections import namedtuple
+from collections.abc import Iterable
+from typing import Any
 
 import triton
 import triton.language as tl
 
+from ..transitions import Latents
 from .philox import normals
 
 TILE = tl.constexpr(4096)  # elements that a program holds at once
 
 
-class Operands(NamedTuple):
-    """Pointers of ``guard_ops.transitions.Transitions``, None where absent; or their strides."""
+def group(name: str, fields: Iterable[str]) -> Any:
+    """A named tuple for kernels to take, whose fields are listed elsewhere."""
+    return namedtuple(name, tuple(fields))
 
-    model_output: Any
-    model_output_uncond: Any
-    ref_model_output: Any
-    sample: Any
-    prev_sample: Any
-    old_mean: Any
-    old_model_output: Any
-    noise: Any
-    seed: Any
+
+# The latents and seed of a call: either pointers, None where absent, or the strides of each over K
+# and B.
+Operands = group("Operands", (*Latents._fields, "seed"))
 
 
 @triton.jit
 def load(pointer, strides, k, i, start, inside, T: tl.constexpr):
-    """``[start, start + TILE)`` of latent (k, i), 0 where not ``inside``; k, i, start are int64."""
+    """``[start, start + TILE)`` of latent (k, i); 0 unless ``inside``; k, i and start are int64."""
     base = k * strides[0] + i * strides[1] + start
     return tl.load(pointer + base + tl.arange(0, TILE), mask=inside, other=0.0).to(T)
 
 
 @triton.jit
 def rounded(value, to: tl.constexpr):
-    """``value`` in another dtype; float64 reaches a 16-bit one by way of float32."""
+    """``value`` in another dtype; float64 becomes float32 before it becomes a 16-bit one."""
     if value.dtype == tl.float64:
         if (to == tl.bfloat16) or (to == tl.float16):
             value = value.to(tl.float32)
@@ -54,7 +53,7 @@ def store(pointer, strides, k, i, start, inside, value):
 
 @triton.jit
 def step_coefficient(table, strides, c: tl.constexpr, k, i):
-    """float64 number c of (a, b, s, kappa, dt) of transition (k, i)."""
+    """The c-th of transition (k, i)'s coefficients (a, b, s, kappa, dt), in float64."""
     return tl.load(table + c * strides[0] + k * strides[1] + i * strides[2])
 
 
@@ -66,7 +65,7 @@ def mean(a, b, x, v):
 
 @triton.jit
 def velocity(t, strides, k, i, start, inside, guidance_scale, T: tl.constexpr):
-    """v, or guidance's ``uncond + scale (v - uncond)``, rounded like the three operators."""
+    """v, or with guidance ``uncond + scale (v - uncond)``, which rounds after each operator."""
     v = load(t.model_output, strides.model_output, k, i, start, inside, T)
     if t.model_output_uncond is not None:
         uncond = load(t.model_output_uncond, strides.model_output_uncond, k, i, start, inside, T)
@@ -76,7 +75,7 @@ def velocity(t, strides, k, i, start, inside, guidance_scale, T: tl.constexpr):
 
 @triton.jit
 def noise_of(t, strides, k, i, start, inside, T: tl.constexpr):
-    """eps, read or regenerated."""
+    """The noise of a tile, read, or regenerated from the seed."""
     if t.seed is not None:
         seed = t.seed + k * strides.seed[0] + i * strides.seed[1]
         noise = normals(tl.load(seed), tl.load(seed + 1), start, TILE, T)
@@ -89,9 +88,9 @@ def noise_of(t, strides, k, i, start, inside, T: tl.constexpr):
 def differences(t, strides, k, i, start, inside, moving, behaving, v, a, b, s, T: tl.constexpr):
     """``delta = mean - m``, ``e = y - m`` and the departure ``y - mean`` of the operands' form.
 
-    What only ``delta`` and the departure need is read where ``moving``, and what the departure does
-    not need, the behaviour policy's mean or velocity, where ``behaving``: a gradient whose
-    coefficients do without leaves them in memory.
+    Operands that only ``delta`` and the departure need are read where ``moving``; the behaviour
+    policy's mean or velocity, which the departure does not need, is read where ``behaving``. So a
+    gradient reads none that its coefficients make unnecessary.
     """
     if (t.noise is not None) or (t.seed is not None):
         old = load(t.old_model_output, strides.old_model_output, k, i, start, moving, T)
@@ -103,7 +102,7 @@ def differences(t, strides, k, i, start, inside, moving, behaving, v, a, b, s, T
         y = load(t.prev_sample, strides.prev_sample, k, i, start, inside, T)
         old = load(t.old_model_output, strides.old_model_output, k, i, start, behaving, T)
         delta = b * (v - old)
-        # not y - mean: that would round twice at the size of the latent, and e is of the size of s
+        # y - (a x + b old) would round twice at the size of the latent, but e is only as large as s
         e = tl.fma(old, -b, tl.fma(x, -a, y))
         departure = tl.fma(v, -b, tl.fma(x, -a, y))
     elif t.old_mean is not None:

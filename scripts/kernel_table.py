@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "kernels.md"
 ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = (torch.float32, torch.bfloat16)
-# Registers a thread, of 256 threads a program: two programs a processor below 129, else one.
-# grid_kernel holds its tile across the [K, B] arithmetic, and has a processor to itself.
+# The most registers that a thread may take. A program has 256 threads, so a processor runs two with
+# up to 128 registers, else one. grid_kernel may take more: it holds its tile across the [K, B]
+# arithmetic, and has a processor to itself.
 REGISTERS = {
     "sums_kernel": 128,
     "gradient_kernel": 128,
@@ -40,7 +41,7 @@ REGISTERS = {
 
 
 class Facts(NamedTuple):
-    """One compiled kernel."""
+    """What the machine code of a kernel shows."""
 
     arch: int
     kernel: str
@@ -51,10 +52,10 @@ class Facts(NamedTuple):
     shared: int  # bytes
     instructions: int
     loads: int  # of 128 bits, from global memory
-    stores: int
+    stores: int  # of 128 bits, to global memory
 
     def broken(self) -> list[str]:
-        """What is wrong with it."""
+        """What is wrong with the kernel."""
         name = f"{self.kernel} ({self.form}, {self.dtype}, sm_{self.arch})"
         bound = REGISTERS[self.kernel]
         out = []
@@ -70,7 +71,7 @@ class Facts(NamedTuple):
 
 
 class NoDevice:
-    """A Triton driver for a GPU that is not there: enough to compile, nothing to launch."""
+    """A Triton driver for a GPU that is not there, with which Triton compiles but cannot launch."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -109,9 +110,10 @@ def compiled(arch: int, calls: list[Callable[[], None]]) -> list[Any]:
 
 
 def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
-    """Every launcher once, on a problem of ``form``: two steps of four latents of two tiles."""
+    """Calls of every launcher, on a problem of ``form``: two steps of four latents of two tiles."""
+    from guard_ops import GuardConfig
     from guard_ops.kernels import gradient, guard_loss, paths, sde_step, sums
-    from guard_ops.transitions import Transitions
+    from guard_ops.transitions import Latents, Rows, Transitions
 
     guard_loss.machine = lambda device: paths.Machine(132, 50 << 20, True)  # an H100's
     shape = (2, 4, 8192)
@@ -124,45 +126,37 @@ def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
 
     seeds = torch.zeros(2, 4, 2, dtype=torch.int64)
     mean = form == "mean"
+    x, y, m = latents(), latents(), latents(torch.float32)
+    of = {"sample": x, "prev_sample": y, "old_mean": m} if mean else {"old_model_output": x}
+    absent: dict[str, None] = dict.fromkeys(Latents._fields)
+    table = torch.ones(5, 2, 1, dtype=torch.float64).expand(5, 2, 4)
     t = Transitions(
-        model_output=latents(),
-        model_output_uncond=None,
-        ref_model_output=None,
-        sample=latents() if mean else None,
-        prev_sample=latents() if mean else None,
-        old_mean=latents(torch.float32) if mean else None,
-        old_model_output=None if mean else latents(),
-        noise=None,
-        seed=None if mean else seeds,
-        coefficients=torch.ones(5, 2, 1, dtype=torch.float64).expand(5, 2, 4),
-        guidance_scale=1.0,
+        Latents(**{**absent, "model_output": latents(), **of}), None if mean else seeds, table, 1.0
     )
 
-    def fused(path: str, norm: str, balance: str) -> None:
-        problem = guard_loss.Objective(
-            rows(1)[0], None, None, None, norm, balance, True, True, False, True,
-            1.0, 1e-8, 0.2, 0.2, 5.0, 0.1, 0.0,
-        )  # fmt: skip
+    def fused(path: str, config: GuardConfig) -> None:
         os.environ["GUARD_OPS_TRITON_PATH"] = path
         loss, metrics = torch.zeros(()), torch.zeros(10, 2)
         per_row = rows(4, torch.float32)
-        guard_loss.guard_loss(t, problem, latents(), None, loss, per_row, metrics, rows(3))
+        numbers = Rows(rows(1)[0], None, None, None)
+        results = loss, per_row, metrics, rows(3)
+        guard_loss.guard_loss(t, numbers, config.objectives[True], latents(), None, *results)
 
     def step() -> None:
-        sde_step.sde_step(t[0], latents(), t[9], None, seeds, latents(), latents(torch.float32))
+        sde_step.sde_step(x, y, table, None, seeds, latents(), latents(torch.float32))
 
     return [
         lambda: sums.sums(t, rows(3)),
         lambda: gradient.gradient(t, rows(3), latents(), None),
-        lambda: fused("two_launches", "standardize", "inverse_ratio"),
-        lambda: fused("one_launch", "standardize", "inverse_ratio"),
-        lambda: fused("rows", "closed_form", "inverse_dt"),
+        lambda: fused("two_launches", GuardConfig.article()),
+        lambda: fused("one_launch", GuardConfig.article()),
+        lambda: fused("rows", GuardConfig.paper()),
         *([] if mean else [step]),
     ]
 
 
 def facts_of(arch: int, form: str, dtype: torch.dtype) -> list[Facts]:
-    """Of every kernel, from cuobjdump."""
+    """The facts of every kernel, as cuobjdump shows them."""
     found: dict[str, Facts] = {}
     for kernel in compiled(arch, calls_of(form, dtype)):
         name = kernel.metadata.name
@@ -203,7 +197,7 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def all_facts(processes: int = 2) -> list[Facts]:
-    """Of every kernel, form, dtype and architecture."""
+    """The facts of every kernel in every form and dtype for every architecture."""
     cases = [(a, f, d) for a in ARCHITECTURES for f in ("mean", "seeded") for d in DTYPES]
     with ProcessPoolExecutor(processes) as pool:
         results = pool.map(facts_of, *zip(*cases, strict=True))
@@ -211,7 +205,7 @@ def all_facts(processes: int = 2) -> list[Facts]:
 
 
 def page(facts: list[Facts]) -> str:
-    """docs/kernels.md."""
+    """The text of docs/kernels.md."""
     import triton
 
     head = ("kernel", "form", "dtype", "sm", "registers", "spills", "shared", "instructions",
@@ -222,8 +216,8 @@ def page(facts: list[Facts]) -> str:
         "",
         "Written by `python scripts/kernel_table.py`, which compiles every kernel for every "
         "architecture without a GPU and reads",
-        "the code with `cuobjdump`; `make test` checks it. Nothing here says how fast they are: "
-        "[GPU](gpu.md).",
+        "the code with `cuobjdump`; `make test-all` checks it. Nothing here says how fast they "
+        "are: [GPU](gpu.md).",
         "",
         f"Triton {triton.__version__}, 8 warps a program, latents of a multiple of 16 elements at "
         "16-byte addresses, `old_mean` float32.",
@@ -247,7 +241,7 @@ def _interpreting() -> bool:
 
 
 def main() -> int:
-    """Write the page, or check it; 0 when every bound holds."""
+    """Write the page, or check it; returns 0 if every bound holds."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check

@@ -51,7 +51,7 @@ def inputs(goldens: Any, case: str, form: str, config: go.GuardConfig) -> Proble
     names = ("sample", "prev_sample", "old_model_output", "model_output", "advantages")
     given = {name: goldens[f"{case}/{name}"] for name in names}
     x, y = given["sample"], given["prev_sample"]
-    a, b, s = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in coeffs.table[:3])
+    a, b, s = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in (coeffs.a, coeffs.b, coeffs.s))
     mean = a * x + b * given["old_model_output"]
     if form in ("mean", "log-prob", "noise"):
         del given["old_model_output"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import guard_ops as go
 from guard_ops.transitions import FORMS as OPERANDS
+from guard_ops.transitions import Latents
 
 FORMS = tuple(OPERANDS)  # mean, velocity, noise, seeded, log-prob
 EXACT_ON_POLICY = ("mean", "velocity", "noise", "seeded")
@@ -76,6 +77,15 @@ def arguments(given: Problem, **changes: Any) -> Problem:
 def without_advantages(given: Problem) -> Problem:
     """What ``log_ratio`` takes."""
     return {name: value for name, value in given.items() if name != "advantages"}
+
+
+def operands(given: Problem) -> tuple[Any, ...]:
+    """What the registered operators take first: latents [K, B, D], seed, table, guidance scale."""
+    steps, batch = given["model_output"].shape[:2]
+    latents = [given.get(name) for name in Latents._fields]
+    table = given["coeffs"].table.unsqueeze(-1).expand(5, steps, batch)
+    flat = [None if x is None else x.flatten(2) for x in latents]
+    return flat, given.get("seed"), table, given.get("guidance_scale", 1.0)
 
 
 def widened(given: Problem) -> Problem:

@@ -56,7 +56,7 @@ def test_doctor_finds_a_backend_that_fails(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("illegal instruction")
 
-    monkeypatch.setattr(backends.cpu, "guard_loss_plain", fail)
+    monkeypatch.setattr(backends.cpu, "guard_loss", fail)
     assert doctor.self_test("cpu") == "failed: illegal instruction"
     assert doctor.main(["--json"]) == 1
     report = json.loads(capsys.readouterr().out)

@@ -257,7 +257,7 @@ LOSS_ERRORS = [
     (
         {"statistics": go.RatioStatistics(K), "config": go.GuardConfig.paper()},
         ValueError,
-        "`statistics` is given but `config.ratio_norm` is 'closed_form'; only standardize uses it",
+        "`statistics` is given but `config.ratio_norm` is 'closed_form', which has no use for it",
     ),
     (
         {"statistics": go.RatioStatistics(K + 1)},

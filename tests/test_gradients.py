@@ -13,13 +13,14 @@ import torch
 from problems import FORMS, arguments, problem, relative, run, without_advantages
 
 import guard_ops as go
+from guard_ops.config import RATIO_NORMS
 
-NORMS = ("none", "standardize", "closed_form")
+NORMS = tuple(RATIO_NORMS)
 BALANCES = ("none", "inverse_ratio", "inverse_dt")
 MODES = [
     (form, norm, balance, detach)
     for form, norm, balance in itertools.product(FORMS, NORMS, BALANCES)
-    for detach in ((True, False) if norm == "standardize" else (True,))
+    for detach in ((True, False) if RATIO_NORMS[norm].statistics else (True,))
     if not (form == "log-prob" and norm == "closed_form")  # an error: kl_old is not known
 ]
 
@@ -37,7 +38,7 @@ def constants(given, config):
     assert (out.excess - bounds).abs().min() > 1e-5  # finite differences step over no kink
     assert out.metrics.clip_fraction.sum() > 0  # and both branches are taken
     more = {} if config.balance == "none" else {"step_weights": out.weights}
-    if config.ratio_norm == "standardize" and config.detach_stats:
+    if RATIO_NORMS[config.ratio_norm].statistics and config.detach_stats:
         ratio = go.log_ratio(**without_advantages(given), reduction=config.reduction)
         more["statistics"] = go.RatioStatistics(2).update(ratio.log_ratio)
     return more
@@ -166,7 +167,7 @@ def test_log_prob(backend):
 def test_log_prob_is_that_of_the_normal_distribution(backend):
     given = small("velocity")
     x, y, coeffs = given["sample"], given["prev_sample"], given["coeffs"]
-    a, b, s = (c[:, None, None] for c in coeffs.table[:3])
+    a, b, s = (c[:, None, None] for c in (coeffs.a, coeffs.b, coeffs.s))
     normal = torch.distributions.Normal(a * x + b * given["model_output"], s)
     for reduction, expected in (
         ("mean", normal.log_prob(y).mean(-1)),
@@ -181,7 +182,7 @@ def test_log_prob_is_that_of_the_normal_distribution(backend):
 def test_log_ratio_and_kl_are_torch_distributions(backend):
     given = small("mean")
     x, y, coeffs = given["sample"], given["prev_sample"], given["coeffs"]
-    a, b, s = (c[:, None, None] for c in coeffs.table[:3])
+    a, b, s = (c[:, None, None] for c in (coeffs.a, coeffs.b, coeffs.s))
     new = torch.distributions.Normal(a * x + b * given["model_output"], s)
     old = torch.distributions.Normal(given["old_mean"], s)
     t = go.log_ratio(**without_advantages(given), reduction="sum")

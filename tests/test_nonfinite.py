@@ -8,8 +8,9 @@ import torch
 from problems import problem, run, without_advantages
 
 import guard_ops as go
+from guard_ops.config import RATIO_NORMS
 
-NORMS = ("none", "standardize", "closed_form")
+NORMS = tuple(RATIO_NORMS)
 BALANCES = ("none", "inverse_ratio", "inverse_dt")
 NAN, INF = math.nan, math.inf
 MODES = list(itertools.product(NORMS, BALANCES))
@@ -41,7 +42,7 @@ def frozen(given, config, finite):
     k, b = finite.shape
     log_ratio = go.log_ratio(**without_advantages(given)).log_ratio.double()
     more = {}
-    if config.ratio_norm == "standardize":
+    if RATIO_NORMS[config.ratio_norm].statistics:
         seen = torch.where(finite, log_ratio, NAN)
         more["statistics"] = go.RatioStatistics(k).update(seen)
     excess = go.guard_loss(**given, config=config, **more).excess.double()

@@ -22,7 +22,7 @@ def test_mean_sample_and_density(kind, backend):
     coeffs = schedule(kind)[2]
     noise = torch.randn(4, 3, 5, dtype=torch.float64)
     step = go.sde_step(v, x, coeffs, noise=noise)
-    a, b, s, kappa = coeffs.table[:4]
+    a, b, s, kappa = coeffs.a, coeffs.b, coeffs.s, coeffs.kappa
     mean = a * x + b * v
     torch.testing.assert_close(step.mean, mean, rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(step.prev_sample, mean + s * noise, rtol=1e-14, atol=1e-15)
@@ -44,7 +44,7 @@ def test_dtypes(dtype, backend):
     step = go.sde_step(v, x, coeffs, noise=noise)
     assert step.prev_sample.dtype == dtype
     assert step.mean.dtype == step.log_prob.dtype == torch.float32
-    a, b, s, kappa = coeffs.table[:4]
+    a, b, s, kappa = coeffs.a, coeffs.b, coeffs.s, coeffs.kappa
     mean = a * x.double() + b * v.double()
     assert largest(step.mean, mean) < 1e-6
     rounding = {torch.float32: 2e-7, torch.bfloat16: 2e-3, torch.float16: 3e-4}[dtype]

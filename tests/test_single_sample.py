@@ -9,14 +9,14 @@ import torch
 from problems import EXACT_ON_POLICY, FORMS, problem, relative, run
 
 import guard_ops as go
-from guard_ops import loss_call
+from guard_ops import loss
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("steps", [None, 3])
 def test_a_batch_of_one_standardizes_to_plain_grpo_and_warns_once(form, steps, backend):
     given = problem(form, steps=steps, batch=1, drift=0.2 if form != "mean" else 0.3)
-    loss_call._warned_single = False
+    loss._warned_single = False
     with pytest.warns(RuntimeWarning, match="standardize over a batch of one sample") as caught:
         out, grad = run(given, go.GuardConfig(clip_low=0.2, clip_high=0.2))
     assert len(caught) == 1
@@ -32,11 +32,11 @@ def test_a_batch_of_one_standardizes_to_plain_grpo_and_warns_once(form, steps, b
 
 @pytest.mark.parametrize("form", EXACT_ON_POLICY)
 def test_a_batch_of_one_needs_no_warning_where_nothing_is_standardized(form, backend):
-    loss_call._warned_single = False
+    loss._warned_single = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(problem(form, batch=1), go.GuardConfig.paper())
         statistics = go.RatioStatistics(3).update(torch.randn(3, 8))
         run(problem(form, batch=1), go.GuardConfig(), statistics=statistics)
         run(problem(form, batch=2), go.GuardConfig())
-    assert not loss_call._warned_single
+    assert not loss._warned_single

@@ -83,7 +83,7 @@ struct IntoEvaluation {  // evaluate()'s Out
   void metric(int m, int64_t k, double value) const { to.metrics[m * steps + k] = value; }
   void row(int64_t n, const RowState& r, const Coefficients& coefficients) const {
     to.log_ratio[n] = r.ratio.log_ratio;
-    to.excess[n] = r.excess;
+    to.excess[n] = r.norm.excess;
     to.weights[n] = r.weight;
     to.kl[n] = r.ratio.kl;
     to.coefficients[n] = coefficients;
@@ -99,11 +99,10 @@ Evaluation evaluate(const Problem& problem, const Sums* sums) {
   out.metrics.resize(metric_count * steps);
   out.coefficients.resize(rows);
   std::vector<RowState> state(rows);
-  std::vector<Statistics> stats(steps);
   std::vector<int64_t> finite(problem.batch);
   guard_ops::evaluate(
       Alone{}, problem, [=](int64_t n) { return sums[n]; },
-      Scratch{state.data(), stats.data(), finite.data()}, IntoEvaluation{out, steps});
+      EvaluationScratch{state.data(), finite.data()}, IntoEvaluation{out, steps});
   return out;
 }
 
@@ -115,7 +114,7 @@ constexpr int64_t grain_elements = 16384;  // fewer elements are not worth a thr
 
 int64_t chunks_of(const Batch& t) { return (t.numel + chunk - 1) / chunk; }
 
-Step<double> step_at(const Rows table[5], int64_t k, int64_t i) {
+Step<double> step_at(const Doubles table[5], int64_t k, int64_t i) {
   return {*table[0].at(k, i), *table[1].at(k, i), *table[2].at(k, i)};
 }
 
@@ -154,7 +153,7 @@ int64_t cache_share(int threads) {
   return std::max<int64_t>(l2 > 0 ? l2 : 1 << 19, l3 > 0 ? l3 / threads : 0);
 }
 
-void sums(const Machine& machine, const Batch& t, const Rows table[5], Sums* out,
+void sums(const Machine& machine, const Batch& t, const Doubles table[5], Sums* out,
           const EarlyGradient& early) {
   const int64_t chunks = chunks_of(t), rows = t.steps * t.batch;
   std::vector<Sums> partial(chunks == 1 ? 0 : rows * chunks);
@@ -168,7 +167,7 @@ void sums(const Machine& machine, const Batch& t, const Rows table[5], Sums* out
   }
 }
 
-void gradient(const Machine& machine, const Batch& t, const Rows table[5],
+void gradient(const Machine& machine, const Batch& t, const Doubles table[5],
               const Coefficients* coefficients, const Operand& cond, const Operand& uncond) {
   for_each_chunk(machine, t, true, [&](int64_t, const Span& at) {
     machine.kernels.gradient(t, step_at(table, at.k, at.i), coefficients[at.k * t.batch + at.i], at,
@@ -276,7 +275,7 @@ Evaluation guard_loss(const Machine& machine, const Batch& t, const Problem& pro
   return call.two_passes();
 }
 
-void sde_step(const Machine& machine, const Batch& t, const Rows table[5],
+void sde_step(const Machine& machine, const Batch& t, const Doubles table[5],
               const Operand& prev_sample, const Operand& mean, double* square) {
   const int64_t chunks = chunks_of(t);
   std::vector<double> partial(t.steps * t.batch * chunks);

@@ -5,14 +5,14 @@
 #include <functional>
 #include <vector>
 
-#include "../evaluate.h"
+#include "../objective.h"
 #include "kernels.h"
 
 namespace guard_ops::cpu {
 
+using guard_ops::Doubles;
 using guard_ops::metric_count;
 using guard_ops::Problem;
-using guard_ops::Rows;
 
 // The kernels of the best instruction set that this processor has, or of the one that the
 // environment asks for: GUARD_OPS_CPU_ISA=baseline|avx2|avx512.
@@ -46,13 +46,13 @@ Evaluation evaluate(const Problem& problem, const Sums* sums);  // sums: [K, B]
 
 // Each row's sums [K, B] and, where `early` says so, its gradient up to a factor. The number of
 // threads does not change a bit.
-void sums(const Machine&, const Batch&, const Rows table[5], Sums* out,
+void sums(const Machine&, const Batch&, const Doubles table[5], Sums* out,
           const EarlyGradient& early = {});
 
 // The gradient of every row, whose coefficients are [K, B], into `cond` and `uncond`; either may be
 // absent.
-void gradient(const Machine&, const Batch&, const Rows table[5], const Coefficients* coefficients,
-              const Operand& cond, const Operand& uncond);
+void gradient(const Machine&, const Batch&, const Doubles table[5],
+              const Coefficients* coefficients, const Operand& cond, const Operand& uncond);
 
 // Loss and gradient. Where the gradient is known up to a factor before the sums are
 // (EarlyGradient), the pass that forms the sums writes it, and it only remains to scale it: while
@@ -63,7 +63,7 @@ Evaluation guard_loss(const Machine&, const Batch&, const Problem&, const Operan
                       const Operand& uncond);
 
 // Writes prev_sample, mean and square [K, B] = sum((prev_sample - mean)^2).
-void sde_step(const Machine&, const Batch&, const Rows table[5], const Operand& prev_sample,
+void sde_step(const Machine&, const Batch&, const Doubles table[5], const Operand& prev_sample,
               const Operand& mean, double* square);
 
 }  // namespace guard_ops::cpu

@@ -1,7 +1,7 @@
 // The row kernels of one instruction set, and what they take besides a Batch.
 #pragma once
 
-#include "../batch.h"
+#include "../transition.h"
 
 namespace guard_ops::cpu {
 

@@ -8,7 +8,7 @@ namespace {
 
 struct GradientCall {
   Plan plan;
-  Rows coefficients[3];
+  Doubles coefficients[3];
   Operand cond, uncond;
   Factor factor;
   bool unless_one;
@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(stream_threads, gradient_blocks)
 
 }  // namespace
 
-void gradient(const Batch& t, const Rows table[5], const Rows coefficients[3], const Operand& cond,
-              const Operand& uncond, const Factor& factor, bool unless_one, Stream stream,
-              GradientKind kind) {
+void gradient(const Batch& t, const Doubles table[5], const Doubles coefficients[3],
+              const Operand& cond, const Operand& uncond, const Factor& factor, bool unless_one,
+              Stream stream, GradientKind kind) {
   GradientCall call{plan_of(t, table),
                     {coefficients[0], coefficients[1], coefficients[2]},
                     cond,
@@ -77,7 +77,7 @@ void gradient(const Batch& t, const Rows table[5], const Rows coefficients[3], c
 
 const void* gradient_kernel() { return address(gradient_of_chunks); }
 
-void gradient_after(const Plan& p, const Rows coefficients[3], const Operand& cond,
+void gradient_after(const Plan& p, const Doubles coefficients[3], const Operand& cond,
                     const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
                     Stream stream) {
   GradientCall call{p,       {coefficients[0], coefficients[1], coefficients[2]},

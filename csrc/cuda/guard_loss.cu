@@ -52,9 +52,9 @@ GUARD_OPS_HD uint32_t partial_bytes(uint32_t chunks) {
 // Where evaluate() keeps its numbers between its steps: in shared memory, if that has room. The one
 // block that evaluates would otherwise wait for the second-level cache after each of half a dozen
 // barriers.
-__device__ __forceinline__ Scratch scratch_of(const LossCall& call) {
+__device__ __forceinline__ EvaluationScratch scratch_of(const LossCall& call) {
   if (call.scratch_offset == 0) return call.workspace.scratch;
-  return scratch_at(shared_memory() + call.scratch_offset, call.plan.rows, call.problem.steps);
+  return scratch_at(shared_memory() + call.scratch_offset, call.plan.rows);
 }
 
 // Where the rows' sums are: in shared memory behind evaluate()'s numbers, if one block forms them
@@ -216,8 +216,7 @@ template <class Kernel>
 uint32_t make_room(const LossCall& call, Kernel* kernel, int least, Launch* launch, int* running) {
   *running = at_once(address(kernel), *launch);
   const int64_t rows = call.plan.rows, at = (launch->shared_bytes + 15) / 16 * 16;
-  const int64_t end =
-      at + scratch_bytes(rows, call.problem.steps, call.plan.batch) + rows * sizeof(Sums);
+  const int64_t end = at + scratch_bytes(rows, call.plan.batch) + rows * sizeof(Sums);
   if (*running == 0 || end > device().shared_bytes) return 0;
   Launch larger = *launch;
   larger.shared_bytes = int(end);
@@ -306,7 +305,7 @@ bool turns_pay(const Plan& p) {
 
 // Forms sums and gradient of some rows a turn, by two launches. Launches overlap: while the
 // gradient of these rows is formed from the cache, the sums of the next ones are read from memory.
-void launch_turns(LossCall call, const Rows coefficients[3], uint32_t rows, Stream stream) {
+void launch_turns(LossCall call, const Doubles coefficients[3], uint32_t rows, Stream stream) {
   const Plan& p = call.plan;
   const uint32_t turns = (p.rows + rows - 1) / rows;
   const bool alone = turns == 1 || !turns_overlap();
@@ -333,7 +332,7 @@ void launch_turns(LossCall call, const Rows coefficients[3], uint32_t rows, Stre
 // Whether a transition that is not finite changes other rows' coefficients although rows are
 // independent: it changes over how many samples, or steps of a sample, a mean is taken.
 bool rows_may_change(const Problem& problem) {
-  return problem.config.drop || (problem.steps > 1 && problem.step_weights.data == nullptr);
+  return problem.config.drop() || (problem.steps > 1 && problem.step_weights.data == nullptr);
 }
 
 [[noreturn]] void refuse(Path path) {
@@ -357,13 +356,13 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
   call.out = {result.loss, result.per_row, result.metrics, result.sum_grads};
   call.cond = result.cond;
   call.uncond = result.uncond;
-  workspace_layout(p, t.steps, static_cast<char*>(workspace), &call.workspace);
+  workspace_layout(p, static_cast<char*>(workspace), &call.workspace);
   call.partials = {call.workspace.partials, p.chunks, bool(t.ref)};
   call.counters = counters_at(counters);
   call.chunks = {0, p.chunks};
   call.rows = {0, p.rows};
   call.all = true;
-  Rows coefficients[3];
+  Doubles coefficients[3];
   for (int n = 0; n < 3; ++n) coefficients[n] = {result.sum_grads + n * p.rows, t.batch, 1};
 
   const bool any = result.cond || result.uncond, independent = problem.rows_are_independent();

@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "../evaluate.h"
+#include "../objective.h"
 
 namespace guard_ops::cuda {
 
@@ -54,13 +54,13 @@ constexpr int64_t counter_line = 32;  // how many of them a cache line holds
 uint32_t* counters_of(int64_t count, Stream);
 
 // Writes the sums of every transition to `out`, float64 [3, K, B].
-void sums(const Batch&, const Rows table[5], double* out, void* workspace, Stream);
+void sums(const Batch&, const Doubles table[5], double* out, void* workspace, Stream);
 
 // Writes the gradients of `factor` times the loss whose coefficients these are. `unless_one`: cond
 // and uncond already hold the gradients for a factor of 1, and where the factor is 1 the device
 // writes nothing. `kind`: the kind of all finite rows' coefficients, if it is known.
-void gradient(const Batch&, const Rows table[5], const Rows coefficients[3], const Operand& cond,
-              const Operand& uncond, const Factor&, bool unless_one, Stream,
+void gradient(const Batch&, const Doubles table[5], const Doubles coefficients[3],
+              const Operand& cond, const Operand& uncond, const Factor&, bool unless_one, Stream,
               GradientKind kind = GradientKind::general);
 
 // Computes loss and gradient, and returns the path that was taken. It is an error to ask for a path
@@ -69,7 +69,7 @@ Path guard_loss(const Batch&, const Problem&, const LossResult&, void* workspace
                 uint32_t* counters, Path, Stream);
 
 // Writes prev_sample, mean (float32) and square [K, B] = sum((prev_sample - mean)^2).
-void sde_step(const Batch&, const Rows table[5], const Operand& prev_sample, const Operand& mean,
+void sde_step(const Batch&, const Doubles table[5], const Operand& prev_sample, const Operand& mean,
               double* square, void* workspace, Stream);
 
 // Why the current device cannot run what was compiled; empty where it can.

@@ -148,7 +148,7 @@ int at_once(const void* kernel, const Launch& launch) {
 
 // ---- the workspace ------------------------------------------------------------------------------
 
-int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Workspace* out) {
+int64_t workspace_layout(const Plan& p, char* base, Workspace* out) {
   int64_t at = 0;
   const auto take = [&](int64_t bytes) {
     char* const data = base + at;
@@ -161,14 +161,14 @@ int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Workspace* ou
   w.parts = reinterpret_cast<Sums*>(take(rows * p.row_parts * sizeof(Sums)));
   w.sums = reinterpret_cast<Sums*>(take(rows * sizeof(Sums)));
   w.assumed = reinterpret_cast<Coefficients*>(take(rows * sizeof(Coefficients)));
-  w.scratch = scratch_at(take(scratch_bytes(rows, steps, p.batch)), rows, steps);
+  w.scratch = scratch_at(take(scratch_bytes(rows, p.batch)), rows);
   if (out != nullptr) *out = w;
   return at;
 }
 
 int64_t workspace_bytes(const Batch& t) {
-  const Rows none[3] = {};
-  return workspace_layout(plan_of(t, none), t.steps, nullptr, nullptr);
+  const Doubles none[3] = {};
+  return workspace_layout(plan_of(t, none), nullptr, nullptr);
 }
 
 // ---- the counters -------------------------------------------------------------------------------

@@ -191,11 +191,11 @@ struct Workspace {
   Sums* parts;            // [K, B, row_parts]: those of parts
   Sums* sums;             // [K, B]: those of rows
   Coefficients* assumed;  // [K, B]: what gradients were formed by before all rows were known
-  Scratch scratch;
+  EvaluationScratch scratch;
 };
 
 // Returns how many bytes a workspace has and, where `out` is given, lays one out at `base`.
-int64_t workspace_layout(const Plan& p, int64_t steps, char* base, Workspace* out);
+int64_t workspace_layout(const Plan& p, char* base, Workspace* out);
 
 const void* gradient_kernel();  // of gradient.cu, like the next
 
@@ -203,7 +203,7 @@ const void* gradient_kernel();  // of gradient.cu, like the next
 // which forms the coefficients, still runs. `alone`: whether it has the whole device to itself.
 // `assumed` [K, B]: coefficients by which the gradient is there already; it is formed again only if
 // those of any row have changed.
-void gradient_after(const Plan&, const Rows coefficients[3], const Operand& cond,
+void gradient_after(const Plan&, const Doubles coefficients[3], const Operand& cond,
                     const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
                     Stream);
 

@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(stream_threads)
 
 }  // namespace
 
-void sde_step(const Batch& t, const Rows table[5], const Operand& prev_sample, const Operand& mean,
-              double* square, void* workspace, Stream stream) {
+void sde_step(const Batch& t, const Doubles table[5], const Operand& prev_sample,
+              const Operand& mean, double* square, void* workspace, Stream stream) {
   StepCall call{plan_of(t, table, true), prev_sample, mean, {}, {}, 0, square};
   Workspace w{};
-  workspace_layout(call.plan, t.steps, static_cast<char*>(workspace), &w);
+  workspace_layout(call.plan, static_cast<char*>(workspace), &w);
   call.partials = {w.partials, call.plan.chunks, false};
   call.parts = w.parts;
   const auto kernel = t.seeds.data != nullptr ? step_chunks<true> : step_chunks<false>;

@@ -37,10 +37,10 @@ __global__ void __launch_bounds__(stream_threads)
 
 }  // namespace
 
-void sums(const Batch& t, const Rows table[5], double* out, void* workspace, Stream stream) {
+void sums(const Batch& t, const Doubles table[5], double* out, void* workspace, Stream stream) {
   SumsCall call{plan_of(t, table), {}, {}, 0, out};
   Workspace w{};
-  workspace_layout(call.plan, t.steps, static_cast<char*>(workspace), &w);
+  workspace_layout(call.plan, static_cast<char*>(workspace), &w);
   call.partials = {w.partials, call.plan.chunks, bool(t.ref)};
   call.parts = w.parts;
   const Launch launch = streaming(call.plan, sums_of_chunks, call.plan.chunks, &call.slots);

@@ -2,7 +2,7 @@
 // cluster work together, and the objective on [K, B], which is one block's work.
 #pragma once
 
-#include "../evaluate.h"
+#include "../objective.h"
 
 // The tests replace what follows, up to the #endif, by ../tests/emulate.h, which runs the same
 // kernels on the host.
@@ -218,14 +218,12 @@ struct LossOut {
   double* sum_grads;                // [3, K, B]
 };
 
-inline int64_t scratch_bytes(int64_t rows, int64_t steps, int64_t batch) {
-  return rows * sizeof(RowState) + steps * sizeof(Statistics) + batch * sizeof(int64_t);
+inline int64_t scratch_bytes(int64_t rows, int64_t batch) {
+  return rows * sizeof(RowState) + batch * sizeof(int64_t);
 }
-GUARD_OPS_HD Scratch scratch_at(char* base, int64_t rows, int64_t steps) {
-  char* const stats = base + rows * sizeof(RowState);
-  char* const finite = stats + steps * sizeof(Statistics);
-  return {reinterpret_cast<RowState*>(base), reinterpret_cast<Statistics*>(stats),
-          reinterpret_cast<int64_t*>(finite)};
+GUARD_OPS_HD EvaluationScratch scratch_at(char* base, int64_t rows) {
+  return {reinterpret_cast<RowState*>(base),
+          reinterpret_cast<int64_t*>(base + rows * sizeof(RowState))};
 }
 
 // The coefficients of a row, which lie in sum_grads [3, K, B].
@@ -252,7 +250,7 @@ struct LossWriter {
   }
   __device__ __forceinline__ void row(int64_t n, const RowState& r, const Coefficients& c) const {
     to.per_row[n] = float(r.ratio.log_ratio);
-    to.per_row[rows + n] = float(r.excess);
+    to.per_row[rows + n] = float(r.norm.excess);
     to.per_row[2 * rows + n] = float(r.weight);
     to.per_row[3 * rows + n] = float(r.ratio.kl);
     put_coefficients(to.sum_grads, uint32_t(rows), uint32_t(n), c);
@@ -261,7 +259,8 @@ struct LossWriter {
 
 // Evaluates the objective from the rows' sums; the whole block calls it.
 __device__ __forceinline__ void evaluate_by_block(const Problem& problem, const Sums* sums,
-                                                  const Scratch& scratch, const LossOut& out) {
+                                                  const EvaluationScratch& scratch,
+                                                  const LossOut& out) {
   evaluate(
       Block{}, problem, [=](int64_t n) { return sums[n]; }, scratch,
       LossWriter{out, problem.steps, problem.steps * problem.batch});

@@ -14,7 +14,7 @@
 #include <stdexcept>
 #include <type_traits>
 
-#include "../batch.h"
+#include "../transition.h"
 #include "team.h"
 
 namespace guard_ops::cuda {
@@ -85,7 +85,7 @@ struct Plan {
   uint32_t batch;
   Seeds seeds;
   float guidance_scale, uncond_scale;  // uncond_scale: 1 - guidance_scale
-  Rows table[3];                       // a, b, s
+  Doubles table[3];                    // a, b, s
 };
 
 // How many of a warp's slots are a ring that its tiles take turns in. `keeps`: whether the others
@@ -96,7 +96,7 @@ GUARD_OPS_HD uint32_t ring_of(uint32_t slots, bool keeps) {
 }
 
 // The plan of a batch. `with_mean`: whether a slot has room for sde_step's float32 mean.
-inline Plan plan_of(const Batch& t, const Rows* table, bool with_mean = false) {
+inline Plan plan_of(const Batch& t, const Doubles* table, bool with_mean = false) {
   Plan p{};
   p.form = t.form;
   p.kind = GradientKind::general;

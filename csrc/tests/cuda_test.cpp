@@ -113,7 +113,7 @@ void test_not_finite() {
     for_each_problem(Form::velocity, 601, [&](Problem problem, bool independent) {
       CONTEXT("not finite, drop %d ratio_norm %d", drop, int(problem.config.ratio_norm));
       if (problem.config.kl_beta != 0) return;
-      problem.config.drop = drop;
+      problem.config.nonfinite = drop ? NonFinite::drop : NonFinite::propagate;
       check_paths(t, problem, independent, false);
       const Result got = run(t, problem, Path::two_launches, false);
       CHECK(std::isnan(got.loss) == !drop);
@@ -297,9 +297,9 @@ void test_sums_and_gradient() {
             flat[rows + n] = c[n].c2;
             flat[2 * rows + n] = c[n].c3;
           }
-          const Rows from[3] = {{flat.data(), batch, 1},
-                                {flat.data() + rows, batch, 1},
-                                {flat.data() + 2 * rows, batch, 1}};
+          const Doubles from[3] = {{flat.data(), batch, 1},
+                                   {flat.data() + rows, batch, 1},
+                                   {flat.data() + 2 * rows, batch, 1}};
           const Output cond(loose.v, loose, false), uncond(loose.uncond, loose, false);
           const Output want(loose.v, loose, false), want_uncond(loose.uncond, loose, false);
           cpu::gradient(serial, loose, problem.table, c.data(), want.operand(),
@@ -347,9 +347,9 @@ void test_unread_operands() {
         flat[rows + n] = kind == GradientKind::departure ? -flat[n] / 2 : 0;
         c[n] = {flat[n], flat[rows + n], 0};
       }
-      const Rows from[3] = {{flat.data(), batch, 1},
-                            {flat.data() + rows, batch, 1},
-                            {flat.data() + 2 * rows, batch, 1}};
+      const Doubles from[3] = {{flat.data(), batch, 1},
+                               {flat.data() + rows, batch, 1},
+                               {flat.data() + 2 * rows, batch, 1}};
       const Output cond(t.v, t, false), want(t.v, t, false);
       cpu::gradient(serial, t, problem.table, c.data(), want.operand(), {});
       const cuda::Roles needed = cuda::roles_of(form, kind, false);

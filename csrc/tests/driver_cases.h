@@ -46,8 +46,8 @@ inline Config config_of(RatioNorm norm, Balance balance, double kl_beta = 0) {
   Config c{};
   c.ratio_norm = norm;
   c.balance = balance;
-  c.detach_stats = c.mean_reduction = c.gaussian = true;
-  c.drop = balance == Balance::none;
+  c.detach_stats = c.gaussian = true;
+  c.nonfinite = balance == Balance::none ? NonFinite::drop : NonFinite::propagate;
   c.target_std = 1;
   c.std_floor = 1e-8;
   c.clip_low = c.clip_high = 0.2;

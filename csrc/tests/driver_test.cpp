@@ -173,7 +173,7 @@ void test_nonfinite_rows() {
     in.v.set(1, 2, 0, INFINITY);
     for (int64_t k = 0; k < steps; ++k) in.v.set(k, 3, in.numel / 2, NAN);
     for (const bool drop : {true, false}) {
-      problem.config.drop = drop;
+      problem.config.nonfinite = drop ? NonFinite::drop : NonFinite::propagate;
       const Result got = check_same_bits(t, problem);
       CHECK(std::isfinite(got.evaluation.loss) == drop);
       for (int64_t row = 0; row < rows; ++row) {

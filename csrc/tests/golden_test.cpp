@@ -22,7 +22,7 @@ struct Variant {
 
 std::vector<Variant> variants(bool gaussian) {
   Config plain{};  // the defaults of docs/math.md
-  plain.detach_stats = plain.mean_reduction = true;
+  plain.detach_stats = true;
   plain.gaussian = gaussian;
   plain.target_std = 1;
   plain.std_floor = 1e-8;
@@ -34,7 +34,7 @@ std::vector<Variant> variants(bool gaussian) {
   sum.clip_low = 0.1;
   sum.clip_high = 0.3;
   sum.adv_clip = 1;
-  sum.mean_reduction = false;
+  sum.reduction = Reduction::sum;
 
   Config article = plain;
   article.ratio_norm = RatioNorm::standardize;

@@ -33,11 +33,12 @@ struct Batch {
       for (int c = 0; c < 5; ++c) table[c][n] = row[c];
       advantages[n] = uniform(-3, 3);
       step_weights[n] = uniform(0.2, 1);
-      const double scale = config.mean_reduction ? kappa / numel : kappa;
+      const double scale = config.reduction == Reduction::mean ? kappa / numel : kappa;
       const double s2 = uniform(0, 0.05) / scale, s1 = uniform(-0.15, 0.2) / scale;
       sums.push_back({s1, s2, uniform(0, 2)});
-      const double constants =
-          config.gaussian ? (config.mean_reduction ? 1 : numel) * (std::log(s) + log_sqrt_2pi) : 0;
+      const double constants = config.gaussian ? (config.reduction == Reduction::mean ? 1 : numel) *
+                                                     (std::log(s) + log_sqrt_2pi)
+                                               : 0;
       old_log_prob[n] = -scale * s2 - constants + uniform(-0.3, 0.3);
     }
     problem.config = config;
@@ -56,7 +57,7 @@ Config config_of(RatioNorm norm, Balance balance) {
   Config c{};
   c.ratio_norm = norm;
   c.balance = balance;
-  c.detach_stats = c.mean_reduction = c.gaussian = true;
+  c.detach_stats = c.gaussian = true;
   c.target_std = 0.5;
   c.std_floor = 1e-8;
   c.clip_low = 0.08;
@@ -122,17 +123,17 @@ void for_each_config(Body body) {
       for (const Balance balance : {Balance::none, Balance::inverse_ratio, Balance::inverse_dt}) {
         Config c = config_of(norm, balance);
         c.detach_stats = bits & 1;
-        c.mean_reduction = bits & 2;
+        c.reduction = bits & 2 ? Reduction::mean : Reduction::sum;
         c.kl_beta = (bits & 4) ? 0.04 : 0;
         c.gaussian = !(bits & 8);
-        c.drop = bits & 16;
+        c.nonfinite = bits & 16 ? NonFinite::drop : NonFinite::propagate;
         const bool with_log_prob = bits & 32, with_weights = bits & 64;
         if (norm == RatioNorm::closed_form && (with_log_prob || !c.gaussian)) continue;
         CONTEXT(
             "ratio_norm %d balance %d detach %d mean %d kl %g gaussian %d drop %d log_prob %d "
             "weights %d",
-            int(norm), int(balance), c.detach_stats, c.mean_reduction, c.kl_beta, c.gaussian,
-            c.drop, with_log_prob, with_weights);
+            int(norm), int(balance), c.detach_stats, int(c.reduction), c.kl_beta, c.gaussian,
+            c.drop(), with_log_prob, with_weights);
         Batch at(c, with_log_prob, with_weights);
         body(at);
       }
@@ -257,7 +258,7 @@ void check_statistics(const Batch& at, const Evaluation& got) {
 void test_nonfinite_transitions() {
   for_each_config([](Batch& at) {
     spoil(at);
-    const bool drop = at.problem.config.drop;
+    const bool drop = at.problem.config.drop();
     const Evaluation got = cpu::evaluate(at.problem, at.sums.data());
     for (int64_t n = 0; n < rows; ++n) {
       const Coefficients& c = got.coefficients[n];
@@ -276,7 +277,7 @@ void test_nonfinite_transitions() {
 
     // Dropping averages over what is left, which is 5 samples and 11 transitions.
     Problem dropped = at.problem;
-    dropped.config.drop = true;
+    dropped.config.nonfinite = NonFinite::drop;
     const Evaluation rest = cpu::evaluate(dropped, at.sums.data());
     CHECK_CLOSE(rest.loss, loss_of(at, rest, batch - 1, rows - 7), 1e-13);
     if (drop) {

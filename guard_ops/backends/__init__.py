@@ -1,9 +1,8 @@
 """Which backend runs an op: the fastest one that its tensors' device has, or the one asked for.
 
 A backend is a module with ``NAME``, ``FUSED``, ``supports(device)`` and the functions of
-``reference.py`` in the same order of arguments; a fused one adds ``guard_loss``, the same of a call
-that was checked in C++ (``guard_loss_plain``), ``scaled``, and ``MAX_BATCH`` where its
-``guard_loss`` takes no more samples.
+``reference.py`` in the same order of arguments; a fused one adds ``guard_loss`` and ``scaled``, and
+``MAX_BATCH`` if the number of samples that its ``guard_loss`` takes is limited.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ import torch
 
 from .. import callers, extension
 
-# Fastest first; each serves the devices it supports.
+# The fastest backend comes first; a device gets the first one that supports it.
 ORDER = ("cuda", "triton", "cpu", "reference")
 
 _loaded: dict[str, ModuleType] = {}
+_chosen: dict[torch.device, ModuleType] = {}  # what select() found; use_backend() empties it
 _unavailable: dict[str, str] = {}
 _forced: str | None = None
 _warned: set[str] = set()
@@ -40,7 +40,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def unavailable_backends() -> dict[str, str]:
-    """Name -> reason of the backends that this installation lacks."""
+    """The backends that this installation lacks, and why: name -> reason."""
     return dict(_unavailable)
 
 
@@ -52,7 +52,7 @@ class use_backend:
             variable ``GUARD_OPS_BACKEND`` sets the same at import.
 
     Raises:
-        ValueError: no such backend here; says why.
+        ValueError: this installation lacks the backend; the message says why.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -63,6 +63,7 @@ class use_backend:
                 f"`name` is {name!r}: {reason}; available: {', '.join(available_backends())}"
             )
         self._previous, _forced = _forced, name
+        _chosen.clear()
 
     def __enter__(self) -> None:
         return None
@@ -75,10 +76,19 @@ class use_backend:
     ) -> None:
         global _forced
         _forced = self._previous
+        _chosen.clear()
 
 
 def select(device: torch.device) -> ModuleType:
     """The backend module for tensors on ``device``."""
+    if torch.compiler.is_compiling():
+        return _find(device)
+    if device not in _chosen:
+        _chosen[device] = _find(device)
+    return _chosen[device]
+
+
+def _find(device: torch.device) -> ModuleType:
     if _forced is not None:
         module = _loaded[_forced]
         if not module.supports(device):
@@ -94,7 +104,10 @@ def select(device: torch.device) -> ModuleType:
 
 
 def max_batch(backend: ModuleType) -> float:
-    """Samples that a fused backend's ``guard_loss`` takes; of more, it makes sums and gradient."""
+    """How many samples a fused backend's ``guard_loss`` takes.
+
+    The loss of a larger batch is composed of the backend's ``sums`` and ``gradient``.
+    """
     limit: float = getattr(backend, "MAX_BATCH", float("inf"))
     return limit
 

@@ -2,9 +2,10 @@
 
 Random123's counter-based generator (Salmon et al., 2011). Key = seed; counter = (element / 4,
 transition), each 64 bits, low word first. The four words of a counter make four normals by
-Box-Muller: words 0 and 1 the radius of elements 4j, 4j+1 and of 4j+2, 4j+3 (cosine, then sine),
-words 2 and 3 their angles. Radius and angle come from exact float32 numbers, the angle reduced to
-its quadrant first, so that backends differ by the rounding of log, sqrt, sin and cos only.
+Box-Muller: word 0 gives the radius of elements 4j and 4j+1 (cosine, then sine), word 1 that of 4j+2
+and 4j+3; words 2 and 3 give their angles. Radius and angle come from exact float32 numbers, and the
+angle is first reduced to its quadrant, so that backends differ only by how they round log, sqrt,
+sin and cos.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor, dtype: torch.dtype) -> 
     radius = torch.sqrt(-2.0 * torch.log(uniform.to(dtype)))
     quadrant = angle_word >> 30
     fraction = ((angle_word & 0x3FFFFFFF) - 0x20000000).to(torch.float32) * 2.0**-30
-    angle = fraction.to(dtype) * (math.pi / 2)  # within a quarter turn around 0
+    angle = fraction.to(dtype) * (math.pi / 2)  # within pi / 4 of 0
     cos, sin = torch.cos(angle), torch.sin(angle)
     swap = (quadrant & 1).bool()
     x, y = torch.where(swap, -sin, cos), torch.where(swap, cos, sin)

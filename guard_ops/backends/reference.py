@@ -1,4 +1,7 @@
-"""The readable truth in plain PyTorch: any device, any dtype, twice differentiable."""
+"""The formulas in plain PyTorch, against which every other backend is tested.
+
+They run on any device and in any dtype, and are twice differentiable.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from ..transitions import Transitions, compute_dtype
 from .philox import normals
 
 NAME = "reference"
-FUSED = False  # guard_loss is the composition of sums, objective.py and gradient
+FUSED = False  # loss.py composes the loss of sums, objective.py and gradient
 
 
 def supports(device: torch.device) -> bool:
@@ -17,38 +20,42 @@ def supports(device: torch.device) -> bool:
 
 
 def _mean(a: Tensor, b: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """``a x + b v``: the one expression for the mean, so that equal inputs give equal bits."""
+    """``a x + b v``, written once, so that equal inputs give equal bits in rollout and loss."""
     return a * x + b * v
 
 
 def _velocity(t: Transitions) -> Tensor:
-    v = t.model_output.to(t.compute_dtype())
-    if t.model_output_uncond is None:
+    v = t.latents.model_output.to(t.compute_dtype())
+    if t.latents.model_output_uncond is None:
         return v
-    uncond = t.model_output_uncond.to(t.compute_dtype())
+    uncond = t.latents.model_output_uncond.to(t.compute_dtype())
     return uncond + t.guidance_scale * (v - uncond)
 
 
 def _delta_e(t: Transitions, v: Tensor) -> tuple[Tensor, Tensor]:
     """``delta = mean - m`` and ``e = y - m`` [K, B, D] of the form that ``t`` is given in."""
     dtype = t.compute_dtype()
-    a, b, s = t.coefficients[:3].to(dtype).unsqueeze(-1)
+    a, b, s, *_ = t.coefficients.to(dtype).unsqueeze(-1)
+    latents = t.latents
 
     def wide(x: Tensor | None) -> Tensor:
         assert x is not None
         return x.to(dtype)
 
     if t.form() in ("noise", "seeded"):
-        noise = normals(t.seed, v.shape[-1], dtype) if t.seed is not None else wide(t.noise)
-        return b * (v - wide(t.old_model_output)), s * noise
-    x, y = wide(t.sample), wide(t.prev_sample)
-    if t.form() == "velocity":
-        old = wide(t.old_model_output)
-        return b * (v - old), (y - a * x) - b * old
-    if t.form() == "mean":
-        m = wide(t.old_mean)
-        return _mean(a, b, x, v) - m, y - m
-    return _mean(a, b, x, v) - y, torch.zeros_like(y)
+        noise = normals(t.seed, v.shape[-1], dtype) if t.seed is not None else wide(latents.noise)
+        delta, e = b * (v - wide(latents.old_model_output)), s * noise
+    else:
+        x, y = wide(latents.sample), wide(latents.prev_sample)
+        if t.form() == "velocity":
+            old = wide(latents.old_model_output)
+            delta, e = b * (v - old), (y - a * x) - b * old
+        elif t.form() == "mean":
+            m = wide(latents.old_mean)
+            delta, e = _mean(a, b, x, v) - m, y - m
+        else:
+            delta, e = _mean(a, b, x, v) - y, torch.zeros_like(y)
+    return delta, e
 
 
 def sums(t: Transitions) -> Tensor:
@@ -62,9 +69,11 @@ def sums(t: Transitions) -> Tensor:
         (delta * e).sum(-1, dtype=torch.float64),
         (delta * delta).sum(-1, dtype=torch.float64),
     ]
-    if t.ref_model_output is None:
+    if t.latents.ref_model_output is None:
         return torch.stack([*out, torch.zeros_like(out[0])])
-    drift = t.coefficients[1].to(v.dtype).unsqueeze(-1) * (v - t.ref_model_output.to(v.dtype))
+    drift = t.coefficients[1].to(v.dtype).unsqueeze(-1) * (
+        v - t.latents.ref_model_output.to(v.dtype)
+    )
     return torch.stack([*out, (drift * drift).sum(-1, dtype=torch.float64)])
 
 
@@ -83,16 +92,17 @@ def gradient(
     b = t.coefficients[1].to(v.dtype).unsqueeze(-1)
     c1, c2, c3 = c.to(v.dtype).unsqueeze(-1)
     g = b * (c1 * e + 2 * c2 * delta)
-    if t.ref_model_output is not None:
-        g = g + 2 * c3 * b**2 * (v - t.ref_model_output.to(v.dtype))
+    if t.latents.ref_model_output is not None:
+        g = g + 2 * c3 * b**2 * (v - t.latents.ref_model_output.to(v.dtype))
     unused = (c == 0).all(0).unsqueeze(-1) & ~torch.isfinite(g).all(-1, keepdim=True)
     g = torch.where(unused, 0.0, g)
-    if t.model_output_uncond is None:
-        return (g.to(t.model_output.dtype) if cond else None), None
+    latents = t.latents
+    if latents.model_output_uncond is None:
+        return (g.to(latents.model_output.dtype) if cond else None), None
     scale = t.guidance_scale
     return (
-        (scale * g).to(t.model_output.dtype) if cond else None,
-        ((1 - scale) * g).to(t.model_output_uncond.dtype) if uncond else None,
+        (scale * g).to(latents.model_output.dtype) if cond else None,
+        ((1 - scale) * g).to(latents.model_output_uncond.dtype) if uncond else None,
     )
 
 
@@ -108,7 +118,7 @@ def sde_step(
     ``y`` has the dtype of ``x``, the mean is at least float32, the sum [K, B] is float64.
     """
     dtype = compute_dtype(v, x, *([] if noise is None else [noise]))
-    a, b, s = coefficients[:3].to(dtype).unsqueeze(-1)
+    a, b, s, *_ = coefficients.to(dtype).unsqueeze(-1)
     if noise is None:
         assert seed is not None
         noise = normals(seed, v.shape[-1], dtype)

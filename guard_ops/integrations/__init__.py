@@ -61,7 +61,7 @@ def apply(framework: str) -> Patch:
     """Put the fused functions under an importable framework's own names.
 
     Every module that holds the original is changed, also one that imported it by name. A second
-    call returns the first one's patch. ``verl_omni`` also gets the losses ``flow_grpo_fused`` and
+    call returns the patch of the first. ``verl_omni`` also gets the losses ``flow_grpo_fused`` and
     ``grpo_guard_fused`` in its registry.
 
     Args:
@@ -71,8 +71,8 @@ def apply(framework: str) -> Patch:
         Patch: ``print`` it to see what was replaced, ``.undo()`` it, or use it in a ``with``.
 
     Raises:
-        ValueError: no such framework; or its functions do not look as expected (another version):
-            nothing is replaced then.
+        ValueError: there is no such framework, or its functions do not look as expected (it is
+            another version); nothing is replaced then.
         ImportError: the framework cannot be imported.
     """
     if framework not in TARGETS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import loss, ops
 from ..config import GuardConfig
 from ..schedule import StepCoefficients
 from . import guard, steps
@@ -27,7 +27,8 @@ def flux_step(
         model_output: velocity, [B, *latent]. latents: x, [B, *latent].
         sigmas: [N + 1]. index: the step; a tensor is looked up on its device.
         prev_sample: y of the update, or None to draw it.
-        grpo: with log-prob. sde_solver: the SDE's mean; False: the ODE's mean with its noise.
+        grpo: whether to return the log-prob. sde_solver: whether the mean is the SDE's or the
+            ODE's; the noise is the SDE's either way.
 
     Returns:
         ``(prev_sample, pred_original_sample, log_prob [B])``, or without ``grpo``
@@ -39,7 +40,7 @@ def flux_step(
     pred_original_sample = torch.addcmul(x, -sigma, v.float())
     coeffs = _coefficients(sigmas, at, eta, sde_solver, x)
     if not grpo:
-        a, b = (steps.per_sample(numbers, x) for numbers in coeffs.table[:2])
+        a, b = steps.per_sample(coeffs.a, x), steps.per_sample(coeffs.b, x)
         return torch.addcmul(a * x, b, v.float()), pred_original_sample
     step = steps.sde_step(
         v,
@@ -55,14 +56,15 @@ def flux_step(
 def _coefficients(
     sigmas: Tensor, index: int | Tensor, eta: float, sde_solver: bool, x: Tensor
 ) -> StepCoefficients:
-    """[1, B]."""
+    """The step's coefficients for each sample, [1, B]."""
     if isinstance(index, Tensor):
         index = index.reshape(1)
     coeffs = steps.coefficients(sigmas, index, eta, "dance_sde", len(x), x.device)
     if sde_solver:
         return coeffs
-    table = coeffs.table.clone()  # the ODE's mean x + dt v, with the SDE's noise
-    table[0], table[1] = 1.0, table[4]
+    # the ODE's mean x + dt v, with the SDE's noise
+    ones = torch.ones_like(coeffs.a)
+    table = torch.stack([ones, coeffs.dt, coeffs.s, coeffs.kappa, coeffs.dt])
     return StepCoefficients._of(table, True, coeffs.deterministic)
 
 
@@ -76,7 +78,8 @@ def grpo_one_step_log_prob(
 ) -> Tensor:
     """The tail of ``grpo_one_step``, after the transformer: the log-prob [B], differentiable.
 
-    :func:`flux_step` also makes the predicted original sample, which that function throws away.
+    It leaves out the predicted original sample, which :func:`flux_step` forms and ``grpo_one_step``
+    throws away.
 
     Args:
         pred: velocity, [B, *latent]. latents: x. pre_latents: y. eta, sigma_schedule, i: the step.
@@ -126,7 +129,7 @@ def guard_loss(
     sigmas: Tensor,
     index: int | Tensor,
     config: GuardConfig,
-) -> ops.GuardLossOutput:
+) -> loss.GuardLossOutput:
     """:func:`guard_ops.guard_loss` of one timestep, for a rollout that kept its velocity.
 
     Args:
@@ -136,7 +139,7 @@ def guard_loss(
     coeffs = _coefficients(
         sigmas, index if isinstance(index, Tensor) else int(index), eta, True, latents
     )
-    return ops.guard_loss(
+    return loss.guard_loss(
         model_output.unsqueeze(0),
         advantages=advantages,
         coeffs=coeffs,

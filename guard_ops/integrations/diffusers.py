@@ -30,8 +30,7 @@ class FlowMatchSdeScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mi
 
     Everything about sigmas and timesteps is :class:`FlowMatchEulerDiscreteScheduler`'s, whose
     configurations load (``FlowMatchSdeScheduler.from_config(pipe.scheduler.config)``) and whose
-    pipelines run. :attr:`schedule` is what :func:`guard_ops.guard_loss` takes its coefficients
-    from.
+    pipelines run. :attr:`schedule` has the coefficients that :func:`guard_ops.guard_loss` takes.
 
     Args:
         noise_level: eta of :class:`guard_ops.SdeSchedule`; 0 is the ODE. ``scheduler.noise_level``
@@ -111,12 +110,12 @@ class FlowMatchSdeScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mi
             timestep: one of ``self.timesteps`` (float or []), which advances the scheduler as
                 diffusers' own do; or [B], a timestep for each sample, which does not.
             sample: x, [B, *latent].
-            s_churn, s_tmin, s_tmax, s_noise: there for the pipelines' signature; no effect.
+            s_churn, s_tmin, s_tmax, s_noise: have no effect; pipelines may pass them.
             prev_sample: y; the log-prob and the mean then carry gradients to ``model_output``.
 
         Raises:
-            ValueError: an integer instead of a timestep; one that is not in the schedule;
-                ``per_token_timesteps``.
+            ValueError: ``timestep`` is an integer or is not in the schedule, or
+                ``per_token_timesteps`` is given.
         """
         if isinstance(timestep, int) or (
             isinstance(timestep, Tensor) and not timestep.is_floating_point()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..schedule import SdeKind
+from ..schedule import SDE_RULES, SdeKind
 from . import guard, steps
 from .flow_grpo import draw_noise
 
@@ -35,8 +35,8 @@ def step(
 
     Args:
         noise_pred: velocity, [B, *latent]. latents: x. next_latents: y of the update, or None.
-        timestep, timestep_next: [] or [B], of ``self.timesteps``; with ``timestep_next`` any two
-            in [0, 1000], and nothing is looked up.
+        timestep, timestep_next: [] or [B], of ``self.timesteps``. If ``timestep_next`` is given,
+            they may be any two in [0, 1000], as nothing is looked up.
         noise_level: None takes the scheduler's for this step. dynamics_type: "Flow-SDE",
             "Dance-SDE", "CPS" or "ODE"; None takes the scheduler's.
 
@@ -45,7 +45,8 @@ def step(
         to the dtype of ``latents``, and its log-prob is that of the rounded one.
 
     Raises:
-        ValueError: ``dynamics_type``; a timestep that is not in the schedule (on the CPU).
+        ValueError: ``dynamics_type`` is none of these, or (on the CPU) a timestep is not in the
+            schedule.
     """
     dynamics = dynamics_type or self.dynamics_type
     if dynamics != "ODE" and dynamics not in KINDS:
@@ -76,7 +77,8 @@ def step(
         store_dtype=latents.dtype,
     )
     root = (-coeffs.dt).sqrt()
-    std = steps.per_sample(coeffs.s if kind == "cps" else coeffs.s / root, latents)
+    std = coeffs.s / root if SDE_RULES[kind].diffusion else coeffs.s
+    std = steps.per_sample(std, latents)
     return _output(
         self,
         (done.prev_sample, done.mean, noise_pred.float(), done.log_prob, std, dt),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..schedule import SdeKind
+from ..schedule import SdeKind, StepCoefficients
 from . import guard, steps
 from .guard import BiasReduction
 
@@ -33,15 +33,15 @@ def sde_step_with_logprob(
         timestep: [B], values of ``self.timesteps``.
         sample: x, [B, *latent].
         prev_sample: y; the log-prob and the mean then carry gradients. None draws it.
-        generator: of the noise; a generator, or one per sample.
+        generator: draws the noise; a generator, or one per sample.
         sde_type: "sde" or "cps".
 
     Returns:
-        prev_sample, log_prob [B], prev_sample_mean, std_dev_t [B, 1, ...], and, asked for,
+        prev_sample, log_prob [B], prev_sample_mean, std_dev_t [B, 1, ...], and, if asked for,
         sqrt(-dt) [B, 1, ...]; float32. The noise is drawn as the original draws it.
 
     Raises:
-        ValueError: another ``sde_type``; on the CPU, a timestep that the schedule does not have.
+        ValueError: ``sde_type`` is neither, or (on the CPU) a timestep is not in the schedule.
     """
     if sde_type not in KINDS:
         raise ValueError(f"`sde_type` is {sde_type!r}; it needs one of {', '.join(KINDS)}")
@@ -57,24 +57,26 @@ def sde_step_with_logprob(
         None if prev_sample is None else prev_sample.float(),
         lambda: draw_noise(model_output, generator),
     )
-    std, sqrt_dt = std_and_sqrt_dt(coeffs.table, KINDS[sde_type], sample)
+    std, sqrt_dt = std_and_sqrt_dt(coeffs, KINDS[sde_type], sample)
     assert step.log_prob is not None
     out = (step.prev_sample, step.log_prob, step.mean, std)
     return (*out, sqrt_dt) if return_sqrt_dt else out
 
 
-def std_and_sqrt_dt(table: Tensor, kind: SdeKind, sample: Tensor) -> tuple[Tensor, Tensor]:
+def std_and_sqrt_dt(
+    coeffs: StepCoefficients, kind: SdeKind, sample: Tensor
+) -> tuple[Tensor, Tensor]:
     """``std_dev_t`` as the public implementations return it, and sqrt(-dt), both [B, 1, ...].
 
-    Flow-SDE's leaves sqrt(-dt) out; the others' is the density's standard deviation.
+    The one of Flow-SDE leaves sqrt(-dt) out; the others are the density's standard deviation.
     """
-    sqrt_dt = (-table[4]).sqrt()
-    std = table[2] / sqrt_dt if kind == "flow_sde" else table[2]
+    sqrt_dt = (-coeffs.dt).sqrt()
+    std = coeffs.s / sqrt_dt if kind == "flow_sde" else coeffs.s
     return steps.per_sample(std, sample), steps.per_sample(sqrt_dt, sample)
 
 
 def draw_noise(like: Tensor, generator: Any) -> Tensor:
-    """The originals' draw, float32: the same numbers from the same generators."""
+    """Noise drawn as the originals draw it: float32, the same numbers from the same generators."""
     from diffusers.utils.torch_utils import randn_tensor
 
     noise: Tensor = randn_tensor(
@@ -127,9 +129,9 @@ def grpo_guard_loss(
     adv_clip_max: float = 5.0,
     bias_reduction: BiasReduction = "sample",
 ) -> PolicyLoss:
-    """The tail of the GRPO-Guard scripts, with the step's own outputs.
+    """The tail of the GRPO-Guard scripts, on what the step returned.
 
-    The scale ``sqrt_dt.mean() * std_dev_t.mean()`` is averaged over the batch as theirs is.
+    The scale ``sqrt_dt.mean() * std_dev_t.mean()`` is averaged over the batch, as in the scripts.
 
     Args:
         log_prob, old_log_prob, advantages: [B]. prev_sample_mean: as the step returned it.

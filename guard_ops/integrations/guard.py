@@ -42,11 +42,11 @@ def difference(
     log_prob: Tensor,  # [B]
     old_log_prob: Tensor,  # [B]
 ) -> Difference:
-    """What the means and log-probs of a trainer say of the step.
+    """How the policy has moved, according to a trainer's means and log-probs.
 
-    A mean that came from our step remembers its transition: both numbers then come from one pass
-    over the latents and their differences, in the mean form, and are exactly 0 on policy. A mean
-    from elsewhere leaves what the original has: the difference of two float32 log-probs.
+    A mean that came from our step remembers its transition. Both numbers then come from one pass
+    over the latents in the mean form, and are exactly 0 on policy. With a mean from elsewhere, the
+    log-ratio is the difference of two float32 log-probs, as in the original.
     """
     transition = transition_of(prev_sample_mean)
     if transition is None:
@@ -99,8 +99,10 @@ def averaged_surrogate(
     bias_reduction: BiasReduction = "sample",
     sample_weights: Tensor | None = None,
 ) -> Surrogate:
-    """flow_grpo's and verl-omni's: one scale ``mean(sqrt_dt) mean(std_dev_t)`` for the batch, and
-    the loss divided by ``mean(sqrt_dt)^2``."""
+    """The loss of flow_grpo and verl-omni, with one scale for the whole batch.
+
+    The scale is ``mean(sqrt_dt) mean(std_dev_t)``, and the loss is divided by ``mean(sqrt_dt)^2``.
+    """
     root = sqrt_dt.double().mean()
     found = guard_surrogate(
         moved,
@@ -124,7 +126,7 @@ def plain_surrogate(
     adv_clip: float,
     sample_weights: Tensor | None = None,
 ) -> Surrogate:
-    """Flow-GRPO's: ``ratio = r``, clipped."""
+    """The loss of Flow-GRPO: ``ratio = r``, clipped."""
     excess = torch.expm1(log_ratio.double())
     return _surrogate(excess, advantages, clip_low, clip_high, adv_clip, sample_weights)
 

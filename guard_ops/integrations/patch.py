@@ -25,7 +25,7 @@ class Patch:
     """What was replaced; :meth:`undo` puts it back. Also a context manager."""
 
     framework: str
-    replaced: tuple[str, ...] = ()  # "module.name", every place
+    replaced: tuple[str, ...] = ()  # every place, as "module.name"
     _places: list[tuple[Any, str, Any]] = field(default_factory=list, repr=False)
     _on_undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
@@ -59,7 +59,7 @@ class Patch:
 
 
 def replace(framework: str, targets: Sequence[Target]) -> Patch:
-    """Replace every target that is there, after all of their signatures were checked.
+    """Replace every target, once the signatures of all have been checked.
 
     A module that imported a function by name holds its own reference; those are replaced too.
 
@@ -129,9 +129,9 @@ def _owner(module: ModuleType, name: str) -> tuple[Any, str]:
 
 
 def _check_signature(label: str, original: Any, replacement: Callable[..., Any]) -> None:
-    """The same parameters, in the same order, of the same kind, optional where ours are.
+    """Raises unless the parameters are alike: their names, order and kinds, and which are optional.
 
-    An earlier version may lack the last optional ones: its calls mean the same to ours.
+    An earlier version may lack the last optional ones, as its calls mean the same to ours.
     """
     expected, got = _parameters(replacement), _parameters(original)
     more = expected[len(got) :]

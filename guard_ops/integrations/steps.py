@@ -1,8 +1,8 @@
 """One SDE step the way trainers' functions take and return it, on any schedule of sigmas.
 
-What the frameworks' files share: steps are looked up on the device (the originals call
-``nonzero().item()`` once per sample), the step itself runs on the fused ops, and the mean that is
-returned remembers the transition it belongs to, so that a loss which is later handed only means and
+The frameworks' files share this. Steps are looked up on the device (the originals call
+``nonzero().item()`` once per sample), and the step itself runs on the fused ops. The mean that is
+returned remembers the transition it belongs to, so that a loss which later gets only means and
 log-probs can go back to the latents and form its ratio from differences.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
-from ..schedule import SdeKind, SdeSchedule, StepCoefficients, coefficient_table
+from ..schedule import SDE_RULES, SdeKind, SdeSchedule, StepCoefficients, coefficient_table
 
 
 class Step(NamedTuple):
@@ -43,9 +43,9 @@ _MEMORY = "_guard_ops_transition"
 
 
 def schedule_of(sigmas: Tensor, noise_level: float, kind: SdeKind, device: Any) -> SdeSchedule:
-    """The schedule of a scheduler's ``sigmas`` on ``device``, made once for as long as they live.
+    """The schedule of a scheduler's ``sigmas`` on ``device``, kept for as long as they live.
 
-    Making it reads the sigmas on the host; later steps do not.
+    It is made once because that reads the sigmas on the host.
     """
     known = _schedules.setdefault(sigmas, {})
     key = (sigmas._version, float(noise_level), kind, torch.device(device))
@@ -59,8 +59,8 @@ def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> Tensor:
     """Indices [B] of ``timestep`` [B] (or []) in a scheduler's ``timesteps`` [N], on their device.
 
     Raises:
-        ValueError: on the CPU, a timestep that is not in the schedule. On an accelerator that is
-            an assertion of the device, as nothing is read back.
+        ValueError: a timestep on the CPU is not in the schedule. On an accelerator, from which
+            nothing is read back, an assertion on the device fails instead.
     """
     wanted = timestep.to(timesteps.device).reshape(-1, 1)
     match = timesteps.unsqueeze(0) == wanted
@@ -78,7 +78,7 @@ def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> Tensor:
 
 def coefficients(
     sigmas: Tensor,  # [N + 1]
-    index: Tensor | int,  # [B], or the one step of all samples
+    index: Tensor | int,  # [B], or one step for all samples
     noise_level: float | Tensor,
     kind: SdeKind,
     batch: int,
@@ -114,11 +114,11 @@ def coefficients_at(
     table = coefficient_table(
         row(sigma), row(sigma_next), row(noise_level), kind, sigma_max.double().to(sigma.device)
     )
-    return StepCoefficients._of(table, kind != "cps", ())
+    return StepCoefficients._of(table, SDE_RULES[kind].gaussian, ())
 
 
 def number(x: float | Tensor, device: torch.device) -> Tensor:
-    """``x`` as a tensor on ``device``: a number is filled in there, which copies nothing."""
+    """``x`` as a tensor; a number is filled in on ``device``, so that the host copies nothing."""
     if isinstance(x, Tensor):
         return x
     return torch.full((), x, dtype=torch.float64, device=device)
@@ -141,12 +141,12 @@ def sde_step(
 ) -> Step:
     """Sample, or score, one step: ``y = a x + b v + s noise``, ``log p(y)`` and the mean.
 
-    With ``prev_sample`` (the update) the log-prob and the mean carry gradients to ``model_output``;
-    without (the rollout) ``draw`` is called for the noise.
+    With ``prev_sample`` (in an update) the log-prob and the mean carry gradients to
+    ``model_output``. Without it (in a rollout) ``draw`` is called for the noise.
 
     Args:
-        store_dtype: of the latents that the trainer keeps; the log-prob is that of the sample as
-            it will be read back. The sample itself is returned in float32.
+        store_dtype: the dtype in which the trainer keeps latents. The log-prob is that of the
+            sample rounded to it, as it will be read back; the sample is returned in float32.
     """
     v, x = model_output.unsqueeze(0), sample.unsqueeze(0)
     learns = torch.is_grad_enabled() and model_output.requires_grad
@@ -155,7 +155,7 @@ def sde_step(
         step = ops.sde_step(v, stored, coeffs, noise=draw().unsqueeze(0))
         log_prob = step.log_prob.squeeze(0).float() if with_log_prob else None
         return Step(step.prev_sample.squeeze(0).float(), log_prob, step.mean.squeeze(0), coeffs)
-    a, b, s = (per_sample(numbers, model_output) for numbers in coeffs.table[:3])
+    a, b, s = (per_sample(each, model_output) for each in (coeffs.a, coeffs.b, coeffs.s))
     mean = torch.addcmul(a * sample.float(), b, model_output.float())
     if prev_sample is None:
         prev_sample = (mean + s * draw()).to(store_dtype).float()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schedule import SdeKind
+from ..schedule import SDE_RULES, SdeKind
 from . import guard, steps
 from .flow_grpo import draw_noise, std_and_sqrt_dt
 
@@ -37,18 +37,19 @@ def sample_previous_step(
     """``FlowMatchSDEDiscreteScheduler.sample_previous_step`` on fused ops.
 
     Args:
-        sample, model_output, prev_sample: [B, *latent]; as the original, the first is float32.
+        sample, model_output, prev_sample: [B, *latent]; ``sample`` is float32, as in the original.
         timestep: [B], or None for the scheduler's own ``step_index``.
         sde_type: "sde", "cps" or "dance_sde" (whose ``std_dev_t`` contains sqrt(-dt)).
         include_logprob_normalizer: False leaves ``log s + log sqrt(2 pi)`` out.
 
     Returns:
         prev_sample, log_prob [B] or None, prev_sample_mean, std_dev_t ([B, 1, ...], [] without
-        ``timestep``), and, asked for, sqrt(-dt) [B].
+        ``timestep``), and, if asked for, sqrt(-dt) [B].
 
     Raises:
-        ValueError: ``sde_type``; a timestep that is not in the schedule (on the CPU).
-        NotImplementedError: ``per_token_timesteps``, as in the original.
+        ValueError: ``sde_type`` is none of these, or (on the CPU) a timestep is not in the
+            schedule.
+        NotImplementedError: ``per_token_timesteps`` is given, which the original refuses too.
     """
     if sde_type not in KINDS:
         raise ValueError(f"`sde_type` is {sde_type!r}; it needs one of {', '.join(KINDS)}")
@@ -70,9 +71,9 @@ def sample_previous_step(
         with_log_prob=return_logprobs,
     )
     log_prob = step.log_prob
-    if log_prob is not None and kind != "cps" and not include_logprob_normalizer:
+    if log_prob is not None and SDE_RULES[kind].gaussian and not include_logprob_normalizer:
         log_prob = log_prob + (coeffs.s.log() + guard.LOG_SQRT_2PI).float().squeeze(0)
-    std, sqrt_dt = std_and_sqrt_dt(coeffs.table, kind, sample)
+    std, sqrt_dt = std_and_sqrt_dt(coeffs, kind, sample)
     if timestep is None:
         std = std.flatten()[0]
     out = (step.prev_sample, log_prob, step.mean, std)
@@ -123,9 +124,9 @@ class FlowGRPOFusedLoss:
 class GRPOGuardFusedLoss:
     """``GRPOGuardLoss``: the same inputs, loss and metrics; its ratio comes from the latents.
 
-    ``prev_sample_mean`` of our step remembers its transition, so the log-ratio and the bias are one
-    pass over the latents, in the mean form. With another step's mean it is the original's
-    arithmetic on the stored log-probs, in float64.
+    The ``prev_sample_mean`` of our step remembers its transition, so the log-ratio and the bias
+    take one pass over the latents, in the mean form. With a mean from another step, the loss
+    computes on the stored log-probs as the original does, in float64.
     """
 
     required_model_output_keys = ("log_probs", "prev_sample_mean", "std_dev_t", "sqrt_dt")
@@ -192,7 +193,7 @@ def register() -> tuple[str, ...]:
 
 
 def unregister() -> None:
-    """Take them out again."""
+    """Take the losses out of verl-omni's registry again."""
     from verl_omni.trainer.diffusion import diffusion_algos
 
     for name in LOSSES:
@@ -206,7 +207,7 @@ def _result(loss: Tensor, metrics: dict[str, float]) -> Any:
 
 
 def _metrics(excess: Tensor, log_ratio: Tensor, clip: float) -> dict[str, float]:
-    """verl-omni's metrics; numbers, as its logger wants them: one read of the device, not six."""
+    """verl-omni's metrics as the numbers that its logger wants, in one read of the device."""
     high, low = excess > clip, excess < -clip
     values = {
         "actor/ppo_kl": -log_ratio.detach().mean(),

@@ -31,7 +31,7 @@ class CheckpointError(RuntimeError):
 
 
 class _CorruptError(CheckpointError):
-    """Of a checkpoint that can be set aside; one of another format version cannot."""
+    """The checkpoint is corrupt and can be set aside; one of another format version cannot."""
 
 
 class Checkpoint(NamedTuple):
@@ -49,14 +49,14 @@ def save(
 ) -> Path:
     """Write a checkpoint into the folder ``root`` and delete all but its ``keep`` newest.
 
-    Args: as the fields of :class:`Checkpoint`; tensors may be on any device and share memory.
+    Args: the fields of :class:`Checkpoint`; tensors may be on any device and share memory.
 
     Returns:
         The checkpoint's folder.
     """
     safetensors = require("safetensors.torch", "train")
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(f"{_TEMPORARY}*"):  # of a run that was killed while writing
+    for leftover in root.glob(f"{_TEMPORARY}*"):  # a run was killed while it wrote this
         shutil.rmtree(leftover)
     temporary = root / f"{_TEMPORARY}{iteration:06d}"
     temporary.mkdir()
@@ -79,7 +79,8 @@ def save(
     temporary.rename(final)
     _sync(root)
     for path in _folders(root)[keep:]:
-        shutil.rmtree(path.rename(root / f"{_TEMPORARY}deleting-{path.name}"))  # never half of one
+        # renamed first, so that a checkpoint is never half deleted under its own name
+        shutil.rmtree(path.rename(root / f"{_TEMPORARY}deleting-{path.name}"))
     return final
 
 
@@ -117,7 +118,7 @@ def load(path: Path) -> Checkpoint:
     """The checkpoint in the folder ``path``, every byte checked.
 
     Raises:
-        CheckpointError: naming the file and the reason.
+        CheckpointError: the message names the file and the reason.
     """
     manifest = _read_json(path / "manifest.json")
     try:

@@ -17,14 +17,15 @@ class TrainConfig:
 
     Args:
         iterations: rollouts, each followed by ``inner_epochs * minibatches`` optimizer steps.
-        prompts_per_iteration, group_size: samples of a rollout: so many prompts, so many of each.
+        prompts_per_iteration, group_size: a rollout has so many prompts, and so many samples of
+            each.
         inner_epochs: passes over a rollout. The first update is on policy: with one epoch of one
             minibatch the ratio is always 1 and nothing is ever clipped.
         minibatches: optimizer steps of a pass; the samples are split evenly, without regard to
             groups (advantages are computed before).
         learning_rate, weight_decay: of AdamW, when the trainer makes the optimizer.
         max_grad_norm: the gradient is scaled down to this norm; ``inf`` for never.
-        ema_decay: of the average of the weights, 0 <= d < 1; 0 is the weights themselves.
+        ema_decay: decay of the average of the weights, 0 <= d < 1; at 0 it is the weights.
         skip_last_steps: denoising steps at the end that are sampled but not trained.
         advantage_scale: what divides a reward's distance from its group's mean: the spread of the
             "group" or of the whole "batch", or nothing ("none").
@@ -35,7 +36,7 @@ class TrainConfig:
         tensorboard: write event files beside ``metrics.jsonl``.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it got and what it needs.
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
 
     iterations: int = 120

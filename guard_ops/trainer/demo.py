@@ -19,7 +19,7 @@ from .progress import progress_bar
 
 
 class Run(NamedTuple):
-    """One fine-tuning."""
+    """What one fine-tuning gives."""
 
     lines: list[dict[str, Any]]  # metrics.jsonl
     evaluations: list[dict[str, float]]  # iteration, proxy, gold ...; the start is iteration 0

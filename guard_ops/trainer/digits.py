@@ -130,7 +130,8 @@ def load_or_pretrain(
 ) -> DigitPolicy:
     """:func:`pretrain`, kept in the safetensors file ``path`` and read from there next time.
 
-    The file says what it was made with; one made otherwise, or damaged, is made again.
+    The file says with which settings it was made; it is made again if they differ, or if it is
+    damaged.
     """
     safetensors = require("safetensors", "train")
     torch_safetensors = require("safetensors.torch", "train")

@@ -24,7 +24,7 @@ where an image model's have 65,536, so the ratio, a mean over elements, spreads 
 
 SCHEDULE = go.SdeSchedule(sigmas(10), noise_level=0.7, kind="flow_sde")
 LEARNING_RATE = 4e-4
-EVALUATION_SEED = 2**40  # of no run: samples for evaluation are always the same noise
+EVALUATION_SEED = 2**40  # no run has this seed; evaluation always samples from the same noise
 EVALUATION_SAMPLES = 100  # per class
 
 

@@ -15,8 +15,9 @@ HELD_OUT = PROXY_IMAGES + GOLD_IMAGES  # images from here on were fitted by neit
 class ProxyReward:
     """The asked class's logit in a logistic regression that sees the upper half of 200 digits.
 
-    Made to be hacked: linear, barely trained, and blind to the lower half. Pixels beyond black and
-    white are cut off first, here and in :class:`Gold`, so that the hack has to be in the picture.
+    It is made to be hacked: linear, barely trained, and blind to the lower half. Pixels beyond
+    black and white are cut off first, here and in :class:`Gold`, so that the hack has to be in the
+    picture.
     """
 
     def __init__(self, digits: Digits) -> None:
@@ -33,7 +34,7 @@ class ProxyReward:
         samples: Tensor,  # [B, 1, 8, 8]
         condition: Tensor,  # [B] the classes asked for
     ) -> Tensor:
-        """[B]."""
+        """The reward of each sample, [B]."""
         logits = F.linear(_upper_half(samples), self.weight, self.bias)
         return logits.gather(1, condition[:, None])[:, 0]
 
@@ -93,5 +94,5 @@ def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
 
 
 def _upper_half(images: Tensor) -> Tensor:
-    """[B, 32] of [B, 1, 8, 8]."""
+    """The upper four rows of [B, 1, 8, 8] images as [B, 32]."""
     return images[:, :, :4].flatten(1).clamp(-1, 1)

@@ -23,7 +23,7 @@ from .progress import progress_bar
 
 
 class Rollout(NamedTuple):
-    """B trajectories of N steps. The noise is in the seeds: no need to store or reread it."""
+    """B trajectories of N steps, whose noise is regenerated from the seeds instead of stored."""
 
     latents: Tensor  # [N + 1, B, *latent]; the last is the sample
     velocities: Tensor  # [N, B, *latent] of the behaviour policy
@@ -35,7 +35,7 @@ class Trainer:
     """Fine-tunes ``policy`` to raise ``reward`` with the objective ``guard``.
 
     Args:
-        policy: see :class:`FlowPolicy`; trained in place.
+        policy: a :class:`FlowPolicy`; it is trained in place.
         reward: ``(samples [B, *latent], condition [B, ...]) -> [B]``.
         prompts: [P, ...], one condition a row.
         schedule: the sampler's steps.
@@ -124,9 +124,10 @@ class Trainer:
     def rollout(self, condition: Tensor) -> Rollout:
         """Sample with the policy as it is now, in the chunks of the first epoch's minibatches.
 
-        The same rows in calls of the same size (on copies, as matrix products also round by how
-        their operands are aligned) make the first update's velocities bitwise those recorded
-        here, so that it is exactly on policy: a ratio of 1, not of 1 plus rounding.
+        The first update then makes calls of the same size on the same rows (on copies, as the
+        rounding of matrix products also depends on how their operands are aligned). So its
+        velocities have the bits of those recorded here, and it is exactly on policy: its ratio is
+        1, not 1 plus rounding.
         """
         seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
         seeds = go.philox_seed(seed, (len(self.schedule), len(condition)), self.device)
@@ -174,7 +175,7 @@ class Trainer:
         """Train until ``config.iterations``, writing metrics and checkpoints on the way.
 
         Raises:
-            FloatingPointError: the loss is not finite; noticed before a checkpoint is written.
+            FloatingPointError: the loss is not finite, which is noticed before a checkpoint.
         """
         c = self.config
         bars = progress_bar(title, c.iterations, self.iteration) if progress else nullcontext()
@@ -227,4 +228,4 @@ class Trainer:
             state.restore(self, saved)
         self.writer.start(self.iteration, saved.state["metrics_bytes"] if saved else 0)
         if saved is None and self.config.checkpoint_every:
-            self.save()  # marks the folder as taken, and is what a kill in the first seconds needs
+            self.save()  # marks the folder as taken; a run killed in its first seconds resumes here

@@ -13,8 +13,8 @@ from .extras import require
 class MetricsWriter:
     """Appends to ``metrics.jsonl`` (and ``tensorboard/``) of a run.
 
-    A line is ``{"iteration": n, name: number | [a number per step], ...}``; what is not finite is
-    null there. :meth:`start` cuts off what a killed run wrote after its last checkpoint.
+    A line is ``{"iteration": n, name: number | [a number per step], ...}``; a number that is not
+    finite is null. :meth:`start` cuts off what a killed run wrote after its last checkpoint.
     """
 
     def __init__(self, out: Path, *, tensorboard: bool) -> None:
@@ -47,7 +47,7 @@ class MetricsWriter:
                 self._board.add_scalar(f"{name}/step_{k}", x, iteration)
 
     def sync(self) -> int:
-        """Put what was written on the disk; the size of ``metrics.jsonl`` in bytes."""
+        """Put what was written on the disk; returns the size of ``metrics.jsonl`` in bytes."""
         os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
@@ -65,7 +65,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """``value`` with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, list):
         return [_finite(x) for x in value]
     return value if value - value == 0 else None

@@ -1,4 +1,4 @@
-"""What of a trainer goes into a checkpoint, and back."""
+"""Puts a trainer's state into a checkpoint, and restores it from there."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .checkpoint import Checkpoint
 if TYPE_CHECKING:
     from .loop import Trainer
 
-# may differ between a run and its continuation
+# These settings may differ between a run and its continuation.
 _FREE = ("iterations", "evaluate_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
 
 
 def tensors(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """By file: weights, their average, the optimizer's state, the states of the generators."""
+    """For each file: weights, their average, the optimizer's state, the generators' states."""
     optimizer = {
         f"{index}.{name}": value
         for index, values in trainer.optimizer.state_dict()["state"].items()

@@ -26,7 +26,7 @@ class Table(NamedTuple):
 
 
 def outcome(result: SeedResult) -> Table:
-    """What each objective made of the start."""
+    """The judges' numbers before fine-tuning, and after it with each objective."""
     first = next(iter(result.runs.values()))
     rows = [["before fine-tuning", *_judged(first.evaluations[0])]]
     rows += [[LABELS[name], *_judged(run.evaluations[-1])] for name, run in result.runs.items()]
@@ -35,7 +35,7 @@ def outcome(result: SeedResult) -> Table:
 
 
 def equal_proxy(result: SeedResult) -> Table:
-    """What each run had paid when its proxy first reached what all of them reached."""
+    """Each run's numbers when its proxy first reached the level that all runs have reached."""
     level, paid = at_equal_proxy(result)
     rows = [
         [LABELS[name], f"{there['iteration']:.0f}", *_judged(there)[1:]]
@@ -46,7 +46,7 @@ def equal_proxy(result: SeedResult) -> Table:
 
 
 def at_equal_proxy(result: SeedResult) -> tuple[float, dict[str, dict[str, float]]]:
-    """The highest proxy that all runs reached; each run's numbers then, between evaluations."""
+    """The highest proxy that all runs reached, and each run's numbers then, interpolated."""
     level = min(max(e["proxy"] for e in run.evaluations) for run in result.runs.values())
     return level, {name: _when(run, level) for name, run in result.runs.items()}
 

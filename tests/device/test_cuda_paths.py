@@ -123,7 +123,8 @@ def test_every_path_is_captured_and_replayed(path, cuda):
     cuda.force_cuda_path(path)
 
     def step():
-        return go.guard_loss_and_grad(**given, config=config)
+        out = go.guard_loss_and_grad(**given, config=config)
+        return out.loss, out.grad
 
     graph, captured = capture(step)
     assert cuda.last_cuda_path() == path
@@ -156,7 +157,8 @@ def test_calls_on_several_streams_and_graphs_beside_each_other(cuda):
     given["model_output"] = given["model_output"].detach()
 
     def step():
-        return go.guard_loss_and_grad(**given, config=config)
+        out = go.guard_loss_and_grad(**given, config=config)
+        return out.loss, out.grad
 
     for path in ("two_launches", "cooperative"):
         cuda.force_cuda_path(path)

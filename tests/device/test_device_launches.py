@@ -152,7 +152,7 @@ def test_a_row_of_more_than_two_to_the_31_elements(gpu):
     v[0, -8:], noise[0, -8:] = 1.0, 2.0
     coeffs = go.SdeSchedule([1.0, 0.8, 0.5, 0.0])[1].to(gpu.device)
     config = go.GuardConfig("none", reduction="sum", clip_low=9.0, clip_high=9.0)
-    loss, grad = go.guard_loss_and_grad(
+    loss, grad, *_ = go.guard_loss_and_grad(
         v, advantages=torch.ones(1, device=gpu.device), coeffs=coeffs, config=config,
         old_model_output=old, noise=noise,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from problems import FORMS, largest, relative, run, truth, without_advantages
 
 import guard_ops as go
 
+CUDA = torch.cuda.is_available()
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 WIDE = {"clip_low": 0.3, "clip_high": 0.4}
@@ -44,11 +45,19 @@ def compare(there, here, config, dtype, **more):
     return out, grad
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("form", FORMS)
+# A form ends in two sums and a mode begins with them, so that not every pair is new to a kernel:
+# every mode is there with kl_old and, where it can be, without, and every form by both ways.
+FORMS_AND_MODES = [
+    (form, mode)
+    for form in FORMS
+    for mode, config in MODES.items()
+    if form in ("velocity", "log-prob") or mode in ("article", "paper")
+    if not (form == "log-prob" and config.ratio_norm == "closed_form")  # needs the policy's mean
+]
+
+
+@pytest.mark.parametrize("form, mode", FORMS_AND_MODES)
 def test_every_form_and_mode(form, mode, place):
-    if form == "log-prob" and MODES[mode].ratio_norm == "closed_form":
-        pytest.skip("closed_form needs the behaviour policy's mean")
     here, there = problem_on(place.device, form, dtype=torch.float32, latent=(5, 9), drift=0.3)
     compare(there, here, MODES[mode], torch.float32)
 
@@ -60,9 +69,12 @@ def test_every_form_in_16_bits(form, dtype, place):
     compare(there, here, MODES["article"], dtype)
 
 
-@pytest.mark.parametrize("numel", [1, 7, 127, 4097, 20000])
+# Less than a tile or a chunk, one more than a tile, and several of each.
+SIZES = [(2, 1), (2, 7), (2, 127), (None, 4097), (2, 4097), (None, 20000 if CUDA else 9000)]
+
+
+@pytest.mark.parametrize("steps, numel", SIZES)
 @pytest.mark.parametrize("form", ["mean", "seeded"])
-@pytest.mark.parametrize("steps", [None, 2])
 def test_every_size_of_latent(steps, form, numel, place):
     here, there = problem_on(
         place.device, form, steps=steps, batch=2, latent=(numel,), dtype=torch.float32, drift=0.3
@@ -89,7 +101,7 @@ def test_guidance_and_the_kl_term(mode, guided, place):
     )
     compare(there, here, config, torch.float32)
     if guided:
-        loss, grads = go.guard_loss_and_grad(**there, config=config)
+        loss, grads, *_ = go.guard_loss_and_grad(**there, config=config)
         with go.use_backend("reference"):
             expected = go.guard_loss_and_grad(**here, config=config)
         assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-4)
@@ -124,8 +136,9 @@ def test_on_policy_is_exactly_on_policy(form, dtype, place):
         there = rollout_on(place.device, dtype, (41,))
     else:
         _, there = problem_on(place.device, form, dtype=dtype, latent=(41,), drift=0)
-    for config in (MODES["article"], MODES["paper"], MODES["none"]):
-        out, grad = run(there, config)
+    # The sums are zero or not whatever the mode is: each of them in one dtype.
+    for mode in ("article", "paper", "none") if dtype == torch.float32 else ("article",):
+        out, grad = run(there, MODES[mode])
         assert torch.equal(out.log_ratio, torch.zeros_like(out.log_ratio))
         assert torch.equal(out.excess, torch.zeros_like(out.excess))
         assert grad.abs().max() > 0

@@ -33,7 +33,7 @@ def problem():
 
 def plain(v, coeffs, v_old, x, y):
     """log r and KL [K, B] from log-densities, as the formula says."""
-    a, b, s = (c.reshape(-1, 1, 1, 1, 1) for c in coeffs.table[:3])
+    a, b, s = (c.reshape(-1, 1, 1, 1, 1) for c in (coeffs.a, coeffs.b, coeffs.s))
     new, old = a * x + b * v, a * x + b * v_old
     log_ratio = ((y - old) ** 2 - (y - new) ** 2) / (2 * s**2)
     return log_ratio.mean((2, 3, 4)), ((new - old) ** 2 / (2 * s**2)).mean((2, 3, 4))

@@ -4,10 +4,9 @@ import os
 
 import pytest
 import torch
-from problems import FORMS, problem, run
+from problems import FORMS, operands, problem, run
 
 import guard_ops as go
-from guard_ops.transitions import Transitions
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or "triton" not in go.available_backends(),
@@ -15,29 +14,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def operands(form, guided):
-    """The flattened tensors that the operators take."""
-    given = problem(form, steps=2, batch=2, latent=(9, 4), dtype=torch.float32, guided=guided)
-    names = Transitions._fields[:9]
-    t = [given.get(name) for name in names]
-    flat = [x if x is None or n == "seed" else x.flatten(2) for n, x in zip(names, t, strict=True)]
-    table = given["coeffs"].table.unsqueeze(-1).expand(5, 2, 2)
-    return [*flat, table, given.get("guidance_scale", 1.0)]
-
-
 @pytest.mark.parametrize("form, guided", [(form, form == "velocity") for form in FORMS])
 def test_opcheck(form, guided):
     ops = torch.ops.guard_ops_triton
-    t = operands(form, guided)
+    t = operands(problem(form, steps=2, batch=2, latent=(9, 4), dtype=torch.float32, guided=guided))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.sums.default, tuple(t), test_utils=checks)
+    torch.library.opcheck(ops.sums.default, t, test_utils=checks)
     c = torch.randn(3, 2, 2, dtype=torch.float64)
     torch.library.opcheck(ops.gradient.default, (c, *t, True, guided), test_utils=checks)
     advantages = torch.randn(2, 2, dtype=torch.float64)
     old = torch.randn(2, 2, dtype=torch.float64) if form == "log-prob" else None
-    switches = ("standardize", "inverse_ratio", True, True, False, True)
-    numbers = (1.0, 1e-8, 0.2, 0.2, 5.0, 0.1, 0.0)
-    arguments = (*t, advantages, old, None, None, *switches, *numbers, True, guided)
+    objective = map(list, go.GuardConfig.article().objectives[True])
+    arguments = (*t, [advantages, old, None, None], *objective, True, guided)
     torch.library.opcheck(ops.guard_loss.default, arguments, test_utils=checks)
 
 

@@ -99,7 +99,8 @@ import os, sys, torch
 sys.path.insert(0, "scripts")
 import kernel_table
 from guard_ops.kernels import gradient, guard_loss, paths, sde_step, sums
-from guard_ops.transitions import Transitions
+from guard_ops import GuardConfig
+from guard_ops.transitions import Latents, Rows, Transitions
 
 guard_loss.machine = lambda device: paths.Machine(132, 50 << 20, True)
 PATHS = [("two_launches", "standardize"), ("one_launch", "standardize"), ("rows", "closed_form")]
@@ -111,27 +112,29 @@ def calls(steps, batch, offset):
         return torch.zeros(count + offset, dtype=dtype)[offset:].view(shape)
     def latents():
         return torch.zeros(steps, batch, 8192)
-    t = Transitions(*[latents(), None, None, latents(), latents(), None, latents(), None, None],
-                    numbers(5, steps, 1).expand(5, steps, batch), 1.0)
+    v, x = latents(), latents()
+    absent = Latents._make(None for _ in Latents._fields)
+    of = absent._replace(model_output=v, sample=x, prev_sample=x, old_model_output=v)
+    table = numbers(5, steps, 1).expand(5, steps, batch)
+    t = Transitions(of, None, table, 1.0)
     factor = numbers(1, dtype=torch.float32)[0]
-    def fused(path, norm):
+    def fused(path, norm, clip=0.2 + offset):
         os.environ["GUARD_OPS_TRITON_PATH"] = path
-        problem = guard_loss.Objective(
-            numbers(steps, batch, dtype=torch.float32), None, numbers(steps, batch), None,
-            norm, "none", True, True, False, True, 1.0, 1e-8, 0.2, 0.2, 5.0, 0.1, 0.0)
+        rows = Rows(numbers(steps, batch, dtype=torch.float32), None, numbers(steps, batch), None)
+        objective = GuardConfig(norm, clip_low=clip).objectives[True]
         out = torch.zeros((4, steps, batch)), torch.zeros(10, steps)
-        guard_loss.guard_loss(t, problem, latents(), None, torch.zeros(()), *out,
+        guard_loss.guard_loss(t, rows, objective, latents(), None, torch.zeros(()), *out,
                               torch.zeros((3, steps, batch), dtype=torch.float64))
     c = numbers(3, steps, batch)
     return [*[lambda path=path: fused(*path) for path in PATHS],
             lambda: gradient.rescale(t, c, latents(), None, factor),
             lambda: sums.sums(t, torch.zeros((3, steps, batch), dtype=torch.float64)),
-            lambda: sde_step.sde_step(t[0], t[3], t[9], latents(), None, latents(), latents())]
+            lambda: sde_step.sde_step(v, x, table, latents(), None, latents(), latents())]
 
 found = [{(k.metadata.name, k.hash) for k in kernel_table.compiled(90, calls(*of))}
          for of in ((3, 15, 0), (3, 15, 1), (4, 16, 0))]
 assert len({name for name, _ in found[0]}) == 7, found
-assert found[0] == found[1], "an offset is compiled for"
+assert found[0] == found[1], "an offset, or a number of the objective, is compiled for"
 # Their number rounded up to a power of two is compiled for, and nothing else of a count.
 assert found[0] == found[2], "a count is compiled for"
 """

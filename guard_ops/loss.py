@@ -1,0 +1,298 @@
+"""The loss: checks its arguments, has a backend compute it, and returns it with diagnostics."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autograd, backends, callers, objective, transitions
+from .config import RATIO_NORMS, GuardConfig
+from .objective import Metrics
+from .options import LossOptions, Names, takes
+from .schedule import StepCoefficients
+from .statistics import RatioStatistics, check_statistics
+from .transitions import CallShape, Given, Rows, Transitions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_ARTICLE = GuardConfig.article()
+_NAMES = Names(LossOptions)
+
+
+class GuardLossOutput(NamedTuple):
+    """What :func:`guard_loss` returns; only ``loss`` carries a gradient."""
+
+    loss: Tensor  # []
+    log_ratio: Tensor  # [K, B]
+    excess: Tensor  # [K, B] r_hat - 1
+    weights: Tensor  # [K, B] balance weights
+    kl: Tensor  # [K, B] to the reference model; 0 without one
+    metrics: Metrics  # each [K]
+
+
+class LossAndGrad(NamedTuple):
+    """What :func:`guard_loss_and_grad` returns; none of it requires grad."""
+
+    loss: Tensor  # []
+    grad: Tensor | tuple[Tensor, Tensor]  # shaped as model_output; a pair with guidance
+    log_ratio: Tensor  # [K, B]; this and the rest are as in GuardLossOutput
+    excess: Tensor
+    weights: Tensor
+    kl: Tensor
+    metrics: Metrics
+
+
+@takes(LossOptions)
+def guard_loss(model_output: Tensor, **options: Unpack[LossOptions]) -> GuardLossOutput:
+    """The GRPO-Guard policy loss over K steps: loss, gradient and diagnostics in one pass.
+
+    ``mean_i sum_k w_ki max(-A r_hat, -A clip(r_hat)) + kl_beta mean_ki KL(new || ref)``.
+
+    Args:
+        model_output: v, [K, B, *latent], or [B, *latent] for one step; the only operand (with
+            ``model_output_uncond``) that is differentiated.
+        advantages: [B], or [K, B]; any floating dtype, like every operand.
+        coeffs: ``schedule[...]`` of shape [] (one step), [K] or [K, B].
+        config: a GuardConfig; default ``GuardConfig.article()``.
+        sample, prev_sample, old_mean | sample, prev_sample, old_model_output |
+        old_model_output, noise | old_model_output, seed | sample, prev_sample, old_log_prob:
+            the behaviour policy, in exactly one of the forms mean, velocity, noise, seeded
+            (:func:`guard_ops.philox_seed`) and log-prob ([K, B]); latents shaped as v.
+        ref_model_output: the reference model's velocity, for ``kl_beta``.
+        model_output_uncond, guidance_scale: classifier-free guidance,
+            ``v = uncond + scale (v - uncond)``; ``old_model_output`` is then the combined one.
+        step_weights: [K, B] instead of ``config.balance``.
+        statistics: RatioNorm's mean and std from elsewhere (micro-batches, running average).
+        process_group: compute RatioNorm's statistics over the ranks of this group.
+
+    Returns:
+        GuardLossOutput; float32 diagnostics (float64 if an operand is), [B] for one step.
+
+    Raises:
+        ValueError, TypeError: the message names the argument, what it got and what it needs.
+    """
+    transitions.check_options("guard_loss", options, _NAMES)
+    call = _check(model_output, options, history=True)
+    if call.fused:
+        loss, per_row, metrics = autograd.guard_loss(
+            call.backend,
+            call.t,
+            call.rows,
+            call.config.objectives[call.gaussian],
+            model_output,
+            options.get("model_output_uncond"),
+        )
+    else:
+        loss, per_row, metrics = _composed(call, options)
+    return GuardLossOutput(loss, *_diagnostics(call.shape, per_row, metrics))
+
+
+@takes(LossOptions)
+def guard_loss_and_grad(model_output: Tensor, **options: Unpack[LossOptions]) -> LossAndGrad:
+    """:func:`guard_loss` for callers that push the gradient themselves (pipelines, offloading).
+
+    It takes the same arguments, and raises the same.
+
+    Returns:
+        LossAndGrad: the loss, ``d loss / d model_output`` (with classifier-free guidance the pair
+        of that and ``d loss / d model_output_uncond``), and :func:`guard_loss`'s diagnostics.
+    """
+    transitions.check_options("guard_loss_and_grad", options, _NAMES)
+    guided = options.get("model_output_uncond") is not None
+    if torch.is_grad_enabled():
+        call = _check(model_output, options, history=False)
+    else:
+        with torch.enable_grad():  # a constant that requires grad is refused all the same
+            call = _check(model_output, options, history=False)
+    grads: tuple[Tensor, ...]
+    if call.fused:  # none of whose tensors requires grad by now
+        loss, grad, grad_uncond, per_row, metrics, _ = call.backend.guard_loss(
+            call.t, call.rows, call.config.objectives[call.gaussian], True, guided
+        )
+        grads = (grad, grad_uncond)
+    elif torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"the {call.backend.NAME!r} backend makes this gradient by autograd, which inference "
+            "mode forbids; call guard_loss_and_grad under torch.no_grad()"
+        )
+    else:
+        latents = call.t.latents
+        outputs = [latents.model_output, latents.model_output_uncond]
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in outputs if x is not None]
+            of = dict(zip(transitions.DIFFERENTIATED, leaves))  # noqa: B905, one without guidance
+            call = call._replace(t=call.t._replace(latents=latents._replace(**of)))
+            loss, per_row, metrics = _composed(call, options)
+            grads = torch.autograd.grad(loss, leaves)
+    grad, *more = (x.view(model_output.shape) for x in grads if x.numel())
+    if guided:
+        (grad_uncond,) = more
+        handed: Tensor | tuple[Tensor, Tensor] = (grad, grad_uncond)
+    else:
+        handed = grad
+    return LossAndGrad(loss.detach(), handed, *_diagnostics(call.shape, per_row, metrics))
+
+
+def _diagnostics(
+    shape: CallShape, per_row: Tensor, metrics: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Metrics]:
+    """log_ratio, excess, weights, kl and the metrics, without K if the caller gave one step."""
+    if shape.one_step:
+        per_row, metrics = per_row.squeeze(1), metrics.squeeze(1)
+    log_ratio, excess, weights, kl = per_row.unbind(0)
+    return log_ratio, excess, weights, kl, Metrics(*metrics.unbind(0))
+
+
+# ---- the arguments ------------------------------------------------------------------------------
+
+
+class LossCall(NamedTuple):
+    """A loss whose arguments are checked."""
+
+    backend: ModuleType
+    fused: bool  # whether one call of the backend computes loss and gradient
+    shape: CallShape
+    t: Transitions
+    rows: Rows
+    config: GuardConfig
+    gaussian: bool
+
+
+def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
+    """Checks every argument and reshapes it for backends; raises as :func:`guard_loss` says.
+
+    ``history``: whether autograd may differentiate through the operands that are made here. A fused
+    backend's Function is given the caller's own outputs instead, so these are detached, and no
+    reshaping costs an autograd node.
+    """
+    coeffs: StepCoefficients = given["coeffs"]
+    shape = transitions.check_shape(model_output, coeffs)
+    backend = backends.select(model_output.device)
+    fused = (
+        backend.FUSED
+        and given.get("process_group") is None
+        and shape.batch <= backends.max_batch(backend)
+    )
+    if not history or (fused and not torch.compiler.is_compiling()):
+        model_output, given = _without_history(model_output, given)
+    t = transitions.gather(shape, model_output, given)
+    device = model_output.device
+    advantages = transitions.per_transition(
+        "advantages", given["advantages"], shape, device, per_sample=True
+    )
+    step_weights = given.get("step_weights")
+    if step_weights is not None:
+        step_weights = transitions.per_transition("step_weights", step_weights, shape, device)
+    config = given.get("config")
+    config = _ARTICLE if config is None else config
+    old = transitions.old_log_prob(shape, model_output, given)
+    mean_std = _check_objective(config, shape, model_output, given)
+    rows = Rows(advantages, old, step_weights, mean_std)
+    return LossCall(backend, fused, shape, t, rows, config, coeffs.gaussian)
+
+
+def _without_history(model_output: Tensor, given: Given) -> tuple[Tensor, Given]:
+    """The same arguments with both model outputs detached."""
+    uncond = given.get("model_output_uncond")
+    if uncond is not None:
+        transitions.check_tensor("model_output_uncond", uncond)
+        given = {**given, "model_output_uncond": uncond.detach()}
+    return model_output.detach() if model_output.requires_grad else model_output, given
+
+
+_warned_single = False
+
+
+def _check_objective(
+    config: GuardConfig, shape: CallShape, model_output: Tensor, given: Given
+) -> Tensor | None:
+    """Checks that the call has what its objective needs; returns given statistics as [2, K]."""
+    global _warned_single
+    transitions.check_config(config)
+    statistics, process_group = given.get("statistics"), given.get("process_group")
+    needs = RATIO_NORMS[config.ratio_norm]
+    if needs.debiased:
+        transitions.check_gaussian(given["coeffs"], config.ratio_norm)
+        if given.get("old_log_prob") is not None:
+            raise ValueError(
+                f"`config.ratio_norm` is {config.ratio_norm}, which needs the behaviour policy's "
+                "mean; the log-prob form does not know it"
+            )
+    wrong = ""  # the conditions are not combined, as torch.compile may hold kl_beta as a symbol
+    if given.get("ref_model_output") is None:
+        if config.kl_beta:
+            wrong = "missing"
+    elif not config.kl_beta:
+        wrong = "given but `config.kl_beta` is 0"
+    if wrong:
+        raise ValueError(f"`ref_model_output` is {wrong}; the KL term needs both")
+    external = statistics is not None or process_group is not None
+    if external and needs.statistics and not config.detach_stats:
+        raise ValueError(
+            "`config.detach_stats` is False, but statistics from other batches are constants of "
+            "this gradient; it needs True"
+        )
+    if statistics is not None:
+        if process_group is not None:
+            raise ValueError(
+                "`statistics` and `process_group` are both given; all-reduce the statistics and "
+                "pass them alone"
+            )
+        mean_std = check_statistics(
+            statistics, config, torch.Size(shape.leading()[:-1]), model_output.device
+        )
+        return torch.stack(mean_std).reshape(2, shape.steps)
+    alone = needs.statistics and shape.batch == 1 and not external
+    if alone and not _warned_single and not torch.compiler.is_compiling():
+        _warned_single = True
+        warnings.warn(
+            f"guard_ops: {config.ratio_norm} over a batch of one sample is degenerate; the loss is "
+            "plain GRPO's (pass statistics= or process_group= to see more samples)",
+            RuntimeWarning,
+            stacklevel=callers.outside(),
+        )
+    return None
+
+
+# ---- without a fused backend --------------------------------------------------------------------
+
+
+def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, per_row and metrics as a fused backend returns them, by its sums and objective.py."""
+    t, config, process_group = call.t, call.config, given.get("process_group")
+    advantages, old_log_prob, step_weights, mean_std = (
+        None if x is None else x.double() for x in call.rows
+    )
+    assert advantages is not None
+    coeffs = StepCoefficients._of(t.coefficients, call.gaussian, ())
+    log_r, kl_old, kl = objective.log_ratio_and_kl(
+        autograd.transition_sums(call.backend, t),
+        coeffs,
+        t.latents.model_output.shape[-1],
+        config.reduction,
+        old_log_prob,
+    )
+    if process_group is not None and RATIO_NORMS[config.ratio_norm].statistics:
+        whole = advantages.isfinite() & (kl.isfinite() if config.kl_beta else True)
+        seen = torch.where(whole, log_r.detach(), float("nan"))
+        merged = RatioStatistics(log_r.shape[0], log_r.device).update(seen)
+        merged.all_reduce(process_group)
+        mean_std = torch.stack([merged.mean, merged.std])
+    result = objective.evaluate(
+        log_r,
+        kl_old,
+        kl,
+        advantages,
+        coeffs,
+        config,
+        step_weights,
+        None if mean_std is None else (mean_std[0], mean_std[1]),
+    )
+    per_row = torch.stack([log_r.detach(), result.excess, result.weights, kl.detach()])
+    dtype = t.compute_dtype()
+    return result.loss.to(dtype), per_row.to(dtype), torch.stack(result.metrics).to(dtype)

@@ -1,0 +1,98 @@
+"""The keyword arguments that the losses and log_ratio share, each listed once.
+
+:func:`takes` shows them as the signature of a function of ``**options``, so that ``help`` and
+``inspect.signature`` say as much as a signature that is written out would.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+from torch import Tensor
+
+from .config import GuardConfig
+from .schedule import StepCoefficients
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .statistics import RatioStatistics
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class _Coefficients(TypedDict):
+    coeffs: StepCoefficients  # schedule[...] of shape [] (one step), [K] or [K, B]
+
+
+class TransitionOptions(_Coefficients, total=False):
+    """Transitions and their behaviour policy; latents are shaped like ``model_output``."""
+
+    sample: Tensor | None  # [K, B, *latent]
+    prev_sample: Tensor | None  # [K, B, *latent]
+    old_mean: Tensor | None  # [K, B, *latent]
+    old_model_output: Tensor | None  # [K, B, *latent]
+    noise: Tensor | None  # [K, B, *latent]
+    seed: int | Tensor | None  # [K, B, 2] int64
+    old_log_prob: Tensor | None  # [K, B]
+    model_output_uncond: Tensor | None  # [K, B, *latent]
+    guidance_scale: float | None
+
+
+class LogRatioOptions(TransitionOptions, total=False):
+    """What :func:`guard_ops.log_ratio` takes."""
+
+    reduction: str
+
+
+class _Advantages(TypedDict):
+    advantages: Tensor  # [B] or [K, B]
+
+
+class LossOptions(_Advantages, TransitionOptions, total=False):
+    """What :func:`guard_ops.guard_loss` and :func:`guard_ops.guard_loss_and_grad` take."""
+
+    config: GuardConfig | None
+    ref_model_output: Tensor | None  # [K, B, *latent]
+    step_weights: Tensor | None  # [K, B]
+    statistics: RatioStatistics | None
+    process_group: ProcessGroup | None
+
+
+class Names:
+    """The keyword arguments of a TypedDict by name: all of them, and those that must be given."""
+
+    def __init__(self, options: Any) -> None:
+        needed = options.__required_keys__
+        self.required = tuple(name for name in options.__annotations__ if name in needed)
+        optional = tuple(name for name in options.__annotations__ if name not in needed)
+        self.known = self.required + optional
+
+
+def takes(options: Any, **defaults: object) -> Callable[[Function], Function]:
+    """Shows the keys of the TypedDict ``options`` as keyword arguments in a function's signature.
+
+    An argument that may be left out is shown with its default: the one in ``defaults``, else None.
+    The names that a caller passes are checked by ``transitions.check_options``, not here.
+    """
+
+    def decorate(function: Function) -> Function:
+        shown, names = inspect.signature(function), Names(options)
+        parameters = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        for name in names.known:
+            said = options.__annotations__[name]
+            default = inspect.Parameter.empty if name in names.required else defaults.get(name)
+            parameters.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=getattr(said, "__forward_arg__", said),
+                )
+            )
+        function.__signature__ = shown.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
