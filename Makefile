@@ -7,33 +7,47 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt setup.py pyproject.toml \
   scripts/toolchain.py scripts/compiling.py
 
-.PHONY: demo test test-cpp test-triton test-emulated gpu-check lint format bench wheels wheel-check clean
+.PHONY: demo test test-all test-cpp test-slow test-triton test-emulated emulated-extension gpu-check lint \
+  format bench wheels wheel-check clean
+
+# Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
+export PIP_NO_COMPILE = 1
 
 demo: $(VENV)/runtime
 	$(BIN)/guard-ops demo
 
 # Two processes of as many threads as there are cores: none may spin while it waits for another.
-test test-triton test-emulated: export OMP_WAIT_POLICY = passive
+test test-all test-slow test-triton test-emulated: export OMP_WAIT_POLICY = passive
 
-test: lint test-cpp
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# The compilers do not wait for pip and mypy, which have work for one core.
+test:
+	$(MAKE) --jobs 3 lint test-cpp emulated-extension
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(MAKE) test-triton test-emulated
 
-# The Triton kernels on the CPU, by Triton's interpreter: their own tests, and some of the others'.
+# Before a change lands: what takes minutes more, such as machine code for every architecture.
+test-all: test test-slow
+
+test-slow: $(VENV)/development emulated-extension
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow_suite
+	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -m slow_suite -k cuda $(EMULATED_TESTS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q tests/test_goldens.py -k "triton and dance and not 0.001"
+
+# The Triton kernels on the CPU, by Triton's interpreter: their own tests, and some of the others'. To
+# a kernel one kind of SDE is like another, with other coefficients.
 test-triton: $(VENV)/development
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q tests/device tests/kernels
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q tests/test_goldens.py tests/test_sde_step.py \
-	  tests/test_torch_operators.py \
-	  -k "triton and not cps and not K3 and not K2 and not 0.001"
+	  tests/test_torch_operators.py tests/test_life_of_a_call.py \
+	  -k "triton and not dance and not cps and not K3 and not K2 and not 0.001"
 
 # The CUDA kernels on an emulated device, through their backend and its bindings: their own tests, and
-# the others' of the ops, but those in float64.
-test-emulated: $(VENV)/development
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/compiling.py --emulated
-	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -k cuda --ignore tests/device/test_triton_launch_paths.py \
-	  tests/device $(patsubst %,tests/test_%.py, \
-	  autograd determinism goldens layouts nonfinite numerics peers plain_call sde_step \
-	  single_sample statistics torch_operators)
+# the others' of the ops, but those in float64, which they have not.
+EMULATED_TESTS := tests/device/test_cuda_paths.py tests/device/test_device_loss.py \
+  tests/test_nonfinite.py::test_many_bad_elements_and_chunks \
+  $(patsubst %,tests/test_%.py,autograd determinism goldens layouts numerics peers sde_step torch_operators)
+test-emulated: $(VENV)/development emulated-extension
+	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -k cuda $(EMULATED_TESTS)
 
 # On a machine with a GPU: device tests and benchmarks, written to benchmarks/results. Needs no
 # network and no virtual environment: PYTHON's torch, triton, numpy, pytest, pytest-benchmark.
@@ -41,11 +55,11 @@ gpu-check:
 	$(PYTHON) scripts/gpu_check.py
 
 # The C++ tests: kernels and formulas without Python or torch.
-test-cpp: $(VENV)/development
-	$(BIN)/cmake -G Ninja -S . -B build/cpp -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DGUARD_OPS_EXTENSION=OFF -DGUARD_OPS_TESTS=ON
-	$(BIN)/cmake --build build/cpp
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure -j 2
+test-cpp: $(VENV)/tools
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/compiling.py --tests
+
+emulated-extension: $(VENV)/torch
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/compiling.py --emulated
 
 lint: $(VENV)/development
 	$(BIN)/ruff check .
@@ -77,16 +91,19 @@ wheel-check: $(VENV)/development
 clean:
 	rm -rf $(VENV) build dist *.egg-info guard_ops/_C.*.so guard_ops/_C.*.json
 
-$(VENV)/torch:
+$(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
+	touch $@
+
+$(VENV)/torch: $(VENV)/tools
+	$(BIN)/pip install --quiet "$(TORCH)"
 	touch $@
 
 $(VENV)/runtime: $(VENV)/torch $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[demo]"
 	touch $@
 
-$(VENV)/development: $(VENV)/runtime
+$(VENV)/development: $(VENV)/torch $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
-	touch $@
+	touch $(VENV)/runtime $@

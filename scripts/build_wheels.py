@@ -56,7 +56,7 @@ class Cell:
 
     @property
     def cuda(self) -> str | None:
-        """13.0 of cu130."""
+        """The CUDA version of the device: ``13.0`` for ``cu130``; None for ``cpu``."""
         return None if self.device == "cpu" else f"{self.device[2:4]}.{self.device[4:]}"
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ def main() -> int:
 
 
 def build(cell: Cell, out: Path) -> Row:
-    """One wheel into ``out``, looked at."""
+    """Builds a wheel into ``out`` and inspects it."""
     check_torch(cell)
     packages = compiler_packages(cell)
     with tempfile.TemporaryDirectory(prefix="guard-ops-wheel-") as temporary:
@@ -129,10 +129,10 @@ def build(cell: Cell, out: Path) -> Row:
 
 
 def check_torch(cell: Cell) -> None:
-    """Whether the index's build of that torch has that CUDA, from its metadata alone.
+    """Checks that the index's build of that torch has that CUDA, from its metadata alone.
 
     Raises:
-        NotToBeHad: it has another, or there is no such torch.
+        NotToBeHad: it has another CUDA, or there is no such torch.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
@@ -144,7 +144,8 @@ def check_torch(cell: Cell) -> None:
         (found,) = json.loads(report.read_text())["install"]
     if cell.cuda is None:
         return
-    # "cuda-toolkit[...]==13.0.3; ...", before that "nvidia-cuda-runtime-cu12==12.8.90; ..."
+    # torch requires "cuda-toolkit[...]==13.0.3; ...", and earlier versions of it
+    # "nvidia-cuda-runtime-cu12==12.8.90; ..."
     pattern = re.compile(r"(?:cuda-toolkit|nvidia-cuda-runtime).*==\s*(\d+\.\d+)")
     matches = map(pattern.match, found["metadata"].get("requires_dist", []))
     cuda = next((match[1] for match in matches if match), None)
@@ -155,14 +156,14 @@ def check_torch(cell: Cell) -> None:
 
 
 def compiler_packages(cell: Cell) -> list[str]:
-    """What to install for an nvcc of the cell's CUDA; nothing where this machine has it.
+    """The packages that give an nvcc of the cell's CUDA; none if this machine has it.
 
     Raises:
         NotToBeHad: neither this machine nor the index has that compiler.
     """
     if cell.cuda is None:
         return []
-    # The runtime library that the extension is linked to, and its headers: torch's own.
+    # The runtime library that the extension is linked to, with its headers: the one torch uses.
     packages = [f"nvidia-cuda-runtime{'' if cell.cuda >= '13' else '-cu12'}=={cell.cuda}.*"]
     here = list(toolchain.find_nvcc(os.environ))
     if any(nvcc.version == cell.cuda for nvcc in here):
@@ -188,7 +189,7 @@ def environment(folder: Path, cell: Cell, packages: list[str]) -> Path:
 
 
 def unpacked_sdist(folder: Path, python: Path) -> Path:
-    """The source distribution, unpacked: a wheel must build from what is published."""
+    """The source distribution, unpacked, because a wheel must build from what is published."""
     program = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
     run(python, "-c", program, folder=ROOT)
     (archive,) = folder.glob("*.tar.gz")
@@ -201,7 +202,7 @@ def run(*command: object, folder: Path | None = None, environ: dict[str, str] | 
     """What ``command`` printed.
 
     Raises:
-        subprocess.CalledProcessError: it failed; has what it printed.
+        subprocess.CalledProcessError: the command failed; the error has what it printed.
     """
     done = subprocess.run(
         [str(word) for word in command],
@@ -216,7 +217,7 @@ def run(*command: object, folder: Path | None = None, environ: dict[str, str] | 
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, with the reasons below."""
+    """The rows as a table in Markdown, with the reasons below."""
     head = ("cell", "file", "size", "architectures", "glibc", "build time")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in rows:

@@ -1,7 +1,12 @@
-"""Compiles guard_ops/_C with CMake: for setup.py; as a program, in place without setuptools."""
+"""Compiles guard_ops/_C with CMake: for setup.py; as a program, in place without setuptools.
+
+For the tests, ``--emulated`` compiles the extension with CUDA kernels that a CPU runs instead, and
+``--tests`` compiles and runs the C++ tests, without torch.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -24,30 +29,48 @@ def version(chosen: toolchain.Toolchain) -> str:
 
 
 def record(chosen: toolchain.Toolchain) -> str:
-    """What the extension fits, to be read before it is loaded (guard_ops/extension.py)."""
+    """The versions that the extension fits, which guard_ops/extension.py reads before loading."""
     assert chosen.torch is not None
     cuda = chosen.nvcc.version if chosen.nvcc else None
     return json.dumps({"torch": chosen.torch.version, "cuda": cuda}) + "\n"
 
 
+def build(definitions: dict[str, str], target: str) -> Path:
+    """Configure and build one target; the folder, which knows what earlier calls defined.
+
+    It is one for the extension, the one for the tests and the C++ tests, which are mostly the same
+    objects, and is kept: another install compiles what changed.
+    """
+    folder = ROOT / "build" / str(sys.implementation.cache_tag)
+    folder.mkdir(parents=True, exist_ok=True)
+    ninja = toolchain.find_program("ninja", os.environ)
+    common = {"CMAKE_BUILD_TYPE": "Release", "CMAKE_MAKE_PROGRAM": str(ninja)}
+    options = [f"-D{name}={value}" for name, value in (common | definitions).items()]
+    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+    cmake = toolchain.find_program("cmake", os.environ) or "cmake"
+    with (folder / "lock").open("w") as lock:  # `make test` compiles and installs at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = subprocess.check_call
+        run([cmake, "-G", "Ninja", *options, "-S", str(ROOT), "-B", str(folder)])
+        run([cmake, "--build", str(folder), "--parallel", jobs, "--target", target])
+    return folder
+
+
 def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
-    """Compile; the extension's file. ``emulated``: the one with CUDA kernels that a CPU runs."""
+    """Compiles the extension; returns its file.
+
+    ``emulated``: compile the one whose CUDA kernels a CPU runs.
+    """
     import pybind11
 
     torch, nvcc = chosen.torch, chosen.nvcc
     assert torch is not None
-    # Kept between installs, so that the next one compiles what changed; one for each torch.
-    kind = f"cu{nvcc.version}" if nvcc else "cpu"
-    build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.version}-{kind}"
-    build.mkdir(parents=True, exist_ok=True)
     include = torch.folder / "include"
     definitions = {
-        "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_INSTALL_PREFIX": str(build / "install"),
-        "CMAKE_MAKE_PROGRAM": toolchain.find_program("ninja", os.environ),
         "Python_EXECUTABLE": sys.executable,
         "PYBIND11_FINDPYTHON": "ON",
         "pybind11_DIR": pybind11.get_cmake_dir(),
+        "GUARD_OPS_EXTENSION": "ON",
         "GUARD_OPS_VERSION": version(chosen),
         "GUARD_OPS_TORCH_VERSION": torch.version,
         "GUARD_OPS_TORCH_INCLUDES": f"{include};{include / 'torch/csrc/api/include'}",
@@ -57,23 +80,20 @@ def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
     if nvcc:
         definitions["GUARD_OPS_CUDA_VERSION"] = nvcc.version
         definitions["CMAKE_CUDA_COMPILER"] = str(nvcc.path)
-        # Passed when empty too (the default), or the kept folder's last choice would stay.
+        # This is passed even if empty (the default); else the kept folder's last choice would stay.
         definitions["CMAKE_CUDA_ARCHITECTURES"] = toolchain.architectures(os.environ)
-    options = [f"-D{name}={value}" for name, value in definitions.items()]
-    jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-    cmake = toolchain.find_program("cmake", os.environ) or "cmake"
-    run = subprocess.check_call
-    run([cmake, "-G", "Ninja", *options, "-S", str(ROOT), "-B", str(build)])
-    target = ["--target", "emulated"] if emulated else []
-    run([cmake, "--build", str(build), "--parallel", jobs, *target])
-    if not emulated:
-        run([cmake, "--install", str(build)])
-    (built,) = (build / ("emulated" if emulated else "install")).glob("_C*.so")
+    folder = build(definitions, "emulated" if emulated else "_C")
+    (built,) = (folder / ("emulated" if emulated else "extension")).glob("_C*.so")
     return built
 
 
 def main() -> int:
-    """Compile into the checkout, for the tests with ``--emulated``; 1 where nothing can be."""
+    """Compile into the checkout, or for the tests; 1 where nothing can be."""
+    if "--tests" in sys.argv:
+        folder = build({"GUARD_OPS_TESTS": "ON"}, "cpp_tests")
+        ctest = toolchain.find_program("ctest", os.environ) or "ctest"
+        command = [ctest, "--test-dir", str(folder), "--output-on-failure", "-j", "2"]
+        return subprocess.call(command)
     try:
         chosen = toolchain.choose(os.environ)
         toolchain.architectures(os.environ)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import emulated
@@ -100,6 +101,40 @@ def _reproducible(request):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# Marked here until their files do: what takes minutes of machine code, of tracing, or of a device
+# that is emulated, where one case tests what the others do on a real one.
+SLOW_SUITE = [r"test_machine_code_keeps_its_bounds", r"test_guard_loss_compiles_with_inductor"]
+if emulated.EMULATED:
+    SLOW_SUITE += [r"number_of_threads", r"allocate_the_gradient.*-(paper|article-dtype[12])"]
+
+# Taken first, in this order: a process that begins one of them last is waited for by the other.
+LONGEST = ["torch_operators", "resume_after_kill", "demo", "gradients", "install", "goldens"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(config, items):
+    """Longest files first; on an emulated device, without what is in float64, which it has not."""
+    slow = re.compile("|".join(SLOW_SUITE))
+    for item in items:
+        if slow.search(item.nodeid):
+            item.add_marker(pytest.mark.slow_suite)
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    if emulated.EMULATED:
+        wide = {item for item in items if item.path.parent == DATA.parent and in_float64(item)}
+        config.hook.pytest_deselected(items=list(wide))
+        items[:] = [item for item in items if item not in wide]
+
+
+def in_float64(item: pytest.Item) -> bool:
+    """Whether a test's name or a parameter of it says so."""
+    if re.match(r"test_float64_|\w+_in_float64\b", item.name):
+        return True
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    several = [value if isinstance(value, tuple) else (value,) for value in parameters]
+    return any(one is torch.float64 for values in several for one in values)
 
 
 if emulated.EMULATED:

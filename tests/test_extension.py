@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -87,15 +86,7 @@ def copy(tmp_path):
 
 def imported(package):
     """What a fresh interpreter sees of that copy."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(package.parent)],
-        cwd=package.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    seen = json.loads(fresh.run(PROBE, str(package.parent), folder=package.parent))
     assert Path(seen["file"]).parent == package
     return seen
 

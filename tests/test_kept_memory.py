@@ -4,9 +4,8 @@ import copy
 import io
 import os
 import resource
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from problems import problem
@@ -129,11 +128,5 @@ print(cpu.release_memory(), [str(w.message) for w in caught if "guard_ops" in st
     ],
 )
 def test_the_environment_sets_the_limit(limit, printed):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"GUARD_OPS_CPU_CACHE_MB": limit},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert printed in done.stdout.replace('"', "'")
+    output = fresh.run(PROGRAM, environment=os.environ | {"GUARD_OPS_CPU_CACHE_MB": limit})
+    assert printed in output.replace('"', "'")

@@ -2,10 +2,9 @@
 
 import inspect
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -17,15 +16,7 @@ ROOT = Path(go.__file__).resolve().parents[1]
 
 def python(program, **environment):
     """Run ``program`` in a fresh interpreter; its standard output."""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return fresh.run(program, environment=os.environ | environment)
 
 
 PUBLIC = {

@@ -39,7 +39,6 @@ def configured(folder, **environment):
         text=True,
         check=False,
     )
-    (ROOT / "build" / f"{sys.implementation.cache_tag}-torch2.14.1+paper-cu13.0").rmdir()
     assert (folder / "asked").is_file(), done.stderr
     asked = (folder / "asked").read_text().splitlines()
     return dict(word[2:].split("=", 1) for word in asked if word.startswith("-D"))

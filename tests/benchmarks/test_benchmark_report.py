@@ -113,7 +113,13 @@ def test_tables_show_the_saved_numbers(repository):
     assert "| float32 | 1e-03 | 2.5e-01 (4) |" in tables["accuracy"]
 
 
-def test_only_what_is_between_the_markers_changes(repository, capsys):
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Tables alone: drawing takes seconds."""
+    monkeypatch.setattr(report.plots, "draw", lambda *_: [])
+
+
+def test_only_what_is_between_the_markers_changes(repository, no_plots, capsys):
     document = repository / "docs" / "benchmarks.md"
     document.write_text(marked("speed") + marked("accuracy"))
     assert run(repository, "--check") == 1
@@ -129,7 +135,7 @@ def test_only_what_is_between_the_markers_changes(repository, capsys):
     assert "README.md: absent, skipped" in output
 
 
-def test_every_document_with_the_markers_gets_the_table(repository):
+def test_every_document_with_the_markers_gets_the_table(repository, no_plots):
     (repository / "README.md").write_text(marked("speed"))
     (repository / "docs" / "benchmarks.md").write_text("no markers\n")
     run(repository)

@@ -128,7 +128,10 @@ def test_environment_names_the_machine_but_neither_host_nor_path():
     [
         ("mean", "article", {}),
         ("mean", "article", {"recompute": True}),
-        ("mean", "article", {"recompute": True, "compiled": True}),
+        pytest.param(
+            *("mean", "article", {"recompute": True, "compiled": True}),
+            marks=pytest.mark.slow_suite,  # inductor's C++
+        ),
         ("noise", "paper", {}),
         ("velocity", "flow_grpo", {}),
     ],

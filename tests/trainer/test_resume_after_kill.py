@@ -1,10 +1,14 @@
-"""SIGKILL at random moments: a run that is resumed ends in the bits of one that never stopped."""
+"""SIGKILL at random moments: a run that is resumed ends in the bits of one that never stopped.
 
+The processes are forks of one that has imported torch, which takes longer than these runs.
+"""
+
+import contextlib
+import io
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,37 +16,52 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-TINY = [sys.executable, str(Path(__file__).with_name("tiny.py"))]
-TRAIN = [sys.executable, "-m", "guard_ops", "train"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-ENVIRONMENT["PYTHONPATH"] = str(Path(__file__).parents[2])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch"])
 
 
-def start(command):
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+def tiny(out, iterations):
+    """A training of the tiny policy, in a process."""
+    from tiny import tiny_trainer
+
+    torch.set_num_threads(1)
+    tiny_trainer(out, resume=True, iterations=iterations, checkpoint_every=3).fit(progress=False)
 
 
-def finish(command):
-    process = start(command)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors.decode()
+def train(*options):
+    """``guard-ops train``, in a process."""
+    from guard_ops import cli
+
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        sys.exit(cli.main(["train", *options]))
 
 
-def kill_while_training(command, metrics, after):
+def start(work, *arguments):
+    process = PROCESSES.Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def finish(work, *arguments):
+    process = start(work, *arguments)
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def kill_while_training(metrics, after, work, *arguments):
     """SIGKILL ``after`` seconds past the first line this process writes; False: it was done."""
     size = metrics.stat().st_size if metrics.exists() else 0
-    process = start(command)
-    while process.poll() is None:
+    process = start(work, *arguments)
+    while process.is_alive():
         if metrics.exists() and metrics.stat().st_size != size:
             time.sleep(after)
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             break
         time.sleep(0.002)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode in (0, -signal.SIGKILL), errors.decode()
-    return process.returncode != 0
+    process.join(120)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
 
 
 def lines(out):
@@ -63,22 +82,23 @@ def assert_same_run(a, b, iteration):
 
 
 def test_a_run_killed_many_times_ends_in_the_same_bits(tmp_path):
-    iterations, seconds = "150", random.Random(time.time_ns())
-    finish([*TINY, str(tmp_path / "whole"), iterations])
-    command = [*TINY, str(tmp_path / "killed"), iterations]
+    iterations, seconds = 150, random.Random(time.time_ns())
+    finish(tiny, tmp_path / "whole", iterations)
+    killed_run = (tiny, tmp_path / "killed", iterations)
     delays = [seconds.uniform(0, 0.25) for _ in range(6)]
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    killed = sum(kill_while_training(command, metrics, delay) for delay in delays)
+    killed = sum(kill_while_training(metrics, delay, *killed_run) for delay in delays)
     assert killed >= 3, f"killed {killed} times with {delays}"
-    finish(command)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 150)
+    finish(*killed_run)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", iterations)
 
 
 def test_guard_ops_train_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     options = ["--pretrain-steps", "20", "--iterations", "9", "--checkpoint-every", "2"]
-    finish([*TRAIN, *options, "--out", str(tmp_path / "whole")])
-    command = [*TRAIN, *options, "--resume", "--out", str(tmp_path / "killed")]
+    finish(train, *options, "--out", str(tmp_path / "whole"))
+    killed_run = (train, *options, "--resume", "--out", str(tmp_path / "killed"))
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    assert kill_while_training(command, metrics, random.Random(time.time_ns()).uniform(0, 0.8))
-    finish(command)
+    after = random.Random(time.time_ns()).uniform(0, 0.8)
+    assert kill_while_training(metrics, after, *killed_run)
+    finish(*killed_run)
     assert_same_run(tmp_path / "whole", tmp_path / "killed", 9)

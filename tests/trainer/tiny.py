@@ -1,9 +1,8 @@
-"""A policy small enough to train in milliseconds; run as a script, a training to be killed."""
+"""A policy small enough to train in milliseconds."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +63,3 @@ def tiny_trainer(out: Path, *, resume: bool = False, **changes: Any) -> Trainer:
         optimizer=parts.get("optimizer"),
         evaluate=parts.get("evaluate"),
     )
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    trainer = tiny_trainer(
-        Path(sys.argv[1]), resume=True, iterations=int(sys.argv[2]), checkpoint_every=3
-    )
-    trainer.fit(progress=False)
