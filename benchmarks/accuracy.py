@@ -1,4 +1,4 @@
-"""How far ratios are from float64, and how many clip decisions that turns."""
+"""Measures how far ratios are from float64, and how many clip decisions differ for that."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLAIN = "plain PyTorch"
 
 @dataclass(frozen=True)
 class Ratios:
-    """What a contender makes of one rollout, [K, B] float64 each; ratios as differences from 1."""
+    """A contender's ratios on one rollout, as differences from 1, each [K, B] float64."""
 
     log_ratio: Tensor
     standardized: Tensor  # r_hat of the article, clipped at 0.2
@@ -45,10 +45,10 @@ class Accuracy:
     contender: str
     dtype: str
     drift: float
-    log_ratio_error: float  # the largest, over the largest log-ratio
-    max_error: float  # of the standardized r_hat, over the batch
-    wrong_clips: int  # samples on another side of 1 -+ CLIP than in float64, standardized
-    wrong_share: dict[str, float]  # clip -> share of samples on another side of it
+    log_ratio_error: float  # the largest error, relative to the largest log-ratio
+    max_error: float  # the largest error of the standardized r_hat over the batch
+    wrong_clips: int  # samples whose standardized r_hat and float64's differ in their side of CLIP
+    wrong_share: dict[str, float]  # clip -> share of samples that differ in their side of it
     batch: int
 
 
@@ -62,9 +62,9 @@ def measure_accuracy(
 ) -> list[Accuracy]:
     """Every contender on one rollout of one step, in ``dtype``.
 
-    Float64 takes the same rounded tensors: the two velocities, the sample, and the next sample (or,
-    for the noise form, the noise that form is given in its place). It needs no stored mean or
-    log-prob, so what rounding those cost a contender is part of its error.
+    Float64 is given the same rounded tensors: the two velocities, the sample, and the next sample
+    (or, for the noise form, the noise). It needs no stored mean or log-prob, so what a contender
+    loses by their rounding is part of its error.
     """
     inputs = make_inputs(workload, dtype, drift, seed, device)
     truth = {form: exact(inputs, form) for form in ("velocity", "noise")}
@@ -91,7 +91,7 @@ def measure_accuracy(
 
 
 def exact(inputs: Inputs, form: str) -> Ratios:
-    """Float64 by the specification's difference form."""
+    """The ratios in float64, by the specification's difference form."""
     v_old = inputs.old_model_output.double()
     rows = v_old.shape[:2]
     a, b, s, kappa = (
@@ -120,7 +120,7 @@ def exact(inputs: Inputs, form: str) -> Ratios:
 
 
 def plain(inputs: Inputs) -> Ratios:
-    """As a trainer has them: two float32 log-probs, subtracted; the closed form is verl-omni's."""
+    """Ratios as a trainer forms them, of two float32 log-probs; the closed form is verl-omni's."""
     with torch.no_grad():
         x, y = inputs.sample.flatten(0, 1), inputs.prev_sample.flatten(0, 1)
         new, old = (
@@ -142,7 +142,7 @@ def plain(inputs: Inputs) -> Ratios:
 
 
 def ours(inputs: Inputs, form: str, backend: str | None = None) -> Ratios:
-    """``guard_loss``'s, under the three recipes."""
+    """The ratios of ``guard_loss`` under the three recipes."""
 
     def loss(objective: str) -> go.GuardLossOutput:
         with on(backend), torch.no_grad():

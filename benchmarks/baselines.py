@@ -1,16 +1,17 @@
-"""The plain-PyTorch chains that trainers run today: what guard_ops is raced against.
+"""The plain-PyTorch chains that trainers run today, against which guard_ops is raced.
 
-First the public implementations, written as they compute it: an SDE step that returns the log-prob
-of the stored next latent (flow_grpo ``sde_step_with_logprob``, DanceGRPO ``flux_step``, verl-omni's
-scheduler for all three kinds) and the losses over it. Then the three objectives of guard_ops
-as a user of those implementations would write them. Gradients are autograd's, as users run them.
+The public implementations come first, written as they compute: an SDE step that returns the
+log-prob of the stored next latent (flow_grpo ``sde_step_with_logprob``, DanceGRPO ``flux_step``,
+verl-omni's scheduler for all three kinds) and the losses over it. Then come the three objectives of
+guard_ops as a user of those implementations would write them. Gradients are autograd's, as users
+run them.
 
-What a chain is given. Every public trainer stores the rollout's log-prob ([B] numbers a step) and
-reads it back, so ``old_log_prob`` is an argument and costs nothing here. verl-omni's GRPO-Guard
-also stores the rollout's mean and forms its difference from the new one over whole latents. A user
-who holds the mean but not the log-prob (exactly what guard_ops' mean form is given) calls
+Every public trainer stores the rollout's log-prob ([B] numbers a step) and reads it back, so a
+chain is given ``old_log_prob``, which costs nothing here. verl-omni's GRPO-Guard also stores the
+rollout's mean and forms its difference from the new one over whole latents. A user who holds the
+mean but not the log-prob (exactly what guard_ops' mean form is given) calls
 :func:`stored_log_prob` first; that is a contender of its own, not part of the others. Inputs are
-upcast to float32 as flow_grpo and verl-omni do; float64 stays, so that the chains can be proven.
+upcast to float32 as flow_grpo and verl-omni do. float64 stays, so that tests can check the chains.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Step(NamedTuple):
 
     sigma: Tensor  # [N, 1, ...]
     sigma_next: Tensor  # [N, 1, ...]
-    sigma_max: Tensor  # [] sigmas[1], the stand-in where sigma is 1
+    sigma_max: Tensor  # [] sigmas[1], which replaces sigma where that is 1
     noise_level: float
 
 
@@ -147,7 +148,7 @@ def dance_grpo_loss(
     adv_clip: float,
     accumulation: int,
 ) -> Tensor:
-    """DanceGRPO's: divided by accumulation steps times trained timesteps, []."""
+    """DanceGRPO's loss, []; ``accumulation`` is accumulation steps times trained timesteps."""
     return flow_grpo_loss(log_prob, old_log_prob, advantages, clip, adv_clip) / accumulation
 
 
@@ -200,7 +201,7 @@ def article_chain(
     std_floor: float = 1e-8,
     weight_floor: float = 0.1,
 ) -> Tensor:
-    """``GuardConfig.article()`` as a chain, []: the ratio standardized per step, inverse ratio."""
+    """``GuardConfig.article()`` as a chain, []: standardized per step, weighted by 1 / ratio."""
     output = _sde_step(model_output, sample, prev_sample, step, kind)
     ratio = torch.exp(output.log_prob.view_as(old_log_prob) - old_log_prob)
     ratio = standardize(ratio, std_floor)
@@ -224,7 +225,7 @@ def paper_chain(
     clip: float = 2e-6,
     adv_clip: float = 5.0,
 ) -> Tensor:
-    """``GuardConfig.paper()`` as a chain, []: verl-omni's GRPO-Guard, step by step of K."""
+    """``GuardConfig.paper()`` as a chain, []: verl-omni's GRPO-Guard, for each of K steps alone."""
     output = _sde_step(model_output, sample, prev_sample, step, kind)
     s, sqrt_dt = output.s.view_as(old_log_prob), output.sqrt_dt.view_as(old_log_prob)
     bias = _latent_mean((output.prev_sample_mean - old_mean.flatten(0, 1)).pow(2))

@@ -1,4 +1,4 @@
-"""What is timed against what: the named workloads' races, and every op, form, mode and dtype."""
+"""Lists what is timed: the races of the named workloads, and every op, form, mode and dtype."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COPY = "memory copy"
 class Case:
     """One race. ``stage`` is "both" (loss and gradient), "forward" or "backward" alone.
 
-    ``workload`` is what runs, ``recipe`` what the published recipe asks for; they differ where the
-    recipe is larger than the machine's budget.
+    ``recipe`` is the published recipe's workload, and ``workload`` the one that runs. They differ
+    if the recipe's is larger than the machine's budget.
     """
 
     workload: Workload
@@ -31,8 +31,8 @@ class Case:
     form: str
     objective: str  # a constructor of GuardConfig; "-" for an op that has none
     dtype: torch.dtype
-    chains: tuple[str | None, ...] = ()  # plain PyTorch beside it: None is eager, else a mode
-    plain: bool = False  # ``reference`` beside the fused backends, as beside every chain
+    chains: tuple[str | None, ...] = ()  # plain PyTorch too: None is eager, else a compile mode
+    plain: bool = False  # whether ``reference`` runs too, as it does wherever a chain does
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class Case:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` of torch.float32."""
+    """The name of a dtype without its module: ``float32`` for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -51,9 +51,9 @@ def workload_cases(
 ) -> Iterator[Case]:
     """Loss and gradient of each recipe in the mean form; the noise and seeded forms run beside it.
 
-    ``torch.compile`` runs in float32, where a compilation costs ten seconds of the run for each
-    shape, and in its max-autotune mode on ``ci`` only: its templates are of matrix products, and
-    on a CPU it generates the default mode's kernels for these. ``every_chain`` has all everywhere.
+    ``torch.compile`` runs in float32 only, as a compilation takes ten seconds for each shape. Its
+    max-autotune mode runs on ``ci`` only: that has templates for matrix products, and on a CPU it
+    generates the kernels of the default mode for these losses. ``every_chain`` runs all everywhere.
     """
     for recipe in workloads:
         for dtype in DTYPES:
@@ -77,7 +77,7 @@ def workload_cases(
 def op_cases(recipe: Workload, elements: int) -> Iterator[Case]:
     """Every op on one workload: forms and stages, objectives, dtypes.
 
-    ``reference``, which takes the time of fifty kernels, runs beside each op's first form in
+    ``reference`` takes as long as fifty kernels, so it runs beside each op's first form only, in
     float32.
     """
     workload = recipe.within(elements)
@@ -100,9 +100,9 @@ def op_cases(recipe: Workload, elements: int) -> Iterator[Case]:
 def floor_bytes(case: Case, form: str | None = None) -> int:
     """Bytes that the op must move: each operand it needs read once, each result written once.
 
-    ``guard_loss`` writes its gradient while it reads, so its backward alone has
-    nothing left to move and its forward without a gradient writes nothing. ``log_ratio`` learns its
-    two coefficients only in backward and reads its operands again.
+    ``guard_loss`` writes its gradient while it reads, so its backward alone has nothing left to
+    move, and its forward without a gradient writes nothing. ``log_ratio`` gets its two coefficients
+    only in backward, so it reads its operands again there.
     """
     form = case.form if form is None else form
     size = case.dtype.itemsize

@@ -16,7 +16,7 @@ from .results import Row
 from .workloads import CI, WORKLOADS, Workload, named
 
 SUITES = ("workloads", "ops", "accuracy", "share")
-SECONDS = {"workloads": 2.2, "ops": 0.35}  # of a race, without compilation
+SECONDS = {"workloads": 2.2, "ops": 0.35}  # how long a race takes, without compilation
 ACCURACY_BATCH = 32
 
 Update = Callable[[int, str], None]
@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Measure, print, write; 1 when ``--compare`` finds something slower."""
+    """Measure, print, write; returns 1 if ``--compare`` finds something slower."""
     workloads = named(options.workload)
     backends = suite.choose_backends(options.backend)
     device = suite.choose_device(backends)
@@ -134,10 +134,10 @@ def _compare(
     backends: Sequence[str],
     device: torch.device,
 ) -> int:
-    """Print the verdicts; what looks changed is timed again, and counts only if it is so twice.
+    """Print the verdicts; what looks changed is timed again, and counts only if it does so twice.
 
     Returns:
-        1 when something is slower.
+        1 if something is slower.
     """
     verdicts: list[compare.Verdict] = []
     for name, races in planned.items():

@@ -1,4 +1,4 @@
-"""Has anything become slower since an earlier run? Answers within what the runs' noise allows."""
+"""Finds what has become slower since an earlier run, as far as the noise of the runs allows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .tables import case_key
 
 SECTIONS = ("workloads", "ops")
 SAME_MACHINE = ("device", "cpu", "cores", "threads")
-LEAST = 0.05  # smaller differences between two processes are code and data layout
+LEAST = 0.05  # smaller differences between two processes come from where code and data lie
 FIELDS = ("contender", "form", "milliseconds", "noise", "scatter", "shape")
 
 Saved = dict[str, dict[str, Any]]
@@ -24,7 +24,7 @@ Saved = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One kernel then and now. ``change`` is relative: 0.5 is half as much time again."""
+    """A kernel then and now. ``change`` is relative: 0.5 means that it takes 1.5 times as long."""
 
     name: str
     case: tuple[object, ...]
@@ -55,7 +55,7 @@ def load(path: Path) -> Saved:
     """What ``guard-ops bench --json`` (or ``make bench``) wrote.
 
     Raises:
-        ValueError: it cannot be read or holds no timings; says which JSON files stand beside it.
+        ValueError: it cannot be read or has no timings; the message names the JSON files beside it.
     """
     try:
         saved = json.loads(path.read_text())
@@ -77,10 +77,10 @@ def load(path: Path) -> Saved:
 
 
 def check_machine(old: Saved, environment: dict[str, Any]) -> None:
-    """Times of two machines say nothing about a commit.
+    """Refuses times of another machine, which say nothing about a commit.
 
     Raises:
-        ValueError: the earlier run was on another machine, or with other threads.
+        ValueError: the earlier run was on another machine, or with another number of threads.
     """
     for section in SECTIONS:
         before = old[section]["environment"] if section in old else environment
@@ -93,12 +93,13 @@ def check_machine(old: Saved, environment: dict[str, Any]) -> None:
 
 
 def verdicts(old: Iterable[Row], new: Iterable[Row]) -> list[Verdict]:
-    """One for each kernel of guard_ops that both runs timed on the same shape.
+    """A verdict on each kernel of guard_ops that both runs timed on the same shape.
 
-    The change counts only as far as time says it and time against the memory copy of the same race
-    says it: a machine that runs slower as a whole today is no regression, nor is a copy that
-    happened to run fast. Its threshold is what the two runs differ by for no reason: each one's
-    noise within its race, and the scatter between its own reruns on fresh tensors.
+    Its change is the smaller of two: that of its time, and that of its time relative to the memory
+    copy in the same race; none if they disagree in direction. So neither a machine that is slower
+    as a whole today counts, nor a copy that happened to be fast. Its threshold is by how much the
+    runs differ for no reason: each one's noise within its race, and the scatter between its own
+    reruns on fresh tensors.
     """
     before, after = _kernels(old), _kernels(new)
     out = []
@@ -116,7 +117,7 @@ def verdicts(old: Iterable[Row], new: Iterable[Row]) -> list[Verdict]:
 
 
 def _kernels(rows: Iterable[Row]) -> dict[tuple[object, ...], tuple[Row, Row]]:
-    """(kernel's row, its race's copy's row) of every backend of guard_ops."""
+    """For every kernel of guard_ops: its row, and the row of the memory copy in the same race."""
     rows = list(rows)
     copies = {case_key(row): row for row in rows if row["contender"] == COPY}
     return {
@@ -132,9 +133,9 @@ def _name(row: Row) -> str:
 
 
 def confirmed(first: list[Verdict], again: list[Verdict]) -> list[Verdict]:
-    """``first``, with a change that was timed again shown at the smaller of its two sizes.
+    """``first``, where a change that was timed again is the smaller of the two.
 
-    It is no change where the two runs differ in its direction.
+    It is no change if the two runs differ in its direction.
     """
     repeated = {(v.name, v.case): v for v in again}
 

@@ -10,7 +10,7 @@ from . import tables
 from .compare import Verdict
 from .results import Machine
 
-WIDTH = 110  # of a file or a pipe
+WIDTH = 110  # columns of a file or a pipe, which has no width of its own
 
 
 def show(machine: Machine) -> None:
@@ -36,7 +36,7 @@ def show(machine: Machine) -> None:
 
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> int:
-    """Print what changed, and how many did not; 1 when something is slower."""
+    """Print what changed, and how many did not; returns 1 if something is slower."""
     slower = sorted((v for v in verdicts if v.slower), key=lambda v: -v.change)
     faster = sorted((v for v in verdicts if v.faster), key=lambda v: v.change)
     for verdict in [*slower, *faster]:

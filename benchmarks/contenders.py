@@ -1,4 +1,4 @@
-"""What races: one workload's tensors, and the calls over them that give a loss and its gradient."""
+"""Makes what races: a workload's tensors, and calls on them that give a loss and its gradient."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ CHAINS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """One rollout and the velocity now; latents [K, B, *latent]."""
+    """A rollout, and the velocity of the policy as it is now; latents are [K, B, *latent]."""
 
     model_output: Tensor  # requires grad
     old_model_output: Tensor
     sample: Tensor
     prev_sample: Tensor
     noise: Tensor
-    seed: Tensor  # [K, B, 2]: noise of the seeded form
+    seed: Tensor  # [K, B, 2]: the seeded form's noise
     old_mean: Tensor  # float32, as sde_step returns it
     old_log_prob: Tensor  # [K, B] float32, as a trainer stores it
     advantages: Tensor  # [B]
@@ -48,7 +48,7 @@ class Inputs:
 
     @property
     def step(self) -> baselines.Step:
-        """The same steps as a chain's scheduler gives them."""
+        """The steps of the rollout as a chain's scheduler gives them."""
         latent_dims = self.sample.ndim - 2
         return baselines.scheduler_step(self.sigmas, self.index, NOISE_LEVEL, latent_dims)
 
@@ -64,7 +64,7 @@ def make_inputs(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    """A rollout in ``dtype`` whose policy has since moved by ``drift`` (velocity units).
+    """A rollout in ``dtype`` whose policy has since moved by ``drift``, in units of velocity.
 
     ``old_mean`` and ``old_log_prob`` are float32 and those of the rounded tensors, as a trainer
     computes them.
@@ -106,7 +106,7 @@ def make_inputs(
 
 
 def on(backend: str | None) -> AbstractContextManager[None]:
-    """``guard_ops.use_backend``, or whatever is in use for None."""
+    """``guard_ops.use_backend(backend)``; None leaves the backend that is in use."""
     return nullcontext() if backend is None else go.use_backend(backend)
 
 
@@ -145,10 +145,10 @@ def chain(
 
     Args:
         objective: a key of ``CHAINS``.
-        compiled: through ``torch.compile`` (True, or its mode); the first calls compile.
-        recompute: the stored log-prob is not given but computed from ``old_mean``, which is what
-            the mean form is given (public trainers store the log-prob, so the default is given it).
-        kind: of the SDE that ``inputs`` were rolled out with.
+        compiled: whether to use ``torch.compile`` (True, or its mode); the first calls compile.
+        recompute: whether to compute the rollout's log-prob from ``old_mean``, which is all that
+            the mean form is given. By default it is given, as public trainers store it.
+        kind: the SDE that ``inputs`` were rolled out with.
     """
     v, step = inputs.model_output, inputs.step
     old = inputs.old_mean if recompute else inputs.old_log_prob
@@ -167,7 +167,7 @@ def chain(
 def _loss_of_chain(
     objective: str, compiled: bool | str, recompute: bool, kind: str
 ) -> Callable[..., Tensor]:
-    """A chain as a function of tensors alone: compiled once, whichever rollout it is called on."""
+    """A chain as a function of tensors alone, so that it is compiled once for all rollouts."""
     loss_of = CHAINS[objective]
 
     def forward(
@@ -205,8 +205,8 @@ def _loss_of_chain(
 
 
 def memory_copy(nbytes: int, device: torch.device | str = "cpu") -> Call:
-    """The yardstick: ``nbytes`` moved, half of them read and half written, between two buffers."""
+    """The yardstick: a copy that moves ``nbytes``, half of them read and half written."""
     source = torch.zeros(nbytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    source.fill_(1)  # a real page behind every address
+    source.fill_(1)  # puts a page of its own behind every address
     return lambda: target.copy_(source)

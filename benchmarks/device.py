@@ -43,21 +43,22 @@ from .workloads import bytes_in_two_passes, bytes_per_element
 WORKLOADS = {workload.name: workload for workload in (LARGE, SMALL)}
 FORMS = ("mean", "velocity", "noise", "seeded")
 CHAINS = ("eager", "torch.compile")
-PATHS = {  # of a backend, and which of them only objectives whose rows are independent can take
+# The paths of each backend, and those that only objectives whose rows are independent can take.
+PATHS = {
     "triton": ("two_launches", "one_launch", "rows"),
     "cuda": ("two_launches", "cooperative", "cluster", "in_turn"),
 }
 INDEPENDENT = ("rows", "cluster", "in_turn")
 REFUSED = {(LARGE.name, "cluster")}  # a row of it is more than a cluster's blocks hold
-COPY_BYTES = 2 << 30  # read and written
-JOB_SECONDS = 90.0  # at most, compilation included
-FAILURES = 3  # of a contender, after which no more of it is tried
-MISSED = 3  # exit status: everything ran, but not fast enough
-MARGIN_SECONDS = 5.0  # left for the end of the table
+COPY_BYTES = 2 << 30  # half of them read, half written
+JOB_SECONDS = 90.0  # the most that a job may take, including compilation
+FAILURES = 3  # after so many, no more of a contender is tried
+MISSED = 3  # the exit status if everything ran, but not fast enough
+MARGIN_SECONDS = 5.0  # kept to print the end of the table
 
 
 class Job(NamedTuple):
-    """One row: who computes what. ``path`` is a backend's, chosen by itself if not named."""
+    """One row: who computes what. ``path`` is "chosen" if the backend is to choose it."""
 
     workload: str
     dtype: str
@@ -71,7 +72,7 @@ COPIED = Job("-", "-", COPY, "-", "-")
 
 
 def jobs(backends: Sequence[str]) -> list[Job]:
-    """Everything that is measured, what the bounds look at first."""
+    """Everything that is measured, beginning with what the bounds look at."""
     kinds = [(w, d, o) for w in WORKLOADS for d in DTYPES for o in OBJECTIVES]
     bounded, forms, paths = [], [], []
     for workload, dtype, objective in kinds:
@@ -90,7 +91,7 @@ def jobs(backends: Sequence[str]) -> list[Job]:
 
 
 def measured(job: Job) -> isolated.Answer:
-    """The numbers of a row, without what follows from its bytes; in a process of its own."""
+    """What a row measures, without what follows from its bytes; runs in a process of its own."""
     if job == COPIED:
         source = torch.ones(COPY_BYTES // 2, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
@@ -111,14 +112,14 @@ def measured(job: Job) -> isolated.Answer:
                 answer["loss_and_grad_microseconds"] = gpu_timing.replayed([alone]) * 1e6
             if sets > 1:
                 answer["cold_microseconds"] = gpu_timing.replayed(calls) * 1e6
-    except Exception as error:  # what was measured before it is kept
+    except Exception as error:  # what was measured before the error is kept
         answer["error"] = isolated.first_line(error)
     return answer
 
 
 @functools.lru_cache(maxsize=gpu_timing.SETS)
 def rollout(workload: str, dtype: str, seed: int) -> contenders.Inputs:
-    """Tensors on the GPU, by plain PyTorch: no kernel is timed on what another got wrong."""
+    """Tensors on the GPU, made by plain PyTorch, so that no kernel is timed on another's errors."""
     with go.use_backend("reference"):
         return contenders.make_inputs(WORKLOADS[workload], DTYPES[dtype], seed=seed, device="cuda")
 
@@ -164,7 +165,7 @@ def _last_cuda_path() -> str:
 
 @contextmanager
 def environment_variable(name: str, value: str | None) -> Iterator[None]:
-    """Set, or unset, inside the block."""
+    """The environment variable is set, or unset for None, inside the block."""
     before = os.environ.pop(name, None)
     if value is not None:
         os.environ[name] = value
@@ -203,7 +204,7 @@ def device_backends() -> list[str]:
         with go.use_backend(name):
             try:
                 select(torch.device("cuda"))
-            except (ValueError, RuntimeError):  # RuntimeError: it cannot even be asked
+            except (ValueError, RuntimeError):  # a RuntimeError: the backend cannot even be asked
                 continue
         if name != "reference":
             found.append(name)
@@ -238,7 +239,7 @@ def environment() -> dict[str, Any]:
 def save(
     rows: list[results.Row],
     copy: float | None,
-    here: dict[str, Any],  # of :func:`environment`
+    here: dict[str, Any],  # what environment() returned
     backends: Sequence[str],
     folder: Path = results.FOLDER,
 ) -> Path:
@@ -271,9 +272,9 @@ def line(found: results.Row) -> str:
 def measure_all(
     todo: Sequence[Job],
     worker: isolated.Worker,
-    deadline: float,  # of time.monotonic
+    deadline: float,  # on the clock of time.monotonic
 ) -> Iterator[tuple[Job, isolated.Answer]]:
-    """The answers, one after the other, until the deadline; not of a contender that only fails."""
+    """The answers in turn, until the deadline; none of a contender after ``FAILURES`` failures."""
     failures: Counter[str] = Counter()
     for job in todo:
         left = deadline - time.monotonic()
@@ -288,7 +289,7 @@ def measure_all(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; ``MISSED`` where a bound is missed, or a number that it needs."""
+    """Measure and write; returns ``MISSED`` if a bound is missed, or a number for it is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600, help="stop after these; default 600")
     deadline = time.monotonic() + parser.parse_args(arguments).seconds - MARGIN_SECONDS

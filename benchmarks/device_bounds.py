@@ -1,4 +1,4 @@
-"""What loss plus gradient is asked to reach on a GPU, and what of it a run missed."""
+"""The bounds that loss plus gradient has to meet on a GPU, and those that a run missed."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ OBJECTIVES = ("article", "paper")
 
 
 class Asked(NamedTuple):
-    """Bounds of a backend: loss plus gradient in bfloat16, mean form.
+    """The bounds of a backend, on loss plus gradient in bfloat16 in the mean form.
 
-    The share of the article's objective is asked of the bytes of one pass and of those that it has
-    to move: it needs 336 MB of operands before its first gradient, so it reads again. The share of
-    the paper's, which needs one pass, is asked of the backend that takes one. The rest is of the
-    article's.
+    The article's objective needs 336 MB of operands before its first gradient, so it reads them
+    again. Its share of a copy's bandwidth is bounded twice: counting the bytes of one pass, and
+    counting those that it has to move. The paper's objective needs one pass, and its share is
+    bounded for the backend that takes one. All other bounds are on the article's.
     """
 
-    share_of_copy: float  # of LARGE, at least
-    microseconds: float  # of SMALL by guard_loss_and_grad, at most
-    in_one_pass: tuple[str, ...]  # objectives of which the share is asked
+    share_of_copy: float  # the least share, on LARGE
+    microseconds: float  # the most time of guard_loss_and_grad, on SMALL
+    in_one_pass: tuple[str, ...]  # the objectives whose share is bounded
 
 
 ASKED = {"triton": Asked(0.85, 12.0, ("article",)), "cuda": Asked(0.90, 8.0, OBJECTIVES)}
 COUNTED = {"share_of_copy": "one pass", "moved_share_of_copy": "what has to move"}  # column: bytes
-TIMES = {"eager": 20.0, "torch.compile": 2.5}  # as fast as these chains Triton is, at least
-SLOWER = 1.05  # times Triton's time that cuda may take, in any row of the mean form
+TIMES = {"eager": 20.0, "torch.compile": 2.5}  # how many times as fast as a chain Triton has to be
+SLOWER = 1.05  # how many times Triton's time cuda may take, in any row of the mean form
 
 
 def bounds(rows: Sequence[Row], backends: Sequence[str] = tuple(ASKED)) -> list[str]:
-    """What is asked and not met, or not measured, in words."""
+    """A sentence on each bound that is not met, or for which nothing was measured."""
     if not backends:
         return ["no backend here has kernels for the device"]
     found = {

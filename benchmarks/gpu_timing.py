@@ -1,4 +1,4 @@
-"""Time on a GPU: between events, replayed from a CUDA graph, on inputs that no cache still holds.
+"""Times calls on a GPU: between events, replayed from a CUDA graph, on inputs that no cache holds.
 
 A replay costs the host about five microseconds, which is what a small kernel takes, so a graph
 holds several calls and its time is divided by their number.
@@ -15,15 +15,15 @@ import torch
 from .measure import Call
 
 REPEATS = 20  # a time is the median of so many
-BATCH_SECONDS = 5e-3  # of calls between two events
+BATCH_SECONDS = 5e-3  # how long the calls between two events take
 GRAPH_SECONDS = 200e-6  # a graph lasts at least so long,
-GRAPH_CALLS = 32  # unless it would take more calls than these
-SETS = 128  # of inputs, at most
+GRAPH_CALLS = 32  # unless it would need more calls than this
+SETS = 128  # the most sets of inputs
 PAUSE_CYCLES = 2_000_000  # about a millisecond: longer than the host takes to launch a few kernels
 
 
 class Rotation:
-    """A call that makes the next of ``calls`` every time, and after the last the first again."""
+    """A call that makes the next of ``calls`` each time, and begins again after the last."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls, self._next = list(calls), 0
@@ -37,15 +37,15 @@ class Rotation:
 def sets_beyond_cache(nbytes: int, device: torch.device | str = "cuda") -> int:
     """How many inputs of ``nbytes`` it takes to exceed twice the device's second-level cache.
 
-    A kernel that is called on each of them in turn finds none in the cache. One set will do where
-    it is so large already.
+    A kernel that is called on each of them in turn finds none in the cache. One set is enough if it
+    is that large by itself.
     """
     cache = int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0))
     return min(SETS, 2 * cache // nbytes + 1)
 
 
 def timed(call: Call, repeats: int = REPEATS) -> float:
-    """Median seconds of one call between two events, of batches of calls that last about 5 ms."""
+    """Median seconds of one call, from batches of calls between two events, of about 5 ms each."""
 
     def batch(count: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -66,7 +66,7 @@ def replayed(calls: Sequence[Call], repeats: int = REPEATS) -> float:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in (calls[0], calls[0], *calls):  # compiles
+        for call in (calls[0], calls[0], *calls):  # the first calls compile
             call()
     torch.cuda.current_stream().wait_stream(stream)
     count = graph_calls(timed(_captured(calls[:1], stream).replay, 3), len(calls))
@@ -75,7 +75,7 @@ def replayed(calls: Sequence[Call], repeats: int = REPEATS) -> float:
 
 
 def graph_calls(seconds: float, sets: int) -> int:
-    """Calls of so many seconds that a graph holds: as many, and one at least, on each set."""
+    """How many calls of ``seconds`` a graph holds: equally many on each set, and at least one."""
     wanted = min(GRAPH_CALLS, math.ceil(GRAPH_SECONDS / max(seconds, 1e-9)))
     return math.ceil(wanted / sets) * sets
 
@@ -95,8 +95,8 @@ def part(
 ) -> float:
     """Median seconds of GPU time of ``run``, each on what ``prepare`` made before it.
 
-    What cannot be replayed because it happens once, such as a backward: the device is kept busy
-    until the host has launched it, so that the time between the events is the kernels' alone.
+    This is for what happens once and so cannot be replayed, such as a backward. The device is kept
+    busy until the host has launched it, so that between the events there are only its kernels.
     """
     seconds = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Work that may fail, hang or leave the device unusable: done in a process that can be replaced.
+"""Does work that may fail, hang or leave the device unusable, in a process that can be replaced.
 
 An illegal access or a kernel that never ends poisons every later call of its process, so what is
 measured after it must be measured in another. As long as nothing fails, one process does it all.
@@ -12,13 +12,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-Answer = dict[str, Any]  # with an "error" where something failed
+Answer = dict[str, Any]  # has an "error" if something failed
 Work = Callable[[Any], Answer]
 MESSAGE = 200  # characters of an error that are kept
 
 
 class Worker:
-    """``work(job)`` in a process of its own, and in a new one after each failure.
+    """Calls ``work(job)`` in a process of its own, and in a new one after each failure.
 
     ``work`` is a function of a module; jobs and answers are sent to and from the process.
     """
@@ -63,12 +63,12 @@ class Worker:
         if self._connection is not None:
             self._connection.close()
             self._process.kill()
-            self._process.join(5)  # longer where a driver does not let go of it
+            self._process.join(5)  # a driver may hold the process for longer
         self._connection = None
 
 
 def _serve(connection: Connection, work: Work) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks ends this one
     while True:
         try:
             job = connection.recv()
@@ -82,6 +82,6 @@ def _serve(connection: Connection, work: Work) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception is and the first line of what it says."""
+    """An exception's class and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:MESSAGE]

@@ -1,4 +1,4 @@
-"""How the race is timed: interleaved rounds, the machine's own noise, peak memory, traffic."""
+"""Times a race in interleaved rounds; measures the machine's noise, peak memory and traffic."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AGAIN = " (again)"
 
 @dataclass(frozen=True)
 class Race:
-    """Seconds of every contender in every round; ``repeated`` ran twice in each of them."""
+    """Seconds of every contender in every round; ``repeated`` has two turns in each."""
 
     seconds: dict[str, list[float]]
     repeated: str
@@ -47,16 +47,16 @@ class Race:
         return (high - low) / self.median(name)
 
     def ratio(self, slow: str, fast: str) -> float:
-        """How many times ``fast`` fits into ``slow``: the ratio within each round, its median."""
+        """How many times as long ``slow`` takes as ``fast``: the median of the rounds' ratios."""
         return statistics.median(self._ratios(slow, fast))
 
     @property
     def noise(self) -> float:
         """Relative difference below which two contenders are a tie.
 
-        From the contender that ran twice: how far the median of its per-round ratio is from 1,
-        plus two standard errors of that median (1.25 sigma / sqrt(rounds), sigma from the
-        interquartile range).
+        It is taken from the contender that ran twice: how far the median of its ratio to itself is
+        from 1, plus two standard errors of that median (1.25 sigma / sqrt(rounds), with sigma from
+        the interquartile range).
         """
         ratios = self._ratios(self.repeated + AGAIN, self.repeated)
         low, middle, high = statistics.quantiles(ratios, n=4)
@@ -79,12 +79,12 @@ def race(
 ) -> Race:
     """Time every contender once a round, in an order drawn anew for each round.
 
-    A slow spell of the machine then falls on all of them. A contender's turn is untimed calls for
-    ``settle`` seconds, two at least, and the median of ``timed`` more: it meets the caches and the
-    allocator as its own calls leave them and not as a neighbour did. (A last-level cache takes
-    several passes over 30 MB to forget what came before, the C library some frees to hand a
-    neighbour's memory back: with one untimed call a kernel looks up to twice as slow behind one
-    that allocates much, and a result would depend on who else is in the race.)
+    A slow spell of the machine then falls on all of them. In its turn a contender is called for
+    ``settle`` seconds, and at least twice, untimed; its time is the median of ``timed`` more calls.
+    So it finds the caches and the allocator as its own calls leave them, not as a neighbour did. (A
+    last-level cache takes several passes over 30 MB to forget what came before, and the C library
+    some frees to give a neighbour's memory back. With one untimed call, a kernel looks up to twice
+    as slow behind one that allocates much, and a result would depend on the other contenders.)
 
     Args:
         contenders: name -> call.
@@ -127,12 +127,13 @@ def _turn(call: Call, settle: float, timed: int) -> float:
 def peak_extra_bytes(call: Call, release: Call, repeats: int = 5) -> int:
     """How far one call raises the process's resident memory at its highest, in bytes (Linux).
 
-    Resident memory and not torch's allocator: scratch that a C++ kernel takes from malloc or keeps
-    on its threads' stacks counts, and torch.profiler never sees it. ``release`` drops what the last
-    call left (its gradient), and freed memory goes back to the system (what the CPU backend keeps
-    of it too), so that every byte the call touches is a new page; the kernel's own high-water mark
-    (reset through ``clear_refs``) then catches peaks of any length. The result is the median over
-    the repeats, after two warm-up calls; it resolves about 0.1 MB.
+    It measures resident memory instead of asking torch's allocator, because scratch that a C++
+    kernel takes from malloc or keeps on its threads' stacks counts, and torch.profiler never sees
+    it. Before each call ``release`` drops what the last one left (its gradient), and freed memory
+    goes back to the system (also what the CPU backend keeps), so that every byte the call touches
+    is a new page. Linux's own high-water mark (reset through ``clear_refs``) then catches peaks of
+    any length. The result is the median over the repeats, after two warm-up calls; it resolves
+    about 0.1 MB.
     """
     trim = ctypes.CDLL(None).malloc_trim
     peaks = []
@@ -162,7 +163,7 @@ def _status_bytes(field: str) -> int:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Operators of a call; ``bytes_moved`` is what those over whole latents read and write."""
+    """The operators of a call; ``bytes_moved`` is what those over whole latents read and write."""
 
     operators: int
     whole_latent_operators: int
@@ -208,7 +209,7 @@ def traffic(call: Call, numel: int) -> Traffic:
 
 
 def environment() -> dict[str, Any]:
-    """What a result was measured on: no host name, no path."""
+    """What a result was measured on, without a host name or a path."""
     cpu = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -229,16 +230,16 @@ def environment() -> dict[str, Any]:
 def _isa() -> str:
     if "cpu" not in guard_ops.available_backends():
         return "no cpu backend"
-    from guard_ops.backends.operators import build_info
+    from guard_ops.backends.compiled import build_info
 
     return str(build_info()["cpu_isa"])
 
 
-_SOURCES = (":(top)", ":(top,exclude)benchmarks/results")  # whose results are no change of them
+_SOURCES = (":(top)", ":(top,exclude)benchmarks/results")  # saved results do not change the sources
 
 
 def _commit() -> str:
-    """The short commit, with "+" when its sources have changed; "unknown" outside git."""
+    """The short commit, with "+" if the sources have changed since; "unknown" outside git."""
     root = Path(__file__).parent
     try:
         head, changes, _ = (
@@ -248,7 +249,8 @@ def _commit() -> str:
             for arguments in (
                 ("rev-parse", "--short", "HEAD"),
                 ("status", "--porcelain", "--untracked-files=no", "--", *_SOURCES),
-                ("ls-files", "--error-unmatch", Path(__file__).name),  # not another repository's
+                # fails if the commit is that of another repository around this file
+                ("ls-files", "--error-unmatch", Path(__file__).name),
             )
         )
     except (OSError, subprocess.CalledProcessError):

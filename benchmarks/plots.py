@@ -31,7 +31,7 @@ MARKERS = {"mean": "o", "velocity": "v", "noise": "s", "seeded": "D", CHAIN_FORM
 
 
 def draw(machine: Machine, folder: Path, prefix: str = "") -> list[Path]:
-    """Write the plots that the machine's sections allow; the files, PNG and SVG of each."""
+    """Write the plots that the machine's sections allow; returns the PNG and SVG file of each."""
     matplotlib = require("matplotlib", "bench")
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "guard-ops"  # the same numbers give the same file
@@ -121,7 +121,7 @@ def roofline(pyplot: Any, rows: list[Row]) -> Any:
 
 
 def speed_up(pyplot: Any, rows: list[Row]) -> Any:
-    """How many times the first backend's time every plain-PyTorch contender takes."""
+    """How many times as long as the first backend every plain-PyTorch contender takes."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     base = next(row["contender"] for row in rows if row["base"])
     figure, panels = pyplot.subplots(
@@ -169,7 +169,7 @@ def speed_up(pyplot: Any, rows: list[Row]) -> Any:
 
 
 def accuracy_over_drift(pyplot: Any, rows: list[Row]) -> Any:
-    """Error of the log-ratio and share of wrong clips, a column a dtype."""
+    """Error of the log-ratio and share of wrong clips, with a column for each dtype."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     clips = list(rows[0]["wrong_share"])
     figure, panels = pyplot.subplots(
@@ -205,7 +205,7 @@ def accuracy_over_drift(pyplot: Any, rows: list[Row]) -> Any:
 
 
 def _plain_log_ticks(axis: Any) -> None:
-    """1, 10, 100 rather than powers."""
+    """Writes an axis's ticks as 1, 10, 100 rather than as powers."""
     ticker = require("matplotlib.ticker", "bench")
     axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())

@@ -21,8 +21,8 @@ from .tables import Table
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
 PLOTS = "docs/benchmarks"
-COMMANDS = {"device": "make gpu-check"}  # of a section; the others' is
-COMMAND = "make bench"
+COMMANDS = {"device": "make gpu-check"}  # what measures a section,
+COMMAND = "make bench"  # and what measures the others
 
 Rows = list[dict[str, Any]]
 
@@ -30,7 +30,7 @@ Rows = list[dict[str, Any]]
 def main(
     arguments: Sequence[str] | None = None, root: Path = ROOT, saved: Path = results.FOLDER
 ) -> int:
-    """Write the tables; 0, or 1 with ``--check`` when a document is out of date."""
+    """Write the tables; returns 0, or with ``--check`` 1 if a document is out of date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether all is up to date")
     check = parser.parse_args(arguments).check
@@ -81,7 +81,7 @@ def render(machines: dict[str, results.Machine]) -> dict[str, str]:
 
 
 def _machines(machines: dict[str, results.Machine]) -> str:
-    """Which machines there are results of, and whether one of them is a GPU."""
+    """Says of which machines there are results, and whether one of them is a GPU."""
     devices = {
         label: {part["environment"].get("device", "cpu") for part in machine.values()}
         for label, machine in machines.items()
@@ -95,7 +95,7 @@ def fill(text: str, rendered: dict[str, str]) -> str:
     """``text`` with every marked place filled; a place it does not have is no error.
 
     Raises:
-        ValueError: a begin without its end.
+        ValueError: a place has a begin without an end, or an end without a begin.
     """
     for name, table in rendered.items():
         begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
@@ -108,7 +108,7 @@ def fill(text: str, rendered: dict[str, str]) -> str:
 
 
 def speed_table(rows: Rows) -> str:
-    """Time of every contender and how many times guard_ops' it is."""
+    """Time of every contender, and how many times guard_ops' time that is."""
     names = list(dict.fromkeys(row["contender"] for row in rows))
     cases: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -170,7 +170,7 @@ def accuracy_table(rows: Rows) -> str:
 
 
 def device_table(rows: Rows) -> str:
-    """Loss and gradient on a GPU: a table for each shape and dtype, then what is not as asked."""
+    """Loss and gradient on a GPU: a table for each shape and dtype, then the bounds missed."""
     groups: dict[tuple[str, str], Rows] = {}
     for row in rows:
         shape = "[" + ", ".join(map(str, row["shape"])) + "]"
@@ -224,7 +224,7 @@ def _markdown(table: Table) -> str:
     return "\n".join(lines)
 
 
-# Place in a document -> the sections of a machine that it shows, and how.
+# Place in a document -> the sections of a machine that it shows, and what renders each of them.
 PLACES: dict[str, tuple[tuple[str, Callable[[Rows], str]], ...]] = {
     "speed": (("speed", speed_table), ("memory", memory_table)),
     "accuracy": (("accuracy", accuracy_table),),
@@ -248,7 +248,7 @@ def _heading(label: str, environment: dict[str, Any], command: str) -> str:
 
 
 def _versions(environment: dict[str, Any]) -> list[str]:
-    """A GPU's, as far as the section has them."""
+    """The driver, Triton and copy bandwidth of a GPU, as far as the section has them."""
     named = [f"{n} {environment[n]}" for n in ("driver", "triton") if environment.get(n)]
     copy = environment.get("copy_gigabytes_per_second")
     return [*named, *([f"a copy {copy:.0f} GB/s"] if copy else [])]

@@ -1,4 +1,4 @@
-"""Where measured numbers live: ``results/<machine>.json``, one section per table."""
+"""Saves measured numbers in ``results/<machine>.json``, with a section for each table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def machine_label(device: str = "cpu") -> str:
 
 def section(rows: list[Row], device: str = "cpu") -> dict[str, Any]:
     """Rows and the environment they were measured in, as every file keeps them."""
-    from .measure import environment  # needs a guard_ops that works
+    from .measure import environment  # here, because it needs a guard_ops that works
 
     name = "cpu" if device == "cpu" else torch.cuda.get_device_name(0)
     return {"environment": {"device": name, **environment()}, "rows": rows}
@@ -51,7 +51,7 @@ def put(name: str, found: dict[str, Any], folder: Path = FOLDER, device: str = "
 
 
 def write(path: Path, machine: Machine) -> None:
-    """A file that :func:`load`, ``--compare`` and the plots read; whole, or as it was."""
+    """Write a file for :func:`load`, ``--compare`` and the plots; on failure it is as it was."""
     written = path.with_name(path.name + ".written")
     written.write_text(json.dumps(machine, indent=1) + "\n")
     os.replace(written, path)

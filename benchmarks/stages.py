@@ -19,7 +19,7 @@ from .measure import AGAIN, Call, Race
 
 
 class Prepared(NamedTuple):
-    """``run`` is timed, on what ``prepare`` made just before it; ``wait`` ends the timed part."""
+    """``run`` is timed on what ``prepare`` made just before; ``wait`` waits for its end."""
 
     prepare: Callable[[], Tensor]
     run: Callable[[Tensor], object]
@@ -59,7 +59,7 @@ def backward_alone(case: Case, inputs: Inputs, backend: str | None, wait: Call) 
 
 
 def _forward(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
-    """The op as a function that returns what backward starts from, []."""
+    """The op as a function that returns a scalar from which backward can start."""
     if case.op == "sde_step":
         name = "noise" if case.form == "noise" else "seed"
         noise: Any = {name: getattr(inputs, name)}
@@ -67,7 +67,7 @@ def _forward(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
         return lambda: go.sde_step(v, inputs.sample, inputs.coeffs, **noise).log_prob
     operands = inputs.form(case.form)
     if case.op == "log_ratio":
-        # One [K, B] weight stands in for somebody's objective.
+        # weights [K, B] stand in for a custom objective
         weights = inputs.advantages.expand(inputs.model_output.shape[:2])
         return lambda: (go.log_ratio(inputs.model_output, **operands).log_ratio * weights).sum()
     config = getattr(go.GuardConfig, case.objective)()

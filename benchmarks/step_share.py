@@ -1,9 +1,9 @@
-"""How much of a whole training step the loss is, in plain PyTorch and with guard_ops.
+"""Measures the share of a whole training step that the loss takes, with guard_ops and without.
 
 The models are diffusers' own classes with random weights and their published depth; on a CPU their
 width and their pictures are scaled down, on a GPU they are whole. A step is the model's forward,
-the loss, the backward through the model and an SGD update (AdamW's state of FLUX would not fit one
-GPU, and would make the loss's share smaller).
+the loss, the backward through the model and an SGD update (AdamW's state for FLUX would not fit
+one GPU, and AdamW would make the loss's share smaller).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .results import Row
 from .suite import peak_bytes
 from .workloads import Workload
 
-ROUNDS = 2  # of three contenders and three calls each
+ROUNDS = 2  # each with three contenders of three calls
 TEXT_TOKENS = 77
-LEARNING_RATE = 1e-6  # the weights stay random
+LEARNING_RATE = 1e-6  # so small that the weights stay random
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Model:
     """A diffusers transformer: its published configuration, and what a CPU runs of it."""
 
     name: str
-    build: str  # class of diffusers, or of the demo
+    build: str  # a class of diffusers, or of the demo
     full: dict[str, Any]
     scaled: dict[str, Any]
     latent: tuple[int, ...]
@@ -162,7 +162,7 @@ def measure_all(
 
 
 def measure_share(model: Model, backend: str, device: torch.device) -> Row:
-    """Time and peak memory of a step before and after, and of its loss alone.
+    """Time and peak memory of a step without guard_ops and with it, and of its loss alone.
 
     Raises:
         ModuleNotFoundError: diffusers is not installed.
@@ -208,7 +208,7 @@ def measure_share(model: Model, backend: str, device: torch.device) -> Row:
 
     steps = {name: step(loss_of) for name, loss_of in losses.items()}
     parts = {name: loss_of(inputs) for name, loss_of in losses.items()}
-    settle = 0 if model.scaled else 0.03  # a step that takes a second fills every cache itself
+    settle = 0 if model.scaled else 0.03  # a step of a second needs none, as it fills every cache
     rounds = ROUNDS if model.scaled else 10
     whole_race = measure.race(
         steps, rounds=rounds, warmup=0, settle=settle, timed=1, repeat="after"
@@ -250,7 +250,7 @@ def full_parameters(model: Model) -> int:
 
 
 def forward(model: Model, network: nn.Module, sample: Tensor) -> Callable[[], Tensor]:
-    """The velocity [B, *latent] of ``sample`` as the model's trainers call it."""
+    """A call for the velocity [B, *latent] of ``sample``, as the model's trainers make it."""
     batch, device, dtype = sample.shape[0], sample.device, sample.dtype
     config: Any = getattr(network, "config", None)
 

@@ -20,13 +20,13 @@ from .cases import COPY, Case, dtype_name, floor_bytes
 from .measure import Call
 from .results import Row
 
-BLOCKS = 3  # each with tensors of its own: where they lie in memory is part of a rerun's scatter
-ROUNDS = (2, 12)  # of a block, least and most
+BLOCKS = 3  # each has its own tensors, as their place in memory is part of a rerun's scatter
+ROUNDS = (2, 12)  # the least and the most in a block
 SETTLE = {True: 0.03, False: 0.01}  # seconds of untimed calls in a turn: with chains, without
-TIMED = 2  # calls of a turn
+TIMED = 2  # timed calls in a turn
 CHAIN_FORM = "log-prob"  # what the public trainers' chains are given
 BESIDE = ("noise", "seeded")  # forms that run beside a workload's mean form
-ELEMENTS = {"cpu": 2**21, "cuda": 2**29}  # of a workload's latents, at most
+ELEMENTS = {"cpu": 2**21, "cuda": 2**29}  # the most elements that a workload's latents have
 CHAIN_NAMES = {
     None: "eager",
     "default": "torch.compile",
@@ -38,8 +38,8 @@ def choose_backends(names: Sequence[str] | None) -> list[str]:
     """The backends to race, the preferred one first; None for all that this machine has.
 
     Raises:
-        ValueError: one is not available, saying why and which are; none shares a device with
-            another.
+        ValueError: one is not available (the message says why, and which are), or no device runs
+            all of them.
     """
     available = available_backends()
     for name in names or ():
@@ -81,18 +81,18 @@ def run_case(
         A row for each contender: median ``milliseconds``, ``spread`` (interquartile range over
         median), ``ratio`` (how many times the first backend's time, median of the rounds' ratios),
         ``noise`` (the first backend against itself), ``scatter`` (range of the blocks' medians over
-        the median: what another run may differ by), bytes, ``percent_of_copy`` and peak memory. On
-        a GPU ``milliseconds`` is wall time, and ``gpu_milliseconds`` that between events, where
-        possible of a graph's replay; every call is on tensors that the cache no longer holds.
+        the median, by which another run may differ), bytes, ``percent_of_copy`` and peak memory. On
+        a GPU ``milliseconds`` is wall time, and ``gpu_milliseconds`` the time between events, of a
+        graph's replay if possible; every call is on tensors that the cache no longer holds.
     """
     if case.chains:
-        torch._dynamo.reset()  # a limit of recompilations would turn compiled chains eager
+        torch._dynamo.reset()  # else chains that reach the limit of recompilations run eagerly
     races: list[measure.Race] = []
     peaks: dict[str, int] = {}
     gpu: dict[str, float | None] = {}
     rounds = 0
     with warnings.catch_warnings():
-        # a batch of one is degenerate under standardize, which changes no time
+        # a batch of one is degenerate under standardize, but takes the same time
         warnings.filterwarnings("ignore", message="guard_ops:", category=RuntimeWarning)
         for block in range(BLOCKS):
             rollouts = _rollouts(case, block, device)
@@ -111,9 +111,9 @@ def run_case(
 
 
 def _rollouts(case: Case, block: int, device: torch.device) -> list[contenders.Inputs]:
-    """One, or on a GPU as many as it takes for a call in turn to find none in the cache.
+    """One rollout, or on a GPU so many that calls on them in turn find nothing in the cache.
 
-    A backward alone is not called in turn: it finds what its own forward left there.
+    A backward alone is not called in turn, as it finds there what its own forward has left.
     """
     sets = 1
     if device.type == "cuda" and case.stage != "backward":
@@ -128,7 +128,7 @@ def _rollouts(case: Case, block: int, device: torch.device) -> list[contenders.I
 
 
 def _in_turn(calls: Sequence[Any], device: torch.device) -> Call | stages.Prepared:
-    """What is raced: on a GPU each call on the next rollout's tensors, and waited for."""
+    """The call that is raced: on a GPU it takes the next rollout each time, and waits."""
     if device.type != "cuda" or isinstance(calls[0], stages.Prepared):
         first: Call | stages.Prepared = calls[0]
         return first
@@ -136,7 +136,7 @@ def _in_turn(calls: Sequence[Any], device: torch.device) -> Call | stages.Prepar
 
 
 def waited(call: Call, device: torch.device) -> Call:
-    """The call, over when the device is done with it."""
+    """``call``, which returns only when the device is done with it."""
     if device.type == "cpu":
         return call
 
@@ -148,7 +148,7 @@ def waited(call: Call, device: torch.device) -> Call:
 
 
 def _gpu_seconds(name: str, calls: Sequence[Any]) -> float | None:
-    """Time between events of a contender's calls on each rollout; None where it cannot be had."""
+    """Time between events of a contender's calls on each rollout; None if it cannot be measured."""
     try:
         if isinstance(calls[0], stages.Prepared):
             return gpu_timing.part(calls[0].prepare, calls[0].run)
@@ -211,16 +211,16 @@ def _ignoring_state(call: Call) -> Any:
 
 
 def _copy_bytes(case: Case) -> int:
-    """What the copy beside a case moves: its floor, or a forward's where it has none."""
+    """Bytes that the copy beside a case moves: its floor, or two latents if that is less."""
     return max(floor_bytes(case), case.workload.numel * 2 * case.dtype.itemsize)
 
 
 def _rounds(calls: Mapping[str, Any], seconds: float, settle: float) -> int:
-    """Rounds that fit in ``seconds``; every contender is called twice first, compiling."""
+    """How many rounds fit in ``seconds``, from calling every contender twice."""
     cost = 0.0
     for call in calls.values():
         prepared = isinstance(call, stages.Prepared)
-        for _ in range(2):  # the second counts: the first may compile
+        for _ in range(2):  # only the second counts, as the first may compile
             start = time.perf_counter()
             if prepared:
                 call.run(call.prepare())
@@ -252,8 +252,8 @@ def _peaks(
     inputs: contenders.Inputs,
     device: torch.device,
 ) -> dict[str, int]:
-    """Peak extra memory of every contender of a workload; of an op, of the first backend."""
-    gc.freeze()  # what lives now need not be searched again before each of dozens of calls
+    """Peak extra memory of every contender of a workload, or of an op's first backend."""
+    gc.freeze()  # so that what lives now is not searched again before each of dozens of calls
     try:
         return {
             name: peak_bytes(call, inputs, device)
@@ -265,7 +265,7 @@ def _peaks(
 
 
 def peak_bytes(call: Call, inputs: contenders.Inputs, device: torch.device) -> int:
-    """How far one call raises memory at its highest: the process's, or the GPU allocator's."""
+    """How far one call raises memory at its highest, in the process or in the GPU's allocator."""
 
     def release() -> None:
         inputs.model_output.grad = None
@@ -330,7 +330,7 @@ def _rows(
 def _gpu_columns(
     seconds: float | None, copy: float | None, moved: int, copied: int
 ) -> dict[str, float]:
-    """What a row has more on a GPU: the time there, and bandwidth against the copy's there."""
+    """The columns that only a GPU's rows have: its own time, and bandwidth relative to the copy."""
     if seconds is None:
         return {}
     more = {"gpu_milliseconds": round(seconds * 1e3, 5)}

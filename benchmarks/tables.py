@@ -24,7 +24,7 @@ class Table:
 
 
 def workloads(rows: Rows) -> list[Table]:
-    """A table for each workload: every contender's time, times guard_ops', bandwidth, memory."""
+    """A table for each workload: each contender's time, ratio to guard_ops, bandwidth, memory."""
     by_workload: dict[str, Rows] = {}
     for row in rows:
         by_workload.setdefault(row["workload"], []).append(row)
@@ -118,7 +118,7 @@ def accuracy(rows: Rows) -> list[Table]:
 
 
 def share(rows: Rows) -> list[Table]:
-    """How much of a training step the loss is, before and after."""
+    """The share of a training step that the loss takes, without guard_ops and with it."""
     columns = ["model", "plain PyTorch", "guard_ops", "peak memory of the loss"]
     columns += ["of the step", "share at full width"]
     lines = [
@@ -149,12 +149,12 @@ TABLES: dict[str, Callable[[Rows], list[Table]]] = {
 
 
 def mebibytes(count: int | None) -> str:
-    """``8.0 MiB``; nothing for None."""
+    """``count`` bytes as text, such as ``8.0 MiB``; empty for None."""
     return "" if count is None else f"{count / 2**20:.1f} MiB"
 
 
 def case_key(row: Row) -> tuple[object, ...]:
-    """What the contenders of one race share; a case's own form is that of its first row."""
+    """What the rows of one race have in common."""
     return tuple(row[key] for key in ("workload", "op", "stage", "objective", "dtype", "case"))
 
 
@@ -181,7 +181,7 @@ def _milliseconds(row: Row) -> str:
 
 
 def _on_gpu(rows: Rows) -> list[str]:
-    """The column that rows of a GPU have more: the device's own time."""
+    """The column that only rows of a GPU have, for the device's own time."""
     return ["GPU time"] if any("gpu_milliseconds" in row for row in rows) else []
 
 
@@ -190,7 +190,7 @@ def _gpu_time(row: Row) -> str:
 
 
 def _of_copy(row: Row) -> str:
-    """Of the bandwidth of the race's copy; on a GPU that of the device's own times."""
+    """Bandwidth as a percentage of the race's copy's; on a GPU by the device's own times."""
     return f"{row.get('gpu_percent_of_copy', row['percent_of_copy']):.0f}%"
 
 
@@ -199,7 +199,7 @@ def _versus(row: Row | None, noise: float) -> str:
 
 
 def _ratio(ratio: float, noise: float) -> str:
-    """``2.0x``; a difference below the noise is a tie."""
+    """A ratio as text, such as ``2.0x``; a difference below the noise is a tie."""
     if abs(ratio - 1) <= noise:
         return "tie"
     return f"{ratio:.{1 if ratio >= 1.95 else 2}f}x"
@@ -220,7 +220,7 @@ def _part_of_step(row: Row, name: str) -> str:
 
 
 def _full_share(row: Row, name: str) -> str:
-    """The measured share, or an estimate: the model's time grows with its parameters."""
+    """The share, estimated if the model was scaled: its time grows with its parameters."""
     loss, step = row[f"loss_{name}_ms"], row[f"step_{name}_ms"]
     if row["parameters"] == row["full_parameters"]:
         return f"{loss / step:.2%}"

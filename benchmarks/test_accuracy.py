@@ -13,7 +13,8 @@ from benchmarks.results import Row, accuracy_row
 from benchmarks.workloads import CI
 
 WORKLOAD = dataclasses.replace(CI, name="accuracy", batch=32)
-# At drift 1e-4 in float32; the mean form's stored mean is itself rounded to float32.
+# The largest error at drift 1e-4 in float32. The mean form's stored mean is itself rounded to
+# float32.
 BOUNDS = {
     "guard_ops, velocity form": 1e-5,
     "guard_ops, noise form": 1e-5,

@@ -1,12 +1,12 @@
 """guard_ops against the plain-PyTorch chains, [8, 4096, 64], loss plus gradient, two threads.
 
-``eager`` is the chain that computes the same loss from the same tensors; for the mean form that
-includes the rollout's log-prob, from the mean that both are given. ``eager, log-prob stored`` is
-the same chain handed that log-prob, as public trainers store it: less work than ours does, shown
-beside it. For the paper's objective the trainer's chain needs both the log-prob and the mean.
+``eager`` is the chain that computes the same loss from the same tensors; for the mean form it also
+computes the rollout's log-prob, from the mean that both are given. ``eager, log-prob stored`` is
+the same chain when it is given that log-prob, as public trainers store it; that is less work than
+ours does. For the paper's objective the trainer's chain needs both the log-prob and the mean.
 
-``guard_ops`` is ``guard_loss`` and ``backward()``, as a loop that swaps the loss has them; beside
-it ``guard_loss_and_grad``, the same numbers without autograd, which the bounds are for.
+``guard_ops`` is ``guard_loss`` and ``backward()``, as a loop that only swaps the loss calls them.
+``guard_loss_and_grad`` gives the same numbers without autograd; the bounds are on that.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from benchmarks.results import Row
 from benchmarks.workloads import CI, bytes_per_element
 
 ROUNDS = 15
-RACES = 2  # at most: other processes on the machine may spoil one
-QUIET = 0.05  # noise of a race that needs no other
+RACES = 2  # the most races, as other processes on the machine may spoil one
+QUIET = 0.05  # a race with at most this noise is not repeated
 MEGABYTE = 2**20
 
 
 @dataclass(frozen=True)
 class Case:
-    """One form, objective and dtype; how much faster than a contender loss and gradient must be."""
+    """A form, objective and dtype, and how much faster than other contenders ours has to be."""
 
     name: str
     form: str
@@ -55,7 +55,7 @@ by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.repl
 
 
 def race(case: Case, inputs: contenders.Inputs) -> measure.Race:
-    """The quietest of a few races: chosen by its noise, never by who won it."""
+    """The quietest of a few races, chosen by its noise and never by its winner."""
     plain: dict[str, measure.Call] = {}
     if case.form == "mean":
         for name, compiled in (("eager", False), ("torch.compile", True)):

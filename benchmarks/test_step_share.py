@@ -1,4 +1,4 @@
-"""How much of a training step the loss is, before and after."""
+"""Measures the share of a training step that the loss takes, without guard_ops and with it."""
 
 from __future__ import annotations
 

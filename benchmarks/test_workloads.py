@@ -45,14 +45,14 @@ def test_op(case: cases.Case, benchmark: BenchmarkFixture, record: Callable[...,
     call = next(iter(suite.case_calls(case, inputs, BACKENDS[:1], DEVICE).values()))
     if callable(call):
         benchmark.pedantic(suite.waited(call, DEVICE), rounds=10, warmup_rounds=2)
-    else:  # a backward, each after a forward of its own
+    else:  # a backward, which needs a forward of its own each time
         benchmark.pedantic(call.run, setup=lambda: ((call.prepare(),), {}), rounds=10)
     if rows[0]["contender"] == "cpu" and case.stage != "backward":
         assert rows[0]["peak_bytes"] <= written_bytes(case) + MEGABYTE
 
 
 def written_bytes(case: cases.Case) -> int:
-    """The results of an op: all the memory it is to take."""
+    """The bytes of an op's results, which is all the memory that it may take."""
     size = case.dtype.itemsize
     if case.op == "sde_step":
         return case.workload.numel * (size + max(size, 4))  # the next sample; its mean

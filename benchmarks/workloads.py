@@ -1,7 +1,8 @@
 """The workloads: latents of real backbones, with batch and steps as published GRPO recipes train.
 
-A recipe's ``batch`` is the micro-batch of one process, ``steps`` the trained steps of a trajectory;
-``objective`` and ``kind`` are the ones its trainer uses, so its own chain is what it races.
+A recipe's ``batch`` is the micro-batch of one process, and ``steps`` are the trained steps of a
+trajectory. ``objective`` and ``kind`` are those of its trainer, so that guard_ops races against the
+trainer's own chain.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-# Operands that one pass over the data reads, per form.
+# The operands that one pass over the data reads, by form.
 READS = {
     "mean": ("model_output", "sample", "prev_sample", "old_mean"),
     "velocity": ("model_output", "old_model_output", "sample", "prev_sample"),
@@ -21,8 +22,8 @@ READS = {
     "log-prob": ("model_output", "sample", "prev_sample"),
 }
 
-# Of them, what the gradient reads again where it needs every transition's ratio first, as the
-# article's does, and the batch does not fit on the chip: docs/math.md, "One pass".
+# Those of them that the gradient reads again if it needs every transition's ratio first, as the
+# article's does, and the batch does not fit on the chip. docs/math.md explains it in "One pass".
 READ_AGAIN = {
     "mean": ("model_output", "sample", "prev_sample"),
     "velocity": ("model_output", "sample", "prev_sample"),
@@ -75,19 +76,19 @@ class Workload:
 
 
 def bytes_per_element(form: str, dtype: torch.dtype) -> int:
-    """Each operand read once, the gradient written once; old_mean is float32.
+    """Bytes to read each operand once and to write the gradient once; old_mean is float32.
 
     Raises:
-        KeyError: not a form.
+        KeyError: there is no such form.
     """
     return _bytes(READS[form], dtype) + dtype.itemsize
 
 
 def bytes_in_two_passes(form: str, dtype: torch.dtype) -> int:
-    """Those, and what the gradient's pass reads from memory a second time: ``READ_AGAIN``.
+    """:func:`bytes_per_element`, and those that the gradient's pass reads again (``READ_AGAIN``).
 
     Raises:
-        KeyError: not a form.
+        KeyError: there is no such form.
     """
     return bytes_per_element(form, dtype) + _bytes(READ_AGAIN[form], dtype)
 
@@ -179,7 +180,7 @@ def named(names: list[str] | None) -> list[Workload]:
     """The workloads of these names, all of them for None.
 
     Raises:
-        ValueError: there is no such workload; says which there are.
+        ValueError: there is no such workload; the message names those that there are.
     """
     for name in names or ():
         if name not in WORKLOADS:

@@ -19,8 +19,8 @@ import guard_ops as go
 def flow_dppo(t: go.LogRatio, advantages: Tensor, *, threshold: float = 1e-4) -> Tensor:
     """Flow-DPPO: no clip; a transition that is far from the old policy and moves on is masked.
 
-    Far is ``KL(old || new) >= threshold``, exact for Gaussians; moving on, the ratio on the side
-    that its advantage asks for.
+    It is far if ``KL(old || new) >= threshold``, which is exact for Gaussians. It moves on if the
+    ratio is on the side of 1 that the advantage asks for.
     """
     excess = torch.expm1(t.log_ratio)
     moves_on = (excess > 0) & (advantages > 0) | (excess < 0) & (advantages < 0)
@@ -31,8 +31,8 @@ def flow_dppo(t: go.LogRatio, advantages: Tensor, *, threshold: float = 1e-4) ->
 def cispo(t: go.LogRatio, advantages: Tensor, *, low: float = 1.0, high: float = 1e-3) -> Tensor:
     """CISPO (MiniMax-M1, arXiv:2506.13585): the clipped ratio is a weight without a gradient.
 
-    ``-sg(clip(r)) A log p``: clipped transitions still learn. ``log_ratio`` differs from ``log p``
-    by a constant.
+    The loss is ``-sg(clip(r)) A log p``, so clipped transitions still learn. ``log_ratio`` takes
+    the place of ``log p``, from which it differs by a constant.
     """
     weight = 1 + torch.expm1(t.log_ratio.detach()).clamp(-low, high)
     return (-weight * advantages * t.log_ratio).mean()
@@ -43,8 +43,8 @@ def sapo(
 ) -> Tensor:
     """SAPO (arXiv:2511.20347): a sigmoid gate instead of the clip, steeper for negative advantages.
 
-    ``-A f(r)``, ``f(r) = 4 / tau sigmoid(tau (r - 1))``; its slope at 1 is 1. The temperatures are
-    of the size that flow ratios need, whose spread is 1e-4 to 1e-2.
+    The loss is ``-A f(r)`` with ``f(r) = 4 / tau sigmoid(tau (r - 1))``, whose slope at 1 is 1. The
+    temperatures are of the size that flow ratios need, whose spread is 1e-4 to 1e-2.
     """
     tau = torch.where(advantages > 0, positive, negative).to(advantages)
     gate = 4 / tau * torch.sigmoid(tau * torch.expm1(t.log_ratio))
@@ -54,7 +54,8 @@ def sapo(
 def gspo(t: go.LogRatio, advantages: Tensor, *, clip: float = 1e-4) -> Tensor:
     """GSPO (arXiv:2507.18071): one ratio per sequence, here the trajectory's K steps.
 
-    ``s = exp(mean_k log r_k)``, clipped as one number; its gradient reaches every step alike.
+    The ratio is ``s = exp(mean_k log r_k)``, which is clipped as one number; its gradient reaches
+    every step alike.
     """
     excess = torch.expm1(t.log_ratio.mean(0))
     clipped = excess.clamp(-clip, clip)

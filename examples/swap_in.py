@@ -2,9 +2,9 @@
 
     python examples/swap_in.py
 
-A small velocity network, a rollout, and two updates of the same weights: one written the way
+It has a small velocity network, a rollout, and two updates of the same weights: one written the way
 trainers write it today, one with guard_ops. It prints what differs: almost nothing in the loss,
-the digits of the ratio, time and memory.
+but the digits of the ratio, time and memory.
 """
 
 # %% The pieces every trainer has: sigmas, a network, a rollout's tensors
@@ -26,7 +26,7 @@ ETA, CLIP, BATCH, LATENT, TRAINED = 0.7, 1e-4, 8, (16, 64, 64), range(1, 9)
 
 
 class Velocity(nn.Module):
-    """Stands for the diffusion transformer."""
+    """A small network in the place of the diffusion transformer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def rollout(network: Velocity, schedule: go.SdeSchedule) -> dict[str, list[Tenso
 
 # %% The loss before: log-probs of whole latents, subtracted, exponentiated, clipped
 def loss_before(v: Tensor, kept: dict[str, list[Tensor]], j: int, advantages: Tensor) -> Tensor:
-    """Flow-GRPO's, as its scripts write it."""
+    """Flow-GRPO's loss, as its scripts write it."""
     sigma, following = SIGMAS[TRAINED[j]], SIGMAS[TRAINED[j] + 1]
     dt = following - sigma
     std = torch.sqrt(sigma / (1 - torch.where(sigma == 1, SIGMAS[1], sigma))) * ETA
@@ -97,7 +97,7 @@ def train(
     seconds, losses = 0.0, []
     for j, k in enumerate(TRAINED):
         v = policy(kept["x"][j], SIGMAS[k])
-        leaf = v.detach().requires_grad_()  # to time the loss apart from the network
+        leaf = v.detach().requires_grad_()  # separates the loss from the network, to time it alone
         start = time.perf_counter()
         loss = (
             loss_after(leaf, kept, j, advantages, schedule).loss

@@ -1,4 +1,4 @@
-"""A command that ends in time, with every process that it started."""
+"""Runs a command and ends it in time, with every process that it has started."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-GRACE_SECONDS = 5.0  # to say what was done so far, after an interrupt
-# A shell's background job ignores interrupts, and so does what it starts, unless told not to.
+GRACE_SECONDS = 5.0  # after an interrupt, for the command to say what it has done so far
+# A shell's background job ignores interrupts, and so does what it starts, unless that resets them.
 HEED = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL);"
     "os.execvp(sys.argv[1], sys.argv[1:])"
@@ -23,13 +23,14 @@ def run(
     seconds: float,
     folder: Path,
     environment: Mapping[str, str],
-    output: int | None = None,  # as of subprocess: None is this process's own
+    output: int | None = None,  # as in subprocess: None is this process's own
     grace: float | None = None,  # instead of GRACE_SECONDS
 ) -> tuple[int | None, str]:
-    """Exit status, None when it took longer than ``seconds``; and what it wrote to a pipe.
+    """Exit status, None if it took longer than ``seconds``; and what it wrote to a pipe.
 
-    In a group of its own: what it started (compilers, test workers, a kernel that never ends) is
-    interrupted, then killed, with it; also when this process is interrupted itself.
+    The command runs in a process group of its own, so that whatever it has started (compilers, test
+    workers, a kernel that never ends) is interrupted and then killed with it. That also happens
+    when this process is interrupted.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         command = [sys.executable, "-c", HEED, *command]
@@ -50,7 +51,7 @@ def run(
 
 
 def _rest(process: subprocess.Popen[str], seconds: float) -> str:
-    """What it still writes; not waited for longer, should a driver not let go of it."""
+    """What it still writes within ``seconds``; a driver may never let go of the process."""
     try:
         return process.communicate(timeout=seconds)[0] or ""
     except subprocess.TimeoutExpired as error:
@@ -58,6 +59,6 @@ def _rest(process: subprocess.Popen[str], seconds: float) -> str:
 
 
 def _signal(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    """To the whole group; its id is the process's, and nobody else's while a member lives."""
+    """Signals the group, whose id is the process's; no other group gets it while a member lives."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

@@ -29,10 +29,10 @@ import sanitize  # noqa: E402
 import toolchain  # noqa: E402
 
 BEGAN = time.monotonic()
-TOTAL_SECONDS = 600  # by default, from the start of this process
-END_SECONDS = 15  # of them, to end what hangs and to say what was found
-SECONDS = "{seconds}"  # in a command: how long the step may take, less
-START_SECONDS = 15  # what importing torch takes, and ending
+TOTAL_SECONDS = 600  # how long the check may take by default, from the start of this process
+END_SECONDS = 15  # how much of that is kept to end what hangs and to say what was found
+SECONDS = "{seconds}"  # stands in a command for the seconds that the step has, less START_SECONDS
+START_SECONDS = 15  # how long a step takes to import torch, and to end
 
 
 class Step(NamedTuple):
@@ -40,17 +40,17 @@ class Step(NamedTuple):
 
     name: str
     command: list[str]
-    seconds: int  # at most
-    least: int  # kept for it, whatever the steps before it take
-    required: bool  # whether the check fails with it
-    wanted: Callable[[], str] = lambda: ""  # why not to run it, or nothing
-    variables: Mapping[str, str] = {}  # of its environment, besides
-    grace: float | None = None  # seconds to say what it has found, once interrupted
-    meaning: Mapping[int, str] = {}  # of an exit status
+    seconds: int  # the most that it may take
+    least: int  # the seconds that earlier steps have to leave it
+    required: bool  # whether the check fails if it does
+    wanted: Callable[[], str] = lambda: ""  # returns why not to run it; empty if it is to run
+    variables: Mapping[str, str] = {}  # added to its environment
+    grace: float | None = None  # seconds that it has to say what it found, once interrupted
+    meaning: Mapping[int, str] = {}  # exit status -> what it means
 
 
 class Outcome(NamedTuple):
-    """What became of a step; a failure that counts is in ``failed``."""
+    """What became of a step; ``failed`` says whether it makes the check fail."""
 
     step: str
     text: str
@@ -62,7 +62,7 @@ class Outcome(NamedTuple):
 
 
 def no_build() -> str:
-    """Why the C++ extension is not built here, or nothing."""
+    """Why the C++ extension cannot be built here; empty if it can."""
     compiler = os.environ.get("CXX", "c++").split(" ")[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler ({compiler})"
@@ -71,19 +71,21 @@ def no_build() -> str:
 
 
 def plugins() -> list[str]:
-    """pytest's options to run in several processes, and to end a test that hangs, where it can."""
-    options = ["-o", "faulthandler_timeout=60"]  # says what a hung test was doing
-    if importlib.util.find_spec("xdist"):  # most of the time Triton and its assembler compile
+    """pytest's options to use several processes and to end tests that hang, if it has plugins."""
+    options = ["-o", "faulthandler_timeout=60"]  # prints what a test that hangs is doing
+    if importlib.util.find_spec("xdist"):  # the tests mostly compile Triton, so processes pay
         workers = min(12, max(2, len(os.sched_getaffinity(0)) - 2))
         options += ["-n", str(workers), "--max-worker-restart=64"]
-        if importlib.util.find_spec("pytest_timeout"):  # it ends the process, xdist starts another
+        # pytest-timeout ends the process of a test that hangs, and xdist starts another
+        if importlib.util.find_spec("pytest_timeout"):
             options += ["--timeout=60", "--timeout-method=thread"]
     return options
 
 
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "-m", "gpu", "-q", *plugins()]
-GPU_TESTS = [  # what only a device can show first; the trainer's tests would want its packages
+# What only a device can show comes first. The trainer's tests are left out: they need its packages.
+GPU_TESTS = [
     "tests/device/test_cuda_paths.py",
     "tests/device/test_device_launches.py",
     "tests/device/test_device_loss.py",
@@ -91,9 +93,11 @@ GPU_TESTS = [  # what only a device can show first; the trainer's tests would wa
     "tests/kernels",
     "tests/device/test_device_goldens.py",
 ]
-ONE_OF_MANY = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}  # processes
+# Steps of several processes share the cores, so each process takes few of them.
+ONE_OF_MANY = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 BOUND_MISSED = 3  # benchmarks.device's exit status
-STEPS = [  # the benchmarks' numbers are had nowhere else, so they come before what takes long
+# The benchmarks come before the steps that take long, because nothing else gives their numbers.
+STEPS = [
     Step("build", [PYTHON, "scripts/compiling.py"], 200, 0, False, no_build),
     Step("doctor", [PYTHON, "-m", "guard_ops", "doctor"], 80, 30, True),
     Step(
@@ -104,7 +108,7 @@ STEPS = [  # the benchmarks' numbers are had nowhere else, so they come before w
         True,
         meaning={BOUND_MISSED: "a bound is missed, or was not measured"},
     ),
-    # xdist waits 10 s for a worker that a kernel holds, before it says what failed
+    # Before xdist says what failed, it waits 10 s for a worker that is stuck in a kernel.
     Step("tests", [*PYTEST, *GPU_TESTS], 300, 120, True, variables=ONE_OF_MANY, grace=12.0),
     Step(
         "sanitizer",
@@ -119,13 +123,13 @@ STEPS = [  # the benchmarks' numbers are had nowhere else, so they come before w
 
 
 def command_of(step: Step, seconds: float) -> list[str]:
-    """The step's command, which may say how long it may take."""
+    """The step's command, with the seconds that it has in the place of ``SECONDS``."""
     known = f"{max(1.0, seconds - START_SECONDS):.0f}"
     return [known if word == SECONDS else word for word in step.command]
 
 
 def limit(steps: Sequence[Step], index: int, left: float) -> float:
-    """Seconds that a step may take of those that are left: all but the least of the later ones."""
+    """Seconds that a step may take: what is left, less what is kept for the later ones."""
     later = sum(step.least for step in steps[index + 1 :])
     return max(1.0, min(steps[index].seconds, left - later))
 
@@ -136,10 +140,9 @@ def run_steps(
     total: float = TOTAL_SECONDS - END_SECONDS,
     after: Callable[[Step, list[Outcome]], None] = lambda step, outcomes: None,
 ) -> list[Outcome]:
-    """One step after the other, none of which takes another's least time.
+    """Runs the steps in order within ``total`` seconds, leaving each of them its ``least``.
 
-    ``total`` seconds from now on. ``after`` is called when a step is over, and may add outcomes of
-    its own.
+    ``after`` is called when a step is over, and may add outcomes of its own.
     """
     start = time.monotonic()
     outcomes: list[Outcome] = []
@@ -167,7 +170,7 @@ def run_steps(
 
 
 def backends(environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """The backends that guard_ops has now, and why not the others; asked of a new process."""
+    """The backends that guard_ops has now, and why not the others; a new process finds out."""
     code = (
         "import json, guard_ops.backends as b;"
         "print(json.dumps([b.available_backends(), b.unavailable_backends()]))"
@@ -183,7 +186,7 @@ def backends(environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]
 def judge_backends(
     available: Sequence[str], unavailable: Mapping[str, str], build: str
 ) -> list[Outcome]:
-    """triton must be there where there is a GPU; that cuda is missing from a build is said."""
+    """A GPU must have the backend triton; that cuda is missing from a build is only reported."""
     found = []
     for name, needed in (("triton", True), ("cuda", False)):
         why = unavailable.get(name, "unknown")
@@ -200,7 +203,7 @@ def judge_backends(
 
 
 def without_a_gpu() -> str:
-    """Why there is nothing to check on, or nothing."""
+    """Why there is no GPU to check on; empty if there is one."""
     try:
         import torch
     except ImportError:
@@ -209,7 +212,7 @@ def without_a_gpu() -> str:
 
 
 def architecture() -> str:
-    """This device's, for CMake: the check need not compile for any other."""
+    """This device's architecture, for CMake: the check need not compile for any other."""
     import torch
 
     major, minor = torch.cuda.get_device_capability() if torch.version.cuda else (8, 0)
@@ -217,9 +220,9 @@ def architecture() -> str:
 
 
 def save(outcomes: Sequence[Outcome]) -> str:
-    """To the benchmarks' file of this device, in a section of their own; the file, or why not.
+    """Writes the outcomes into a section of this device's benchmark file; says where, or why not.
 
-    Nothing of guard_ops is imported: it may be what does not work.
+    It imports nothing of guard_ops, which may be what does not work.
     """
     import torch
 
@@ -240,7 +243,7 @@ def save(outcomes: Sequence[Outcome]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the steps; 0 when every required one passed, or there is no GPU."""
+    """Run the steps; returns 0 if every required one passed, or if there is no GPU."""
     parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__)
     parser.add_argument(
         "--seconds", type=float, default=TOTAL_SECONDS, help=f"at most; default {TOTAL_SECONDS}"
@@ -251,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for step in STEPS:
             print(f"  {step.name}: {' '.join(['python', *command_of(step, step.seconds)[1:]])}")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu-check: terminated"))  # steps too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu-check: terminated"))  # ends steps too
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     env.setdefault("CMAKE_CUDA_ARCHITECTURES", architecture())
@@ -261,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nonlocal saved
         if step.name == "build":
             outcomes += judge_backends(*backends(env), outcomes[-1].text)
-        saved = save(outcomes)  # whatever becomes of the next one
+        saved = save(outcomes)  # in case the next step ends this process
 
     outcomes = run_steps(STEPS, env, end - time.monotonic(), after)
     print(f"gpu-check: {time.monotonic() - BEGAN:.0f} s; also in {saved}")

@@ -2,8 +2,8 @@
 
     python scripts/inspect_wheel.py dist/*.whl
 
-Needs ``auditwheel``, and a ``cuobjdump``: of a CUDA toolkit, of the package nvidia-cuda-cuobjdump,
-or the one that triton carries.
+It needs ``auditwheel``, and a ``cuobjdump``: that of a CUDA toolkit, of the package
+nvidia-cuda-cuobjdump, or of triton.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Contents:
     size: int  # bytes
-    architectures: tuple[str, ...]  # sm_90 (machine code), compute_120 (PTX); empty: no CUDA
+    architectures: tuple[str, ...]  # sm_90 (machine code), compute_120 (PTX); empty without CUDA
     glibc: str  # the oldest platform whose libraries have every symbol: manylinux_2_34_x86_64
 
 
@@ -42,10 +42,10 @@ def inspect(wheel: Path, cuobjdump: str) -> Contents:
 
 
 def architectures(extension: Path, cuobjdump: str) -> tuple[str, ...]:
-    """Machine code as ``sm_90``, PTX as ``compute_120``, oldest first."""
+    """What kernels are compiled to, oldest first: ``sm_90`` machine code, ``compute_120`` PTX."""
 
     def listed(option: str, name: str) -> list[str]:
-        # Exits with 255 where there is no device code at all, and says so.
+        # cuobjdump exits with 255 if there is no device code at all, and says so.
         text = _output(cuobjdump, option, str(extension), may_fail=True)
         found = set(re.findall(rf"\.sm_(\d+[af]?)\.{name}", text))
         return sorted(found, key=lambda a: (int(re.sub(r"\D", "", a)), a))
@@ -65,7 +65,7 @@ def glibc(wheel: Path) -> str:
 
 
 def find_cuobjdump() -> str | None:
-    """On the path, in this environment's toolkit packages, or in its triton."""
+    """A cuobjdump on the path, in this environment's toolkit packages, or in its triton."""
     packages = Path(sysconfig.get_path("purelib"))
     candidates = [
         shutil.which("cuobjdump"),

@@ -25,22 +25,22 @@ sys.path[:0] = [str(ROOT / "scripts")]
 import bounded  # noqa: E402
 
 TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
-SLOW = ("racecheck", "synccheck")  # follow every access to shared memory: of tiny latents
+SLOW = ("racecheck", "synccheck")  # get tiny latents, as they follow every shared memory access
 BACKENDS = ("cuda", "triton")
 PATHS = {
     "cuda": ("two_launches", "cooperative", "cluster", "in_turn"),
     "triton": ("two_launches", "one_launch", "rows"),
 }
 INDEPENDENT = ("cluster", "in_turn", "rows")  # only for objectives whose transitions need no other
-# Elements of a latent and dtype: not a multiple of a vector; several tiles and chunks.
+# A latent's elements and dtype. 601 is no multiple of a vector; 9000 take several tiles and chunks.
 SIZES = {"tiny": ((601, "float32"),), "small": ((601, "float32"), (9000, "bfloat16"))}
 FIRST_PORT, PORTS = 49152, 16
-SECONDS = 100  # of everything
-FIRST_SHARE = 0.4  # of that, for a run without a tool, in which Triton compiles
+SECONDS = 100  # for everything together
+FIRST_SHARE = 0.4  # the share of that for a run without a tool, in which Triton compiles
 
 
 class Run(NamedTuple):
-    """One process: a backend's calls, under a tool or under none."""
+    """A process that makes a backend's calls, under a tool or under none."""
 
     backend: str
     tool: str | None
@@ -49,19 +49,20 @@ class Run(NamedTuple):
         return f"{self.tool or 'the calls alone'} on {self.backend}"
 
     def command(self, sanitizer: str) -> list[str]:
-        """Under a tool only our kernels of CUDA are looked at; Triton's share no name.
+        """The command line of the run.
 
-        But initcheck has to see torch's kernels write what ours read.
+        Of CUDA kernels, a tool checks only ours, by their name; Triton's have no name in common.
+        initcheck checks all, as it has to see torch's kernels write what ours read.
         """
         size = "tiny" if self.tool in SLOW else "small"
         calls = [sys.executable, __file__, "--calls", self.backend, size]
         if self.tool is None:
             return calls
         options = ["--tool", self.tool, "--error-exitcode", "1", "--launch-timeout", "0"]
-        options += ["--target-processes", "application-only"]  # not the assembler
-        # torch asks the driver for functions that it may not have: those errors are no findings.
+        options += ["--target-processes", "application-only"]  # leaves out Triton's assembler
+        # torch asks the driver for functions that it may not have; those errors are no findings.
         options += ["--report-api-errors", "no"]
-        # A range of ports each, as all of them run at once.
+        # Each run has ports of its own, as all of them run at once.
         number = BACKENDS.index(self.backend) * len(TOOLS) + TOOLS.index(self.tool)
         options += ["--port", str(FIRST_PORT + number * PORTS)]
         if self.backend == "cuda" and self.tool != "initcheck":
@@ -70,9 +71,10 @@ class Run(NamedTuple):
 
 
 def calls(backend: str, size: str, device: str = "cuda") -> None:
-    """What is run under the tools: a backend's ops by every path, at a size of SIZES.
+    """The calls that run under the tools: a backend's ops by every path, at a size of SIZES.
 
-    Three steps of four samples, as in the tests of ``tests/device``: Triton has compiled for these.
+    They are of three steps of four samples, as those of ``tests/device``, for which Triton has
+    already compiled.
     """
     import torch
 
@@ -98,7 +100,8 @@ def calls(backend: str, size: str, device: str = "cuda") -> None:
             {"sample": x, "prev_sample": step.prev_sample, "old_model_output": old},
             {"old_model_output": old, "noise": latents()},
         ]
-        # To cuda a form is an argument, to Triton one more kernel to compile: one each.
+        # To cuda a form is only an argument. To Triton it is one more kernel to compile, so Triton
+        # runs one form at each size.
         for form in forms if backend == "cuda" else forms[index : index + 1]:
             go.log_ratio(v, coeffs=coeffs, **form).log_ratio.sum().backward()
             for path in PATHS[backend]:
@@ -111,7 +114,7 @@ def calls(backend: str, size: str, device: str = "cuda") -> None:
 
 
 def force(backend: str, path: str) -> None:
-    """Make the backend's next losses go by a path."""
+    """Make the backend take a given path in its next losses."""
     if backend == "triton":
         os.environ["GUARD_OPS_TRITON_PATH"] = path
         return
@@ -121,7 +124,7 @@ def force(backend: str, path: str) -> None:
 
 
 def sanitizer() -> str | None:
-    """compute-sanitizer: on PATH, or where a CUDA toolkit has it."""
+    """The path of compute-sanitizer, on PATH or in a CUDA toolkit; None without one."""
     folders = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
     beside = [f"{folder}/{inside}" for folder in folders if folder
               for inside in ("bin", "compute-sanitizer")]  # fmt: skip
@@ -131,14 +134,14 @@ def sanitizer() -> str | None:
 
 
 def missing() -> str:
-    """Why nothing can be run, or nothing."""
+    """Why nothing can be run; empty if it can."""
     return "" if sanitizer() else "compute-sanitizer is not on PATH, nor in CUDA_HOME"
 
 
 def run_all(
     runs: Sequence[Run], tool: str, seconds: float, start: Callable[..., Any] = bounded.run
 ) -> list[Run]:
-    """Do them side by side, for so many seconds at most; those with a finding, or without end."""
+    """Does the runs side by side; returns those with a finding, or that took over ``seconds``."""
 
     def one(run: Run) -> tuple[int | None, str]:
         environment = {
@@ -147,7 +150,8 @@ def run_all(
             "GUARD_OPS_BACKEND": run.backend,
         }
         if run.tool is not None:
-            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # a tensor is an allocation
+            # without torch's cache each tensor is an allocation, whose bounds the tools check
+            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         command = run.command(tool)
         result: tuple[int | None, str] = start(
             command, seconds, ROOT, environment, output=subprocess.PIPE
@@ -166,7 +170,7 @@ def run_all(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status."""
+    """Run everything; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"default {SECONDS}")
     parser.add_argument("--calls", nargs=2, metavar=("BACKEND", "SIZE"), help="only the calls")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 
 class ToolchainError(RuntimeError):
-    """The build that was asked for cannot be had here: what was found, what is needed, how."""
+    """The build that was asked for cannot be had here; says what was found, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Torch:
 
     @property
     def release(self) -> str:
-        """2.14: what the C++ interface is the same within."""
+        """The minor release, such as ``2.14``, within which the C++ interface is the same."""
         return ".".join(self.version.split("+")[0].split(".")[:2])
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class Nvcc:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What will be compiled: nothing without ``torch``, CPU kernels, and CUDA's with ``nvcc``."""
+    """What will be compiled: CPU kernels if there is ``torch``, and CUDA's if also ``nvcc``."""
 
     torch: Torch | None
     nvcc: Nvcc | None
@@ -57,7 +57,7 @@ class Toolchain:
 
     @property
     def local_version(self) -> str:
-        """``+cu130torch2.14``, ``+cputorch2.13``; nothing without kernels."""
+        """``+cu130torch2.14`` or ``+cputorch2.13``; empty without kernels."""
         if self.torch is None:
             return ""
         device = f"cu{self.nvcc.version.replace('.', '')}" if self.nvcc else "cpu"
@@ -111,7 +111,7 @@ def choose(environ: Mapping[str, str]) -> Toolchain:
 
 
 def find_program(name: str, environ: Mapping[str, str]) -> str | None:
-    """A program of the path, or one that pip put beside this interpreter."""
+    """A program on the path, or one that pip has put beside this interpreter."""
     folders = (environ.get("PATH", ""), sysconfig.get_path("scripts"))
     return shutil.which(name, path=os.pathsep.join(folders))
 
@@ -127,7 +127,7 @@ def find_torch() -> Torch | None:
 
 
 def find_nvcc(environ: Mapping[str, str]) -> Iterator[Nvcc]:
-    """Every nvcc here, the preferred one first; one that the environment names is the only one."""
+    """Every nvcc here, the preferred one first; only the named one if the environment names one."""
     named = [environ[name] for name in ("CMAKE_CUDA_COMPILER", "CUDACXX") if environ.get(name)]
     homes = [environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     named += [str(Path(home, "bin", "nvcc")) for home in homes]
@@ -146,7 +146,7 @@ def find_nvcc(environ: Mapping[str, str]) -> Iterator[Nvcc]:
 
 
 def architectures(environ: Mapping[str, str]) -> str:
-    """CMake's list of ``CMAKE_CUDA_ARCHITECTURES`` or ``TORCH_CUDA_ARCH_LIST``; empty: default.
+    """CMake's list, from ``CMAKE_CUDA_ARCHITECTURES`` or ``TORCH_CUDA_ARCH_LIST``; may be empty.
 
     Raises:
         ToolchainError: an entry of ``TORCH_CUDA_ARCH_LIST`` is no compute capability.
@@ -167,7 +167,7 @@ def architectures(environ: Mapping[str, str]) -> str:
 
 
 def _missing(torch: Torch | None, environ: Mapping[str, str]) -> str:
-    """What any build needs and this environment lacks, or nothing."""
+    """What any build needs and this environment lacks; empty if it has all."""
     if torch is None:
         return "torch is not importable here (install torch first, then --no-build-isolation)"
     compiler = environ.get("CXX", "").split(" ")[0]
@@ -178,13 +178,13 @@ def _missing(torch: Torch | None, environ: Mapping[str, str]) -> str:
 
 
 def lacking(environ: Mapping[str, str]) -> list[str]:
-    """Of what pip can install for a build, what is not here."""
+    """The packages that a build needs, that pip can install, and that are not here."""
     modules = [] if importlib.util.find_spec("pybind11") else ["pybind11"]
     return modules + [name for name in ("cmake", "ninja") if not find_program(name, environ)]
 
 
 def _nvcc_version(path: str) -> str | None:
-    """``13.0``, or None where there is no such program."""
+    """The version of the nvcc at ``path``, such as ``13.0``; None if there is no such program."""
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     except OSError:
@@ -198,7 +198,7 @@ def _listed(found: list[Nvcc]) -> str:
 
 
 def _disagreement(request: str, torch: Torch, found: list[Nvcc]) -> str:
-    """What a request for CUDA kernels found, needs, and how to get that."""
+    """The message on a request for CUDA kernels: what it found, what it needs, how to get that."""
     tag, major = f"cu{request.replace('.', '')}", int(request.split(".")[0])
     how = []
     if torch.cuda != request:
@@ -208,7 +208,7 @@ def _disagreement(request: str, torch: Torch, found: list[Nvcc]) -> str:
         )
     if not any(n.version == request for n in found):
         packages = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl"
-        # Of CUDA 12 the index has ptxas and libnvvm, but neither nvcc nor its front end.
+        # For CUDA 12 the index has ptxas and libnvvm, but neither nvcc nor its front end.
         from_index = f"pip install {' '.join(f'{p}=={request}.*' for p in packages.split())}, or "
         how.append(
             f"nvcc: {from_index if major >= 13 else ''}CUDA toolkit {request} from "
