@@ -25,7 +25,8 @@ test:
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(MAKE) test-triton test-emulated
 
-# Before a change lands: what takes minutes more, such as machine code for every architecture.
+# Before a release, and after a change to kernels: what takes minutes more, such as machine code for
+# every architecture.
 test-all: test test-slow
 
 test-slow: $(VENV)/development emulated-extension
