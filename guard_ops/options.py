@@ -23,12 +23,20 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+class _Advantages(TypedDict):
+    advantages: Tensor  # [B] or [K, B]
+
+
 class _Coefficients(TypedDict):
     coeffs: StepCoefficients  # schedule[...] of shape [] (one step), [K] or [K, B]
 
 
-class TransitionOptions(_Coefficients, total=False):
-    """Transitions and their behaviour policy; latents are shaped like ``model_output``."""
+class _Config(TypedDict, total=False):
+    config: GuardConfig | None
+
+
+class TransitionOptions(TypedDict, total=False):
+    """The behaviour policy's transitions; latents are shaped like ``model_output``."""
 
     sample: Tensor | None  # [K, B, *latent]
     prev_sample: Tensor | None  # [K, B, *latent]
@@ -37,25 +45,28 @@ class TransitionOptions(_Coefficients, total=False):
     noise: Tensor | None  # [K, B, *latent]
     seed: int | Tensor | None  # [K, B, 2] int64
     old_log_prob: Tensor | None  # [K, B]
+
+
+class _Reference(TypedDict, total=False):
+    ref_model_output: Tensor | None  # [K, B, *latent]
+
+
+class _Guidance(TypedDict, total=False):
     model_output_uncond: Tensor | None  # [K, B, *latent]
     guidance_scale: float | None
 
 
-class LogRatioOptions(TransitionOptions, total=False):
+class LogRatioOptions(_Coefficients, TransitionOptions, _Guidance, total=False):
     """What :func:`guard_ops.log_ratio` takes."""
 
     reduction: str
 
 
-class _Advantages(TypedDict):
-    advantages: Tensor  # [B] or [K, B]
-
-
-class LossOptions(_Advantages, TransitionOptions, total=False):
+class LossOptions(
+    _Advantages, _Coefficients, _Config, TransitionOptions, _Reference, _Guidance, total=False
+):
     """What :func:`guard_ops.guard_loss` and :func:`guard_ops.guard_loss_and_grad` take."""
 
-    config: GuardConfig | None
-    ref_model_output: Tensor | None  # [K, B, *latent]
     step_weights: Tensor | None  # [K, B]
     statistics: RatioStatistics | None
     process_group: ProcessGroup | None

@@ -83,7 +83,7 @@ RESULTS = {
     "SdeStep": ["prev_sample", "mean", "log_prob", "noise"],
     "LogRatio": ["log_ratio", "kl_old"],
     "GuardLossOutput": ["loss", "log_ratio", "excess", "weights", "kl", "metrics"],
-    "LossAndGrad": ["loss", "grad"],
+    "LossAndGrad": ["loss", "grad", "log_ratio", "excess", "weights", "kl", "metrics"],
     "Metrics": [
         "ratio_bias",
         "ratio_std",
