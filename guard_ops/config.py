@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 RatioNorm = Literal["none", "standardize", "closed_form"]
 Balance = Literal["none", "inverse_ratio", "inverse_dt"]
@@ -106,10 +107,6 @@ class GuardConfig:
     kl_beta: float = 0.0
     nonfinite: NonFinite = "propagate"
 
-    # The config as kernels take it: first for coefficients that are not Gaussian, then for those
-    # that are. Both are made once, not at every call, and are no fields, as the fields imply them.
-    objectives: ClassVar[tuple[Objective, Objective]]
-
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
@@ -126,14 +123,6 @@ class GuardConfig:
                 raise ValueError(
                     f"`{name}` is {value}; it needs {bound}{'' if infinity else ' and finite'}"
                 )
-        both = tuple(self._objective(gaussian=gaussian) for gaussian in (False, True))
-        object.__setattr__(self, "objectives", both)
-
-    def _objective(self, *, gaussian: bool) -> Objective:
-        named = [allowed.index(getattr(self, name)) for name, allowed in CHOICES.items()]
-        flags = {"detach_stats": self.detach_stats, "gaussian": gaussian}
-        choices = (*named, *(int(flags[name]) for name in FLAGS))
-        return Objective(choices, tuple(float(getattr(self, name)) for name in NUMBERS))
 
     @classmethod
     def article(cls, **overrides: Any) -> GuardConfig:
@@ -158,3 +147,12 @@ class GuardConfig:
     def dance_grpo(cls, **overrides: Any) -> GuardConfig:
         """DanceGRPO (arXiv:2505.07818): the raw ratio, clip 1e-4, no balance."""
         return cls.flow_grpo(**overrides)
+
+
+@functools.lru_cache(maxsize=256)
+def objective_of(config: GuardConfig, gaussian: bool) -> Objective:
+    """The config as kernels take it, for coefficients that are ``gaussian`` or not."""
+    named = [allowed.index(getattr(config, name)) for name, allowed in CHOICES.items()]
+    flags = {"detach_stats": config.detach_stats, "gaussian": gaussian}
+    choices = (*named, *(int(flags[name]) for name in FLAGS))
+    return Objective(choices, tuple(float(getattr(config, name)) for name in NUMBERS))

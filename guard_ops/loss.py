@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, backends, callers, objective, transitions
-from .config import RATIO_NORMS, GuardConfig
+from . import autograd, backends, callers, transitions
+from . import objective as objectives
+from .config import RATIO_NORMS, GuardConfig, Objective, objective_of
 from .objective import Metrics
 from .options import LossOptions, Names, takes
 from .schedule import StepCoefficients
@@ -83,7 +84,7 @@ def guard_loss(model_output: Tensor, **options: Unpack[LossOptions]) -> GuardLos
             call.backend,
             call.t,
             call.rows,
-            call.config.objectives[call.gaussian],
+            call.objective,
             model_output,
             options.get("model_output_uncond"),
         )
@@ -112,7 +113,7 @@ def guard_loss_and_grad(model_output: Tensor, **options: Unpack[LossOptions]) ->
     grads: tuple[Tensor, ...]
     if call.fused:  # none of whose tensors requires grad by now
         loss, grad, grad_uncond, per_row, metrics, _ = call.backend.guard_loss(
-            call.t, call.rows, call.config.objectives[call.gaussian], True, guided
+            call.t, call.rows, call.objective, True, guided
         )
         grads = (grad, grad_uncond)
     elif torch.is_inference_mode_enabled():
@@ -160,6 +161,7 @@ class LossCall(NamedTuple):
     t: Transitions
     rows: Rows
     config: GuardConfig
+    objective: Objective  # the config as kernels take it
     gaussian: bool
 
 
@@ -193,7 +195,9 @@ def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
     old = transitions.old_log_prob(shape, model_output, given)
     mean_std = _check_objective(config, shape, model_output, given)
     rows = Rows(advantages, old, step_weights, mean_std)
-    return LossCall(backend, fused, shape, t, rows, config, coeffs.gaussian)
+    make = objective_of.__wrapped__ if torch.compiler.is_compiling() else objective_of
+    objective = make(config, coeffs.gaussian)
+    return LossCall(backend, fused, shape, t, rows, config, objective, coeffs.gaussian)
 
 
 def _without_history(model_output: Tensor, given: Given) -> tuple[Tensor, Given]:
@@ -270,7 +274,7 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
     )
     assert advantages is not None
     coeffs = StepCoefficients._of(t.coefficients, call.gaussian, ())
-    log_r, kl_old, kl = objective.log_ratio_and_kl(
+    log_r, kl_old, kl = objectives.log_ratio_and_kl(
         autograd.transition_sums(call.backend, t),
         coeffs,
         t.latents.model_output.shape[-1],
@@ -283,7 +287,7 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         merged = RatioStatistics(log_r.shape[0], log_r.device).update(seen)
         merged.all_reduce(process_group)
         mean_std = torch.stack([merged.mean, merged.std])
-    result = objective.evaluate(
+    result = objectives.evaluate(
         log_r,
         kl_old,
         kl,

@@ -112,6 +112,7 @@ def compiled(arch: int, calls: list[Callable[[], None]]) -> list[Any]:
 def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
     """Calls of every launcher, on a problem of ``form``: two steps of four latents of two tiles."""
     from guard_ops import GuardConfig
+    from guard_ops.config import objective_of
     from guard_ops.kernels import gradient, guard_loss, paths, sde_step, sums
     from guard_ops.transitions import Latents, Rows, Transitions
 
@@ -140,7 +141,7 @@ def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
         per_row = rows(4, torch.float32)
         numbers = Rows(rows(1)[0], None, None, None)
         results = loss, per_row, metrics, rows(3)
-        guard_loss.guard_loss(t, numbers, config.objectives[True], latents(), None, *results)
+        guard_loss.guard_loss(t, numbers, objective_of(config, True), latents(), None, *results)
 
     def step() -> None:
         sde_step.sde_step(x, y, table, None, seeds, latents(), latents(torch.float32))

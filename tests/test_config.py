@@ -116,3 +116,9 @@ def test_the_ends_of_the_ranges_are_allowed():
         std_floor=0, clip_low=0, clip_high=math.inf, adv_clip=math.inf, kl_beta=0
     )
     assert config.clip_high == math.inf
+
+
+def test_it_can_be_made_again_from_its_fields():
+    config = go.GuardConfig.paper(kl_beta=0.1)
+    assert go.GuardConfig(**vars(config)) == config
+    assert vars(config) == dataclasses.asdict(config)

@@ -36,7 +36,7 @@ def test_opcheck_guard_loss(form, guided, dtype):
     advantages = torch.randn(3, 4, dtype=torch.float64)
     old = torch.randn(3, 4, dtype=torch.float64) if form == "log-prob" else None
     weights, mean_std = torch.full((3, 4), 0.3, dtype=torch.float64), torch.ones(2, 3).double()
-    choices, numbers = go.GuardConfig(kl_beta=0.01).objectives[True]
+    choices, numbers = configs.objective_of(go.GuardConfig(kl_beta=0.01), True)
     # opcheck compares outputs as if NaN were an error, and the log-prob form's kl_old is NaN.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     if form != "log-prob":

@@ -7,6 +7,7 @@ import torch
 from problems import FORMS, operands, problem, run
 
 import guard_ops as go
+from guard_ops.config import objective_of
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or "triton" not in go.available_backends(),
@@ -24,7 +25,7 @@ def test_opcheck(form, guided):
     torch.library.opcheck(ops.gradient.default, (c, *t, True, guided), test_utils=checks)
     advantages = torch.randn(2, 2, dtype=torch.float64)
     old = torch.randn(2, 2, dtype=torch.float64) if form == "log-prob" else None
-    objective = map(list, go.GuardConfig.article().objectives[True])
+    objective = map(list, objective_of(go.GuardConfig.article(), True))
     arguments = (*t, [advantages, old, None, None], *objective, True, guided)
     torch.library.opcheck(ops.guard_loss.default, arguments, test_utils=checks)
 

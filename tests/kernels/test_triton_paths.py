@@ -100,6 +100,7 @@ sys.path.insert(0, "scripts")
 import kernel_table
 from guard_ops.kernels import gradient, guard_loss, paths, sde_step, sums
 from guard_ops import GuardConfig
+from guard_ops.config import objective_of
 from guard_ops.transitions import Latents, Rows, Transitions
 
 guard_loss.machine = lambda device: paths.Machine(132, 50 << 20, True)
@@ -121,7 +122,7 @@ def calls(steps, batch, offset):
     def fused(path, norm, clip=0.2 + offset):
         os.environ["GUARD_OPS_TRITON_PATH"] = path
         rows = Rows(numbers(steps, batch, dtype=torch.float32), None, numbers(steps, batch), None)
-        objective = GuardConfig(norm, clip_low=clip).objectives[True]
+        objective = objective_of(GuardConfig(norm, clip_low=clip), True)
         out = torch.zeros((4, steps, batch)), torch.zeros(10, steps)
         guard_loss.guard_loss(t, rows, objective, latents(), None, torch.zeros(()), *out,
                               torch.zeros((3, steps, batch), dtype=torch.float64))
