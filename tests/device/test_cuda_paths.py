@@ -13,7 +13,7 @@ import pytest
 import torch
 from emulated import EMULATED
 from on_device import capture
-from problems import FORMS, problem, relative, truth
+from problems import FORMS, operands, problem, relative, truth
 
 import guard_ops as go
 
@@ -206,14 +206,11 @@ def test_a_factor_is_applied_without_asking_the_host(cuda):
 
 def test_opcheck_of_the_scaling_in_place():
     given = on_device(made(latent=(9, 4)))
-    names = ("sample", "prev_sample", None, "old_model_output", None, None)
-    flat = [None if name is None else given[name].flatten(2) for name in names]
-    v = given["model_output"].flatten(2)
-    table = given["coeffs"].table.unsqueeze(-1).expand(5, 3, 4)
-    arguments = (v, None, None, *flat, table, 1.0, True, False)
+    latents, seed, table, scale = operands(given)
+    v, *_ = latents
     factor, c = torch.tensor(0.5, device=DEVICE), torch.ones(3, 3, 4, device=DEVICE).double()
-    operator = torch.ops.guard_ops.scaled_.default
-    torch.library.opcheck(operator, (v.clone(), v.new_empty(0), factor, c, *arguments))
+    arguments = (v.clone(), v.new_empty(0), factor, c, latents, seed, table, scale, True, False)
+    torch.library.opcheck(torch.ops.guard_ops.scaled_.default, arguments)
 
 
 def test_float64_is_refused_with_what_to_do():
