@@ -45,7 +45,7 @@ test-triton: $(VENV)/development
 # The CUDA kernels on an emulated device, through their backend and its bindings: their own tests, and
 # the others' of the ops, but those in float64, which they have not.
 EMULATED_TESTS := tests/device/test_cuda_paths.py tests/device/test_device_loss.py \
-  tests/test_nonfinite.py::test_many_bad_elements_and_chunks \
+  tests/test_nonfinite.py::test_many_bad_elements_and_chunks tests/test_statistics.py \
   $(patsubst %,tests/test_%.py,autograd determinism goldens layouts numerics peers sde_step torch_operators)
 test-emulated: $(VENV)/development emulated-extension
 	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -k cuda $(EMULATED_TESTS)

@@ -129,18 +129,23 @@ class GuardLoss(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 7
         outputs = (t.latents.model_output, t.latents.model_output_uncond)
-        rows = ctx.sum_grads.shape[1:]
-        flat = {
-            name: flatten(x.detach(), *rows)
-            for name, x in zip(DIFFERENTIATED, outputs, strict=True)
-            if x is not None
-        }
-        t = t._replace(latents=t.latents._replace(**flat))
+
+        def transitions() -> Transitions:  # copies a latent that is not dense, so only if needed
+            rows = ctx.sum_grads.shape[1:]
+            flat = {
+                name: flatten(x.detach(), *rows)
+                for name, x in zip(DIFFERENTIATED, outputs, strict=True)
+                if x is not None
+            }
+            return t._replace(latents=t.latents._replace(**flat))
+
         buffers, ctx.buffers = ctx.buffers, None
         if buffers is None:
-            grads = _scaled(ctx.backend, t, ctx.sum_grads, grad_output, ctx.wanted)
+            grads = _scaled(ctx.backend, transitions(), ctx.sum_grads, grad_output, ctx.wanted)
         else:
-            grads = ctx.backend.scaled(t, ctx.sum_grads, buffers, grad_output.detach(), *ctx.wanted)
+            grads = ctx.backend.scaled(
+                transitions, ctx.sum_grads, buffers, grad_output.detach(), *ctx.wanted
+            )
         handed = [
             _once(ctx.backend.NAME, grad.view(output.shape), grad_output, *outputs)
             if wanted and grad is not None and output is not None

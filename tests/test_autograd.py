@@ -284,3 +284,13 @@ def test_changing_an_operand_between_loss_and_backward_is_noticed(backend):
     given["noise"].mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.loss.backward()
+
+
+def test_a_backward_of_the_loss_itself_copies_no_latent_that_is_not_dense(fused_backend):
+    """The forward has to lay it out; the gradient is there then, whatever the layout."""
+    given = problem("velocity", dtype=torch.float32, latent=(3, 4, 5))
+    v = given["model_output"].movedim(2, -1).contiguous().movedim(-1, 2).requires_grad_()
+    loss = go.guard_loss(**{**given, "model_output": v}).loss
+    with CountOperators() as count:
+        torch.autograd.grad(loss, v)  # backward() would copy into v.grad, which is laid out like v
+    assert not {"clone", "copy_", "contiguous", "scaled_"} & set(count.names)

@@ -20,7 +20,9 @@ from .. import callers, extension
 ORDER = ("cuda", "triton", "cpu", "reference")
 
 _loaded: dict[str, ModuleType] = {}
-_chosen: dict[torch.device, ModuleType] = {}  # what select() found; use_backend() empties it
+# What select() found, by the backend that was asked for then: another thread may change that while
+# this one is still looking.
+_chosen: dict[tuple[str | None, torch.device], ModuleType] = {}
 _unavailable: dict[str, str] = {}
 _forced: str | None = None
 _warned: set[str] = set()
@@ -63,7 +65,6 @@ class use_backend:
                 f"`name` is {name!r}: {reason}; available: {', '.join(available_backends())}"
             )
         self._previous, _forced = _forced, name
-        _chosen.clear()
 
     def __enter__(self) -> None:
         return None
@@ -76,23 +77,24 @@ class use_backend:
     ) -> None:
         global _forced
         _forced = self._previous
-        _chosen.clear()
 
 
 def select(device: torch.device) -> ModuleType:
     """The backend module for tensors on ``device``."""
+    forced = _forced
     if torch.compiler.is_compiling():
-        return _find(device)
-    if device not in _chosen:
-        _chosen[device] = _find(device)
-    return _chosen[device]
+        return _find(forced, device)
+    found = _chosen.get((forced, device))
+    if found is None:
+        found = _chosen[forced, device] = _find(forced, device)
+    return found
 
 
-def _find(device: torch.device) -> ModuleType:
-    if _forced is not None:
-        module = _loaded[_forced]
+def _find(forced: str | None, device: torch.device) -> ModuleType:
+    if forced is not None:
+        module = _loaded[forced]
         if not module.supports(device):
-            raise ValueError(f"backend {_forced!r} does not run on {device}; use_backend(None)")
+            raise ValueError(f"backend {forced!r} does not run on {device}; use_backend(None)")
         return module
     for name in ORDER:
         module_or_none = _loaded.get(name)

@@ -6,6 +6,7 @@ was built with other operands or another objective than this package has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -79,7 +80,7 @@ def guard_loss(
 
 
 def scaled(
-    t: Transitions,
+    transitions: Callable[[], Transitions],
     sum_grads: Tensor,  # [3, K, B] float64: d loss / d sums
     grads: list[Tensor],
     factor: Tensor,  # []
@@ -88,10 +89,11 @@ def scaled(
 ) -> tuple[Tensor, ...]:
     """Makes the gradients of ``loss`` those of ``factor * loss``, in place, each rounded once.
 
-    Nothing is written if ``factor`` is 1. The device finds that out, so the host does not wait for
-    the number.
+    Nothing is written if ``factor`` is 1. A device finds that out itself, so the host does not wait
+    for the number; a number that the host has spares it the operator.
     """
-    _ops.scaled_(*grads, factor, sum_grads, *t, cond, uncond)
+    if factor.device.type != "cpu" or factor.item() != 1:
+        _ops.scaled_(*grads, factor, sum_grads, *transitions(), cond, uncond)
     return tuple(grads)
 
 

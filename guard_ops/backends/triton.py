@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def guard_loss(
 
 
 def scaled(
-    t: Transitions,
+    transitions: Callable[[], Transitions],
     sum_grads: Tensor,  # [3, K, B] float64: d loss / d sums
     grads: list[Tensor],
     factor: Tensor,  # []
@@ -85,7 +86,8 @@ def scaled(
     computed anew from ``sum_grads``, because multiplying it would round it a second time.
     """
     grad, grad_uncond = grads
-    gradients.rescale(t, sum_grads, grad if cond else None, grad_uncond if uncond else None, factor)
+    written = grad if cond else None, grad_uncond if uncond else None
+    gradients.rescale(transitions(), sum_grads, *written, factor)
     return tuple(grads)
 
 
