@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def examine() -> dict[str, Any]:
     ]
     for name, reason in unavailable_backends().items():
         backends.append(
-            {"name": name, "available": False, "reason": reason, "advice": advice(name)}
+            {"name": name, "available": False, "reason": reason, "advice": advice(name, reason)}
         )
     return {
         "guard_ops": __version__,
@@ -65,19 +66,27 @@ def examine() -> dict[str, Any]:
     }
 
 
-def advice(backend: str) -> str:
-    """What the user can do to get a backend that is not available."""
-    cuda, gpus = torch.version.cuda, torch.cuda.device_count()
-    rebuild = f"install a C++20 compiler and build next to this torch: {extension.REBUILD}"
+def advice(backend: str, reason: str) -> str:
+    """What the user can do to get a backend that is not available for that ``reason``."""
+    if missing := re.match(r"No module named '(\w+)", reason):
+        return f"pip install {missing[1]}"
     if backend == "cpu":
-        return rebuild
-    if torch.version.hip is None and cuda is None:
+        return f"install a C++20 compiler and build next to this torch: {extension.REBUILD}"
+    cuda, gpus = torch.version.cuda, torch.cuda.device_count() + torch.xpu.device_count()
+    if not (cuda or torch.version.hip or torch.version.xpu):
         return "this torch has no CUDA: for GPU tensors, install a CUDA build of torch first"
-    if not gpus:
-        return "torch sees no GPU: see `nvidia-smi`, its driver's version, CUDA_VISIBLE_DEVICES"
+    look = "torch sees no GPU: see `nvidia-smi`, its driver's version, CUDA_VISIBLE_DEVICES"
     if backend == "triton":
-        return "pip install triton, of the version that this torch names"
-    return f"build the CUDA kernels next to this torch: GUARD_OPS_CUDA={cuda} {extension.REBUILD}"
+        if reason.startswith("torch sees no GPU"):
+            return look
+        again = "" if reason == "triton is not installed" else " --force-reinstall"
+        return f"pip install{again} triton, of the version that this torch names"
+    if not cuda:
+        return "nothing to do: CUDA kernels are for NVIDIA GPUs, this torch is for others"
+    if reason == "no CUDA device":
+        return look
+    build = f"build the CUDA kernels next to this torch: GUARD_OPS_CUDA={cuda} {extension.REBUILD}"
+    return build if gpus else f"{build}; {look}"
 
 
 def _build(name: str) -> dict[str, Any]:

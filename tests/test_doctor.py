@@ -101,20 +101,36 @@ def test_the_self_test_in_single_precision(name, monkeypatch):
     assert selftest.self_test(name).startswith("off by ")
 
 
+NO_KERNELS = "this build of guard-ops has no CUDA kernels"
+
+
 @pytest.mark.parametrize(
-    "backend, cuda, gpus, said",
+    "backend, reason, cuda, gpus, said",
     [
-        ("cpu", None, 0, "--no-build-isolation"),
-        ("triton", None, 0, "this torch has no CUDA"),
-        ("cuda", "13.0", 0, "torch sees no GPU"),
-        ("triton", "13.0", 1, "pip install triton"),
-        ("cuda", "13.0", 1, "GUARD_OPS_CUDA=13.0 pip install"),
+        ("cpu", extension.NOT_BUILT, None, 0, "--no-build-isolation"),
+        ("triton", "torch sees no GPU", None, 0, "this torch has no CUDA"),
+        ("triton", "torch sees no GPU", "13.0", 0, "see `nvidia-smi`"),
+        ("triton", "triton is not installed", "13.0", 1, "pip install triton, of the version"),
+        ("triton", "No module named 'numpy'", "13.0", 1, "pip install numpy"),
+        ("triton", "No module named 'numpy'", None, 0, "pip install numpy"),
+        ("triton", "libtriton.so: file too short", "13.0", 1, "pip install --force-reinstall triton"),
+        ("cuda", NO_KERNELS, None, 0, "this torch has no CUDA"),
+        ("cuda", NO_KERNELS, "13.0", 1, "GUARD_OPS_CUDA=13.0 pip install"),
+        ("cuda", NO_KERNELS, "13.0", 0, "GUARD_OPS_CUDA=13.0 pip install"),
+        ("cuda", "no CUDA device", "13.0", 0, "torch sees no GPU: see `nvidia-smi`"),
     ],
 )
-def test_advice_is_for_what_is_missing(backend, cuda, gpus, said, monkeypatch):
+def test_advice_is_for_the_reason(backend, reason, cuda, gpus, said, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert said in doctor.advice(backend)
+    assert said in doctor.advice(backend, reason)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_torch_for_other_gpus_is_not_told_to_get_cuda(backend, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "CUDA build of torch" not in doctor.advice(backend, "triton is not installed")
 
 
 def test_what_the_kernels_were_compiled_for_is_said(monkeypatch, capsys):

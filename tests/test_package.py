@@ -217,6 +217,28 @@ except ValueError as error:
     assert python(program, GUARD_OPS_BACKEND="fast").startswith(message)
 
 
+NEEDED = """
+import sys
+optional = {"numpy", "rich", "safetensors", "tensorboard", "matplotlib", "sklearn", "scipy", "diffusers"}
+for name in [*optional, *(n for n in sys.modules if n.partition(".")[0] in optional)]:
+    sys.modules[name] = None
+import torch
+torch.cuda.device_count = lambda: 1
+from guard_ops import backends, doctor, selftest
+import guard_ops.benchmarks.command, guard_ops.integrations, guard_ops.trainer
+print(*backends.available_backends())
+torch.cuda.device_count = lambda: 0
+print(*(selftest.self_test(name) for name in ("cpu", "reference") if name in backends._loaded))
+"""
+
+
+def test_nothing_optional_is_imported_on_the_way_to_a_kernel():
+    """torch brings Triton and no numpy; a GPU user without it would run on ``reference``."""
+    available, tested = python(NEEDED, TRITON_INTERPRET="0").splitlines()
+    assert "triton" in available.split()
+    assert set(tested.split()) == {"ok"}
+
+
 def test_without_the_extension_the_reference_runs_and_one_warning_says_so():
     program = """
 import sys, warnings
