@@ -32,8 +32,9 @@ def _load() -> None:
     for name in ORDER:
         try:
             _loaded[name] = importlib.import_module(f".{name}", __name__)
-        except (ImportError, OSError) as error:
-            _unavailable[name] = str(error)
+        except Exception as error:  # importing Triton, or what is left of it, may raise anything
+            ours = isinstance(error, ImportError | OSError)
+            _unavailable[name] = str(error) if ours else f"{type(error).__name__}: {error}"
 
 
 def available_backends() -> tuple[str, ...]:
@@ -46,12 +47,27 @@ def unavailable_backends() -> dict[str, str]:
     return dict(_unavailable)
 
 
+def asked_for() -> str | None:
+    """The backend that the environment names.
+
+    It is not checked at import, because the doctor has to start where the name is wrong.
+    """
+    return os.environ.get("GUARD_OPS_BACKEND", "").strip().lower() or None
+
+
+def why_not(name: str) -> str:
+    """Why there is no backend of that name here, and which there are."""
+    reason = _unavailable.get(name, "there is no such backend")
+    return f"{reason}; available: {', '.join(available_backends())}"
+
+
 class use_backend:
     """Run every op on one backend, from now on or for a ``with`` block.
 
     Args:
         name: one of :func:`available_backends`, or None to choose by device again. The environment
-            variable ``GUARD_OPS_BACKEND`` sets the same at import.
+            variable ``GUARD_OPS_BACKEND`` sets the same at import, in any case of letters; a name
+            that it cannot have is refused by the first call of an op.
 
     Raises:
         ValueError: this installation lacks the backend; the message says why.
@@ -60,10 +76,7 @@ class use_backend:
     def __init__(self, name: str | None) -> None:
         global _forced
         if name is not None and name not in _loaded:
-            reason = _unavailable.get(name, "there is no such backend")
-            raise ValueError(
-                f"`name` is {name!r}: {reason}; available: {', '.join(available_backends())}"
-            )
+            raise ValueError(f"`name` is {name!r}: {why_not(name)}")
         self._previous, _forced = _forced, name
 
     def __enter__(self) -> None:
@@ -92,6 +105,8 @@ def select(device: torch.device) -> ModuleType:
 
 def _find(forced: str | None, device: torch.device) -> ModuleType:
     if forced is not None:
+        if forced not in _loaded:  # only the environment may name one that is not there
+            raise ValueError(f"GUARD_OPS_BACKEND is {forced!r}: {why_not(forced)}")
         module = _loaded[forced]
         if not module.supports(device):
             raise ValueError(f"backend {forced!r} does not run on {device}; use_backend(None)")
@@ -128,5 +143,4 @@ def _warn_slow(device: torch.device) -> None:
 
 
 _load()
-if name := os.environ.get("GUARD_OPS_BACKEND"):
-    use_backend(name)
+_forced = asked_for()
