@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -26,7 +27,7 @@ NOT_BUILT = (
 HIDES = "hides the installed"  # said of a copy of this package that has been imported instead
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
-SOURCE = str(ROOT) if (ROOT / "setup.py").is_file() else "path/to/guard-ops-source"
+SOURCE = shlex.quote(str(ROOT)) if (ROOT / "setup.py").is_file() else "path/to/guard-ops-source"
 REBUILD = f"pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir {SOURCE}"
 
 

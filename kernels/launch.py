@@ -20,8 +20,8 @@ from ..transitions import Transitions
 from .summation import halve
 from .transition import Operands
 
-# Under TRITON_INTERPRET=1 at import. The interpreter's own class is not asked for, because its module
-# needs numpy, which Triton and torch run without.
+# Under TRITON_INTERPRET=1 at import. The interpreter's own class is not asked for, because its
+# module needs numpy, which Triton and torch run without.
 INTERPRETED = not isinstance(halve, JITFunction)
 
 # A program holds one tile of 4096 elements. With 8 warps a thread has 16 of them: two 16-byte loads

@@ -81,7 +81,7 @@ def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
         definitions["GUARD_OPS_CUDA_VERSION"] = nvcc.version
         definitions["CMAKE_CUDA_COMPILER"] = str(nvcc.path)
         # This is passed even if empty (the default); else the kept folder's last choice would stay.
-        definitions["CMAKE_CUDA_ARCHITECTURES"] = toolchain.architectures(os.environ)
+        definitions["CMAKE_CUDA_ARCHITECTURES"] = chosen.architectures
     folder = build(definitions, "emulated" if emulated else "_C")
     (built,) = (folder / ("emulated" if emulated else "extension")).glob("_C*.so")
     return built
@@ -96,7 +96,6 @@ def main() -> int:
         return subprocess.call(command)
     try:
         chosen = toolchain.choose(os.environ)
-        toolchain.architectures(os.environ)
     except toolchain.ToolchainError as refusal:
         print(f"guard-ops: {refusal}", file=sys.stderr)
         return 1

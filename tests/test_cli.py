@@ -70,7 +70,7 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
     assert cli.main(["train", "--out", str(tmp_path)]) == 1
-    assert "pip install guard-ops[demo]" in capsys.readouterr().err
+    assert 'pip install "guard-ops[demo]"' in capsys.readouterr().err
 
 
 def test_doctor_takes_json(capsys):

@@ -114,7 +114,7 @@ NO_KERNELS = "this build of guard-ops has no CUDA kernels"
         ("triton", "triton is not installed", "13.0", 1, "pip install triton, of the version"),
         ("triton", "No module named 'numpy'", "13.0", 1, "pip install numpy"),
         ("triton", "No module named 'numpy'", None, 0, "pip install numpy"),
-        ("triton", "libtriton.so: file too short", "13.0", 1, "pip install --force-reinstall triton"),
+        ("triton", "libtriton.so: file too short", "13.0", 1, "--force-reinstall triton"),
         ("cuda", NO_KERNELS, None, 0, "this torch has no CUDA"),
         ("cuda", NO_KERNELS, "13.0", 1, "GUARD_OPS_CUDA=13.0 pip install"),
         ("cuda", NO_KERNELS, "13.0", 0, "GUARD_OPS_CUDA=13.0 pip install"),
@@ -169,7 +169,7 @@ def test_a_program_that_hangs_or_fails_is_not_waited_for(monkeypatch, tmp_path, 
 
 def test_a_program_may_print_what_is_no_text(monkeypatch, tmp_path, capsys):
     program = tmp_path / "nvcc"
-    program.write_bytes(b"#!/bin/sh\nprintf 'release 13.0 \\344\\n'\n")  # an a with dots, in latin-1
+    program.write_bytes(b"#!/bin/sh\nprintf 'release 13.0 \\344\\n'\n")  # latin-1
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert doctor.main([]) == 0

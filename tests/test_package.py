@@ -247,7 +247,7 @@ def test_more_memory_than_there_is_may_be_kept():
 
 NEEDED = """
 import sys
-optional = {"numpy", "rich", "safetensors", "tensorboard", "matplotlib", "sklearn", "scipy", "diffusers"}
+optional = {"numpy", "rich", "safetensors", "tensorboard", "matplotlib", "sklearn", "diffusers"}
 for name in [*optional, *(n for n in sys.modules if n.partition(".")[0] in optional)]:
     sys.modules[name] = None
 import torch
