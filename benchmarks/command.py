@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from guard_ops.trainer.progress import progress_bar
 
 from . import accuracy, cases, compare, console, results, step_share, suite
+from .options import SUITES
 from .results import Row
-from .workloads import CI, WORKLOADS, Workload, named
+from .workloads import CI, Workload, named
 
-SUITES = ("workloads", "ops", "accuracy", "share")
 SECONDS = {"workloads": 2.2, "ops": 0.35}  # how long a race takes, without compilation
 ACCURACY_BATCH = 32
 
 Update = Callable[[int, str], None]
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """The options of ``guard-ops bench``."""
-    many: Any = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--workload", **many, help=f"any of {', '.join(WORKLOADS)}; default: all")
-    parser.add_argument("--backend", **many, help="default: all that this machine has")
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=SUITES, help="default: all")
-    parser.add_argument("--elements", type=int, help="shrink workloads to this many elements")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write PNG and SVG plots")
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        metavar="FILE",
-        help="a file of --json: say what is slower since; exit status 1 if anything is",
-    )
 
 
 def run(options: Namespace) -> int:

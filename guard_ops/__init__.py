@@ -9,8 +9,7 @@ from .ops import LogRatio, SdeStep, log_prob, log_ratio, sde_step
 from .schedule import SdeSchedule, StepCoefficients
 from .statistics import RatioStatistics
 from .transitions import philox_seed
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "GuardConfig",

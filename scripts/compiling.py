@@ -23,7 +23,7 @@ import toolchain  # noqa: E402
 
 def version(chosen: toolchain.Toolchain) -> str:
     """The package's version with what it is compiled for, ``0.1.0+cu130torch2.14``."""
-    source = (ROOT / "guard_ops" / "__init__.py").read_text()
+    source = (ROOT / "guard_ops" / "version.py").read_text()
     (number,) = re.findall(r'^__version__ = "(.+)"', source, re.MULTILINE)
     return str(number) + chosen.local_version
 

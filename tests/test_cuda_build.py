@@ -106,9 +106,7 @@ def code(objects, cuobjdump) -> dict[tuple[str, str], list[str]]:
     return out
 
 
-def test_every_architecture_is_there_and_ptx_for_the_devices_between_and_after_them(
-    objects, cuobjdump
-):
+def test_every_architecture_is_there_and_ptx_for_those_between_and_after(objects, cuobjdump):
     for path in objects:
         listed = _run(cuobjdump, "-lelf", str(path)) + _run(cuobjdump, "-lptx", str(path))
         assert set(re.findall(r"\.(sm_\d+)\.cubin", listed)) == set(ARCHITECTURES)

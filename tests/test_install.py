@@ -199,7 +199,7 @@ def test_the_installed_command_benches(installed, tmp_path):
     """On the reference backend, which is what there is without a compiler."""
     _, folder = installed
     program = PROBE.split("import guard_ops,")[0] + (
-        "from guard_ops import benchmarks, cli\nsys.exit(cli.main(sys.argv[1:]))"
+        "import guard_ops_command\nsys.exit(guard_ops_command.main())"
     )
     numbers = tmp_path / "numbers.json"
     options = ["--workload", "flux_512", "--elements", "1", "--suite", "accuracy"]

@@ -9,7 +9,7 @@ from argparse import ArgumentParser
 import pytest
 import torch
 
-from benchmarks import cases, command, compare, stages, suite
+from benchmarks import cases, command, compare, options, stages, suite
 from benchmarks.workloads import CI
 
 ONE = cases.Case(CI.with_batch(1), CI, "guard_loss", "both", "noise", "article", torch.float32)
@@ -98,7 +98,7 @@ def fake_clock(monkeypatch):
 
 def bench(*arguments):
     parser = ArgumentParser()
-    command.add_arguments(parser)
+    options.add_arguments(parser)
     return command.run(parser.parse_args([*map(str, arguments), "--suite", "ops"]))
 
 
