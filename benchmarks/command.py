@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
+from guard_ops.trainer.extras import require
 from guard_ops.trainer.progress import progress_bar
 
 from . import accuracy, cases, compare, console, results, step_share, suite
@@ -21,22 +24,28 @@ Update = Callable[[int, str], None]
 
 
 def run(options: Namespace) -> int:
-    """Measure, print, write; returns 1 if ``--compare`` finds something slower."""
+    """Measure, print, write; returns 1 if ``--compare`` finds something slower.
+
+    Raises:
+        ValueError: an option cannot be followed. That is found out before anything is measured,
+            which takes minutes.
+        ModuleNotFoundError: a package of the extra ``bench`` is missing; likewise.
+    """
     workloads = named(options.workload)
     backends = suite.choose_backends(options.backend)
     device = suite.choose_device(backends)
     if options.elements is not None and options.elements < 1:
         raise ValueError(f"`--elements` is {options.elements}; it needs >= 1")
     elements = options.elements or suite.ELEMENTS[device.type]
-    for path in (options.json, options.plot):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
+    require("rich", "bench")
+    _check_written(options.json, options.plot)
+    suites = [name for name in SUITES if name in options.suite]
+    planned = plan(workloads, suites, elements, device)
     old = None
     if options.compare is not None:
         old = compare.load(options.compare)
         compare.check_machine(old, results.section([], device.type)["environment"])
-    suites = [name for name in SUITES if name in options.suite]
-    planned = plan(workloads, suites, elements, device)
+        compare.check_common(old, planned, backends)
     found = measure(planned, suites, workloads, backends, device)
     machine = {name: results.section(rows, device.type) for name, rows in found.items()}
     console.show(machine)
@@ -49,6 +58,25 @@ def run(options: Namespace) -> int:
         for path in plots.draw(machine, options.plot):
             print(f"plot: {path}")
     return 0 if old is None else _compare(old, found, planned, backends, device)
+
+
+def _check_written(numbers: Path | None, plots: Path | None) -> None:
+    """Whether ``--json`` and ``--plot`` will be able to write."""
+    folders = []
+    if numbers is not None:
+        if numbers.is_dir():
+            raise ValueError(f"`--json` is {numbers}, a folder; it needs the name of a file")
+        folders.append((numbers.parent, numbers))
+    if plots is not None:
+        if plots.exists() and not plots.is_dir():
+            raise ValueError(f"`--plot` is {plots}, a file; it needs the name of a folder")
+        require("matplotlib", "bench")
+        folders.append((plots if plots.is_dir() else plots.parent, plots))
+    for folder, path in folders:
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder} to write {path.name} into")
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{folder} cannot be written into")
 
 
 def plan(
@@ -131,8 +159,4 @@ def _compare(
                 rows = _run(again, 2 * SECONDS[name], backends, device, update)
             first = compare.confirmed(first, compare.verdicts(before, rows))
         verdicts += first
-    if not verdicts:
-        raise ValueError(
-            "nothing to compare: the earlier run timed none of these kernels on these shapes"
-        )
     return console.show_verdicts(verdicts)
