@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt setup.py pyproject.toml \
   scripts/toolchain.py scripts/compiling.py
 
-.PHONY: demo test test-all test-cpp test-slow test-triton test-emulated emulated-extension gpu-check lint \
+.PHONY: demo test test-all test-versions audit test-cpp test-slow test-triton test-emulated emulated-extension gpu-check lint \
   format bench wheels wheel-check clean
 
 # Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
@@ -89,11 +89,22 @@ OTHER_TORCH ?= torch==2.14.1
 wheel-check: $(VENV)/development
 	GUARD_OPS_OTHER_TORCH="$(OTHER_TORCH)" $(BIN)/python -m pytest -m slow tests/test_wheels.py
 
+# The Python tests under the oldest and the newest torch and Triton; downloads gigabytes.
+test-versions:
+	$(PYTHON) scripts/test_versions.py
+
+# Known vulnerabilities of what CI installs; asks a database in the network.
+audit: $(VENV)/tools
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit --disable-pip --no-deps --requirement .ci/requirements.txt
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info guard_ops/_C.*.so guard_ops/_C.*.json
 
+# LOCK=.ci/requirements.txt, as CI has it: the versions and hashes there, and no others but of torch.
 $(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
+	$(if $(LOCK),$(BIN)/pip install --quiet --no-deps --require-hashes -r $(LOCK))
 	$(BIN)/pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
 	touch $@
 

@@ -40,7 +40,10 @@ print(json.dumps({
 
 
 # What a build, its tests and its readers need; what is generated there is not.
-PUBLISHED = ("csrc", "docs", "guard_ops", "kernels", "scripts", "tests", "benchmarks")
+PUBLISHED = (
+    ".ci", "benchmarks", "cmake", "csrc", "docs", "examples", "guard_ops", "kernels", "scripts",
+    "tests",
+)  # fmt: skip
 GENERATED = {".so", ".json", ".pyc"}
 
 
@@ -79,7 +82,11 @@ def test_the_source_distribution_is_complete(sdist):
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix not in GENERATED and "results" not in path.parts
     }
-    roots = {"CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
+    roots = {
+        ".clang-format", ".pre-commit-config.yaml", "CHANGELOG.md", "CMakeLists.txt",
+        "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md", "guard_ops_command.py",
+        "pyproject.toml", "setup.py",
+    }  # fmt: skip
     assert (here | roots) - names == set()
     assert [name for name in names if name.endswith((".so", ".pyc")) or "/_C.cpy" in name] == []
 
