@@ -1,7 +1,7 @@
 """Pin what CI installs, with hashes: writes .ci/requirements.txt.
 
     pip install uv
-    python scripts/lock.py             # keeps the versions that are pinned, as far as they still fit
+    python scripts/lock.py             # keeps the versions that are pinned and still fit
     python scripts/lock.py --upgrade   # takes the newest of everything
 
 `make test LOCK=.ci/requirements.txt` installs these before anything else, so that pip finds what

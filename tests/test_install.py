@@ -84,8 +84,8 @@ def test_the_source_distribution_is_complete(sdist):
     }
     roots = {
         ".clang-format", ".pre-commit-config.yaml", "CHANGELOG.md", "CMakeLists.txt",
-        "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md", "guard_ops_command.py",
-        "pyproject.toml", "setup.py",
+        "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md",
+        "guard_ops_command.py", "pyproject.toml", "setup.py",
     }  # fmt: skip
     assert (here | roots) - names == set()
     assert [name for name in names if name.endswith((".so", ".pyc")) or "/_C.cpy" in name] == []

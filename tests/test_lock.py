@@ -1,4 +1,4 @@
-"""What CI installs: everything that pyproject.toml asks for, in a version that it allows, by hash."""
+"""What CI installs: all that pyproject.toml asks for, in a version that it allows, by hash."""
 
 import itertools
 import re
