@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt setup.py pyproject.toml \
   scripts/toolchain.py scripts/compiling.py
 
-.PHONY: demo test test-all test-versions audit test-cpp test-slow test-triton test-emulated emulated-extension gpu-check lint \
-  format bench wheels wheel-check clean
+.PHONY: demo test test-all test-cpp test-slow test-triton test-emulated emulated-extension gpu-check lint \
+  format bench wheels wheel-check test-versions audit clean
 
 # Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
 export PIP_NO_COMPILE = 1
@@ -94,9 +94,10 @@ test-versions:
 	$(PYTHON) scripts/test_versions.py
 
 # Known vulnerabilities of what CI installs; asks a database in the network.
-audit: $(VENV)/tools
-	$(BIN)/pip install --quiet pip-audit
-	$(BIN)/pip-audit --disable-pip --no-deps --requirement .ci/requirements.txt
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet pip-audit
+	build/audit/bin/pip-audit --disable-pip --no-deps --requirement .ci/requirements.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info guard_ops/_C.*.so guard_ops/_C.*.json

@@ -47,11 +47,12 @@ def examine() -> dict[str, Any]:
         {"name": name, "available": True, "self_test": self_test(name), **_build(name)}
         for name in available_backends()
     ]
-    asked = asked_for()
     for name, reason in unavailable_backends().items():
         backends.append(
             {"name": name, "available": False, "reason": reason, "advice": advice(name, reason)}
         )
+    asked = asked_for()
+    refused = why_not(asked) if asked and asked not in available_backends() else None
     return {
         "guard_ops": __version__,
         "python": platform.python_version(),
@@ -68,9 +69,7 @@ def examine() -> dict[str, Any]:
         },
         "compiled_for": _compiled_for(),
         "forced_backend": asked,
-        "forced_backend_refused": why_not(asked)
-        if asked and asked not in available_backends()
-        else None,
+        "forced_backend_refused": refused,
         "backends": backends,
     }
 

@@ -183,8 +183,8 @@ EVERY = ("All", "Common")  # torch's CMake files know these; here both are the d
 def architectures(environ: Mapping[str, str]) -> tuple[str, list[str]]:
     """CMake's list, which may be empty, and the entries of ``TORCH_CUDA_ARCH_LIST`` left out.
 
-    ``CMAKE_CUDA_ARCHITECTURES`` comes first. ``TORCH_CUDA_ARCH_LIST`` is set for every package in a
-    container, so that of its entries those are left out that are older than the kernels need.
+    ``CMAKE_CUDA_ARCHITECTURES`` comes first. Containers set ``TORCH_CUDA_ARCH_LIST`` for every
+    package, so its entries that are older than these kernels need are left out, not refused.
 
     Raises:
         ToolchainError: an entry of ``TORCH_CUDA_ARCH_LIST`` is neither a compute capability nor a

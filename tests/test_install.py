@@ -142,10 +142,6 @@ REFUSED = {
         {"GUARD_OPS_CUDA": "12.8", "CUDA_HOME": "/nowhere"},
         ["GUARD_OPS_CUDA=12.8: torch, nvcc", "needed: torch built with CUDA 12.8, and nvcc 12.8"],
     ),
-    "no version": (
-        {"GUARD_OPS_CUDA": "x"},
-        ["GUARD_OPS_CUDA is 'x'; it needs a version (13.0) or cpu"],
-    ),
     "no compiler": (
         {"GUARD_OPS_CUDA": "", "CXX": "no-such-compiler"},
         ["no C++ compiler found (no-such-compiler). Install one", "GUARD_OPS_PURE=1"],
