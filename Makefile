@@ -102,15 +102,18 @@ audit:
 clean:
 	rm -rf $(VENV) build dist *.egg-info guard_ops/_C.*.so guard_ops/_C.*.json
 
-# LOCK=.ci/requirements.txt, as CI has it: the versions and hashes there, and no others but of torch.
+# Under LOCKED=1, as CI has it, the versions and hashes in .ci come first, so that whatever is asked
+# for afterwards is in place. torch is of the version TORCH, and gets what it needs from there.
+locked = $(if $(LOCKED),$(BIN)/pip install --quiet --no-deps --require-hashes -r .ci/$(1))
+
 $(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
-	$(if $(LOCK),$(BIN)/pip install --quiet --no-deps --require-hashes -r $(LOCK))
+	$(call locked,build.txt)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
 	touch $@
 
 $(VENV)/torch: $(VENV)/tools
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet $(if $(LOCKED),--no-deps) "$(TORCH)"
 	touch $@
 
 $(VENV)/runtime: $(VENV)/torch $(SOURCES)
@@ -118,5 +121,6 @@ $(VENV)/runtime: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/development: $(VENV)/torch $(SOURCES)
+	$(call locked,requirements.txt)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
 	touch $(VENV)/runtime $@

@@ -23,8 +23,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from build_wheels import TOOLS
+
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ("setuptools>=77", "wheel", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11")
 LEFT_BEHIND = (".git", ".venv", "build", "dist", "runs", "__pycache__", ".*_cache", "_C.*.so")
 RESULTS = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 INSTALLED = "import torch, triton; print(torch.__version__, triton.__version__)"
@@ -71,7 +72,7 @@ def check(pair: str, tests: list[str]) -> Row:
         pip = [python, "-m", "pip", "install", "--quiet"]
         for step in (
             [sys.executable, "-m", "venv", python.parents[1]],
-            [*pip, *BUILD, *pair.split()],
+            [*pip, *TOOLS, *pair.split()],
             # with the pair once more, so that no requirement of the others moves it
             [*pip, "--no-build-isolation", "-e", ".[dev]", *pair.split()],
         ):

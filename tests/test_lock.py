@@ -11,9 +11,9 @@ tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
 ROOT = Path(__file__).parents[1]
 
 
-def pinned():
+def pinned(name="requirements.txt"):
     """(requirement, number of hashes) of each entry."""
-    text = (ROOT / ".ci" / "requirements.txt").read_text().replace("\\\n", " ")
+    text = (ROOT / ".ci" / name).read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return [(Requirement(line.split("--hash")[0]), line.count("--hash=sha256:")) for line in lines]
 
@@ -48,3 +48,10 @@ def test_torch_comes_from_elsewhere():
     names = {normal(requirement.name) for requirement, _ in pinned()}
     assert "torch" not in names
     assert not [name for name in names if name.startswith("nvidia-")]
+
+
+def test_a_build_gets_the_same_versions():
+    everything = {str(requirement) for requirement, _ in pinned()}
+    tools = [requirement for requirement, hashes in pinned("build.txt") if hashes]
+    assert {"cmake", "ninja", "pybind11", "setuptools"} <= {r.name for r in tools}
+    assert {str(requirement) for requirement in tools} <= everything
