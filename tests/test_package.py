@@ -132,7 +132,7 @@ def test_guard_ops_kernels_is_the_repositorys_folder():
 
     (path,) = {Path(p).resolve() for p in guard_ops.kernels.__path__}
     assert (path / "README.md").is_file()
-    if (ROOT / "guard_ops" / "kernels").is_symlink():  # a checkout; a source distribution has a copy
+    if (ROOT / "guard_ops" / "kernels").is_symlink():  # an sdist has a copy
         assert path == ROOT / "kernels"
 
 
