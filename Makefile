@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt s
   scripts/toolchain.py scripts/compiling.py
 
 .PHONY: demo test test-all test-cpp test-slow test-triton test-emulated emulated-extension gpu-check lint \
-  format bench wheels wheel-check clean
+  format bench wheels wheel-check test-versions audit clean
 
 # Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
 export PIP_NO_COMPILE = 1
@@ -89,16 +89,31 @@ OTHER_TORCH ?= torch==2.14.1
 wheel-check: $(VENV)/development
 	GUARD_OPS_OTHER_TORCH="$(OTHER_TORCH)" $(BIN)/python -m pytest -m slow tests/test_wheels.py
 
+# The Python tests under the oldest and the newest torch and Triton; downloads gigabytes.
+test-versions:
+	$(PYTHON) scripts/test_versions.py
+
+# Known vulnerabilities of what CI installs; asks a database in the network.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet pip-audit
+	build/audit/bin/pip-audit --disable-pip --no-deps --requirement .ci/requirements.txt
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info guard_ops/_C.*.so guard_ops/_C.*.json
 
+# Under LOCKED=1, as CI has it, the versions and hashes in .ci come first, so that whatever is asked
+# for afterwards is in place. torch is of the version TORCH, and gets what it needs from there.
+locked = $(if $(LOCKED),$(BIN)/pip install --quiet --no-deps --require-hashes -r .ci/$(1))
+
 $(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
+	$(call locked,build.txt)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
 	touch $@
 
 $(VENV)/torch: $(VENV)/tools
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet $(if $(LOCKED),--no-deps) "$(TORCH)"
 	touch $@
 
 $(VENV)/runtime: $(VENV)/torch $(SOURCES)
@@ -106,5 +121,6 @@ $(VENV)/runtime: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/development: $(VENV)/torch $(SOURCES)
+	$(call locked,requirements.txt)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
 	touch $(VENV)/runtime $@

@@ -1,4 +1,4 @@
-"""``guard-ops demo | train | bench | doctor``."""
+"""``guard-ops demo | train | bench | doctor``: the command line is read without importing torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .version import __version__
+
 OBJECTIVES = ("article", "paper", "flow_grpo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``guard-ops`` command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    """Reads the command line and runs the command; returns the exit status."""
+    return run(parse(arguments))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for.
+
+    Raises:
+        SystemExit: it asks for help or the version, which are printed, or has a mistake.
+    """
+    return _parser().parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command that ``options`` name; returns the exit status."""
     try:
         return int(options.run(options) or 0)
     except (ValueError, ModuleNotFoundError, FloatingPointError) as error:
@@ -36,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="guard-ops", description="Fused GRPO ops for flow models, at work, timed and checked."
     )
+    parser.add_argument("--version", action="version", version=f"guard-ops {__version__}")
     commands = parser.add_subparsers(required=True, metavar="demo | train | bench | doctor")
 
     demo = commands.add_parser("demo", help="fine-tune a digits flow with three objectives")
@@ -121,7 +137,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    from .benchmarks.command import add_arguments
+    from .benchmarks.options import add_arguments
 
     add_arguments(parser)
 

@@ -23,7 +23,7 @@ import toolchain  # noqa: E402
 
 def version(chosen: toolchain.Toolchain) -> str:
     """The package's version with what it is compiled for, ``0.1.0+cu130torch2.14``."""
-    source = (ROOT / "guard_ops" / "__init__.py").read_text()
+    source = (ROOT / "guard_ops" / "version.py").read_text()
     (number,) = re.findall(r'^__version__ = "(.+)"', source, re.MULTILINE)
     return str(number) + chosen.local_version
 
@@ -81,7 +81,7 @@ def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
         definitions["GUARD_OPS_CUDA_VERSION"] = nvcc.version
         definitions["CMAKE_CUDA_COMPILER"] = str(nvcc.path)
         # This is passed even if empty (the default); else the kept folder's last choice would stay.
-        definitions["CMAKE_CUDA_ARCHITECTURES"] = toolchain.architectures(os.environ)
+        definitions["CMAKE_CUDA_ARCHITECTURES"] = chosen.architectures
     folder = build(definitions, "emulated" if emulated else "_C")
     (built,) = (folder / ("emulated" if emulated else "extension")).glob("_C*.so")
     return built
@@ -96,7 +96,6 @@ def main() -> int:
         return subprocess.call(command)
     try:
         chosen = toolchain.choose(os.environ)
-        toolchain.architectures(os.environ)
     except toolchain.ToolchainError as refusal:
         print(f"guard-ops: {refusal}", file=sys.stderr)
         return 1

@@ -119,7 +119,7 @@ def test_frechet_distance_of_known_gaussians():
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install guard-ops\[demo\]"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "guard-ops\[demo\]"'):
         load_digits()
     with pytest.raises(ModuleNotFoundError, match="there_is_no_such is not installed"):
         extras.require("there_is_no_such.part", "train")
