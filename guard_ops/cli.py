@@ -104,6 +104,8 @@ def _demo(options: argparse.Namespace) -> None:
     from .trainer.demo import run_demo
     from .trainer.report import show, write_page
 
+    if options.report is not None and options.report.is_dir():
+        raise ValueError(f"`report` is {options.report}, which is a folder; it needs a file's name")
     result = run_demo(options.out, options.seed, options.iterations, options.pretrain_steps)
     show(result, options.out)
     if options.report is not None:

@@ -25,11 +25,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-PRETRAIN_STEPS, ITERATIONS = 60, 16
+PRETRAIN_STEPS, ITERATIONS = 40, 8
 COMMAND = [
     sys.executable, "-m", "guard_ops", "train", "--resume",
     "--pretrain-steps", str(PRETRAIN_STEPS), "--iterations", str(ITERATIONS),
-    "--checkpoint-every", "2", "--evaluate-every", "8",
+    "--checkpoint-every", "1", "--evaluate-every", "4",
 ]  # fmt: skip
 # The bits of a matrix product depend on the number of threads.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -92,8 +92,7 @@ def one_run(
     """Kill a run until it comes to its end; the phases of the kills, and what is wrong."""
     out, phases = root / f"killed-{run}", []
     while True:
-        # Half of what is left, on average: late phases are reached in several steps.
-        after = moments.uniform(0, 0.6 * seconds)
+        after = moments.uniform(0, 0.4 * seconds)  # the end is reached in several steps
         saving = moments.random() < 0.3
         instant = moments.uniform(0, 0.03)
         process = start(out)
