@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PRETRAIN_STEPS, ITERATIONS = 40, 8
 COMMAND = [
@@ -34,6 +34,7 @@ COMMAND = [
 # The bits of a matrix product depend on the number of threads.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 PATIENCE = 600.0  # seconds for one process; it takes ten
+PRETRAINED = "pretrained.safetensors"
 PHASES = ("starting", "pretraining", "training", "saving")
 
 
@@ -46,8 +47,8 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as temporary:
         root = Path(temporary)
-        seconds = uninterrupted(root / "whole")
-        print(f"without a kill: {seconds:.1f} s of work; now {options.kills} kills", flush=True)
+        pace = uninterrupted(root / "whole")
+        print(f"without a kill: {pace.whole:.1f} s of work; now {options.kills} kills", flush=True)
         print(f"{'run':>4}  {'kills':>5}  {'  '.join(PHASES)}  result", flush=True)
         killed: collections.Counter[str] = collections.Counter()
         runs = faults = 0
@@ -56,7 +57,7 @@ def main() -> int:
             while pending or killed.total() < options.kills:
                 while len(pending) < options.jobs and killed.total() < options.kills:
                     moments = random.Random(f"{options.seed} {runs}")
-                    pending.add(pool.submit(one_run, root, runs, moments, seconds))
+                    pending.add(pool.submit(one_run, root, runs, moments, pace))
                     runs += 1
                 done, pending = concurrent.futures.wait(pending, return_when="FIRST_COMPLETED")
                 for future in done:
@@ -75,24 +76,35 @@ def report(run: int, phases: list[str], wrong: list[str]) -> None:
     print(f"{run:>4}  {len(phases):>5}  {counts}  {'; '.join(wrong) or 'equal'}", flush=True)
 
 
-def uninterrupted(out: Path) -> float:
-    """The run that is never killed; returns the seconds from its lock to its end."""
+class Pace(NamedTuple):
+    """Seconds of work, from the moment when a process has locked its folder."""
+
+    pretraining: float
+    whole: float
+
+
+def uninterrupted(out: Path) -> Pace:
+    """The run that is never killed."""
     process = start(out)
     wait_for_work(process, out)
     began = time.monotonic()
-    wrong = ended(process, out)
-    if wrong:
+    while process.poll() is None and not (out / PRETRAINED).exists():
+        time.sleep(0.005)
+    pretraining = time.monotonic() - began
+    if wrong := ended(process, out):
         raise SystemExit(f"the run without a kill failed: {wrong}")
-    return time.monotonic() - began
+    return Pace(pretraining, time.monotonic() - began)
 
 
 def one_run(
-    root: Path, run: int, moments: random.Random, seconds: float
+    root: Path, run: int, moments: random.Random, pace: Pace
 ) -> tuple[list[str], list[str]]:
     """Kill a run until it comes to its end; the phases of the kills, and what is wrong."""
     out, phases = root / f"killed-{run}", []
     while True:
-        after = moments.uniform(0, 0.4 * seconds)  # the end is reached in several steps
+        pretrained = (out / PRETRAINED).exists()
+        # What is left when a process is killed is done in several such steps.
+        after = moments.uniform(0, 0.4 * pace.whole if pretrained else pace.pretraining)
         saving = moments.random() < 0.3
         instant = moments.uniform(0, 0.03)
         process = start(out)

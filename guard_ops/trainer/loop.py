@@ -235,5 +235,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close the metrics files and leave the folder to others."""
-        self.writer.close()
-        self._lock.release()
+        try:
+            self.writer.close()
+        finally:
+            self._lock.release()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # These settings may differ between a run and its continuation.
 _FREE = ("iterations", "evaluate_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
-_SAMPLED = 32  # elements of each frozen parameter that tell it from another
+_SAMPLED = 1024  # bytes of each frozen parameter that tell it from another
 
 
 class Saved(NamedTuple):
@@ -149,7 +149,7 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
         "prompts": {
             "shape": tuple(prompts.shape),
             "dtype": str(prompts.dtype),
-            "values": _fingerprint({"prompts": prompts}, prompts.numel()),
+            "values": _fingerprint({"prompts": prompts}, prompts.nbytes),
         },
         "policy": {
             "latent_shape": tuple(policy.latent_shape),
@@ -162,14 +162,14 @@ def _settings(trainer: Trainer) -> dict[str, Any]:
 
 
 def _fingerprint(tensors: Mapping[str, Tensor], most: int) -> str:
-    """SHA-256 of names, shapes, dtypes and, spread over each tensor, ``most`` of its elements."""
+    """SHA-256 of names, shapes, dtypes and, spread over each tensor, ``most`` of its bytes."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
-        flat = tensor.detach().flatten()
+        flat = tensor.detach().flatten().contiguous().view(torch.uint8)
         if len(flat) > most:
-            flat = flat[torch.linspace(0, len(flat) - 1, most, device=flat.device).long()]
+            flat = flat[torch.arange(most, device=flat.device) * (len(flat) - 1) // (most - 1)]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(flat.cpu().numpy().data)
     return digest.hexdigest()
 
 
