@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -107,20 +108,21 @@ def one_run(
         after = moments.uniform(0, 0.4 * pace.whole if pretrained else pace.pretraining)
         saving = moments.random() < 0.3
         instant = moments.uniform(0, 0.03)
+        left = writing(out)  # what a kill before this one has left
         process = start(out)
         if not wait_for_work(process, out):
             break
         until = time.monotonic() + after
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.002)
-        while saving and process.poll() is None and not list(out.glob("*/.writing-*")):
+        while saving and process.poll() is None and not writing(out) - left:
             time.sleep(0.0005)
         if saving:
             time.sleep(instant)
         process.kill()
         if process.wait() != -signal.SIGKILL:
             break
-        phases.append(phase(out))
+        phases.append(phase(out, left))
         if wrong := complaints(out):
             return phases, wrong
     wrong = ended(process, out) or differences(root / "whole", out)
@@ -147,9 +149,18 @@ def wait_for_work(process: subprocess.Popen[bytes], out: Path) -> bool:
     return False
 
 
-def phase(out: Path) -> str:
+def writing(out: Path) -> set[tuple[Path, int]]:
+    """The checkpoints that are half written, each with its inode."""
+    found = set()
+    for path in out.glob("*/.writing-*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            found.add((path, path.stat().st_ino))
+    return found
+
+
+def phase(out: Path, left: set[tuple[Path, int]]) -> str:
     """What a killed process was doing, by what it left."""
-    if list(out.glob("*/.writing-*")):
+    if writing(out) - left:
         return "saving"
     if list(out.glob("checkpoints/iteration-*")):
         return "training"

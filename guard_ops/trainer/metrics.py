@@ -26,18 +26,18 @@ class MetricsWriter:
         self._board: Any = None
         self._summary_writer = tensorboard and require("torch.utils.tensorboard", "train")
 
-    def start(self, iteration: int, text: str) -> None:
-        """Continue after ``iteration``, up to which the file holds ``text``.
+    def start(self, iteration: int, text: str | None) -> None:
+        """Continue after ``iteration``, up to which the file holds ``text``; None begins a run.
 
         What a killed run wrote after its last checkpoint is cut off. A file that does not begin
         with ``text`` is set aside, with a RuntimeWarning, and written again.
         """
-        expected = text.encode()
+        expected = (text or "").encode()
         self._text = [expected]
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             found = self.path.read_bytes() if self.path.exists() else b""
-            if found and not expected:
+            if found and text is None:
                 self._set_aside("it is of another run, which has no checkpoints")
             elif not found.startswith(expected):
                 self._mend(found, expected)

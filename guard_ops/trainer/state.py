@@ -66,7 +66,7 @@ def start(trainer: Trainer, resume: bool, initialize: Callable[[], object] | Non
     trainer.ema = Ema(trainer.parameters, trainer.config.ema_decay)
     if saved is not None:
         _restore(trainer, saved)
-    trainer.writer.start(trainer.iteration, saved.metrics if saved else "")
+    trainer.writer.start(trainer.iteration, saved.metrics if saved else None)
     if saved is None and trainer.config.checkpoint_every:
         save(trainer)  # marks the folder as taken; a run killed in its first seconds resumes here
 

@@ -268,6 +268,18 @@ def test_metrics_of_a_run_without_checkpoints_are_not_overwritten(tmp_path):
     assert len(read_metrics(tmp_path / "metrics.jsonl.aside-2")) == 3
 
 
+def test_lines_after_the_first_checkpoint_are_cut_off_without_a_word(tmp_path):
+    """A run killed between its first line and its second checkpoint goes on from iteration 0."""
+    trainer = tiny_trainer(tmp_path)
+    trainer.writer.write(1, {"reward": 0.0})
+    trainer.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path, resume=True)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
+    assert not (tmp_path / "metrics.jsonl.aside").exists()
+
+
 def resigned(path, change):
     """Change a checkpoint's state.json, and its manifest so that all the sums are right."""
     state = json.loads((path / "state.json").read_text())
