@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt s
   scripts/toolchain.py scripts/compiling.py
 
 .PHONY: demo test test-all test-cpp test-slow test-triton test-emulated emulated-extension gpu-check lint \
-  format bench wheels wheel-check test-versions audit clean
+  format bench wheels wheel-check test-versions kill-test audit clean
 
 # Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
 export PIP_NO_COMPILE = 1
@@ -49,6 +49,12 @@ EMULATED_TESTS := tests/device/test_cuda_paths.py tests/device/test_device_loss.
   $(patsubst %,tests/test_%.py,autograd determinism goldens layouts numerics peers sde_step torch_operators)
 test-emulated: $(VENV)/development emulated-extension
 	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -k cuda $(EMULATED_TESTS)
+
+# `guard-ops train` killed at random moments and resumed, until every run has ended in the bits of one
+# that was never killed: 200 kills take half an hour on 2 cores.
+KILLS ?= 200
+kill-test: $(VENV)/development
+	$(BIN)/python scripts/kill_and_resume.py --kills $(KILLS)
 
 # On a machine with a GPU: device tests and benchmarks, written to benchmarks/results. Needs no
 # network and no virtual environment: PYTHON's torch, triton, numpy, pytest, pytest-benchmark.
