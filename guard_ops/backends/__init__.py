@@ -161,4 +161,5 @@ def _warn_slow(device: torch.device) -> None:
 
 
 _load()
-_forced: ContextVar[str | None] = ContextVar("guard_ops_backend", default=asked_for())
+_for_all_threads = asked_for()
+_forced: ContextVar[str | None] = ContextVar("guard_ops_backend", default=_for_all_threads)
