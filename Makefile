@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt setup.py pyproject.toml \
   scripts/toolchain.py scripts/compiling.py
 
-.PHONY: demo test test-all test-cpp test-slow test-triton test-emulated emulated-extension gpu-check lint \
-  format bench wheels wheel-check test-versions kill-test audit clean
+.PHONY: demo test test-all test-cpp test-arm test-arm-bits test-slow test-triton test-emulated \
+  emulated-extension sanitize gpu-check lint format bench wheels wheel-check test-versions kill-test \
+  audit clean
 
 # Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
 export PIP_NO_COMPILE = 1
@@ -21,9 +22,12 @@ test test-all test-slow test-triton test-emulated: export OMP_WAIT_POLICY = pass
 
 # The compilers do not wait for pip and mypy, which have work for one core.
 test:
-	$(MAKE) --jobs 3 lint test-cpp emulated-extension
+	$(MAKE) --jobs 3 lint test-cpp emulated-extension $(ARM_BITS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(MAKE) test-triton test-emulated
+
+# Where this machine can compile for 64-bit Arm and emulate it.
+ARM_BITS := $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64-static)),test-arm-bits)
 
 # Before a release, and after a change to kernels: what takes minutes more, such as machine code for
 # every architecture.
@@ -64,6 +68,18 @@ gpu-check:
 # The C++ tests: kernels and formulas without Python or torch.
 test-cpp: $(VENV)/tools
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/compiling.py --tests
+
+# The CPU kernels on an emulated 64-bit Arm processor: the bits that they compute, and the C++ tests.
+test-arm: $(VENV)/tools
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/arm.py
+
+test-arm-bits: $(VENV)/tools
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/arm.py --bits
+
+# The C++ tests and the operators' Python tests under the address, undefined-behaviour and thread
+# sanitizers.
+sanitize: $(VENV)/development
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/sanitizers.py
 
 emulated-extension: $(VENV)/torch
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/compiling.py --emulated

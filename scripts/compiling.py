@@ -35,13 +35,15 @@ def record(chosen: toolchain.Toolchain) -> str:
     return json.dumps({"torch": chosen.torch.version, "cuda": cuda}) + "\n"
 
 
-def build(definitions: dict[str, str], target: str) -> Path:
-    """Configure and build one target; the folder, which knows what earlier calls defined.
+def build(
+    definitions: dict[str, str], target: str, place: str = str(sys.implementation.cache_tag)
+) -> Path:
+    """Configure and build one target; the folder ``place``, which knows earlier definitions.
 
     It is one for the extension, the one for the tests and the C++ tests, which are mostly the same
     objects, and is kept: another install compiles what changed.
     """
-    folder = ROOT / "build" / str(sys.implementation.cache_tag)
+    folder = ROOT / "build" / place
     folder.mkdir(parents=True, exist_ok=True)
     ninja = toolchain.find_program("ninja", os.environ)
     common = {"CMAKE_BUILD_TYPE": "Release", "CMAKE_MAKE_PROGRAM": str(ninja)}
@@ -56,11 +58,8 @@ def build(definitions: dict[str, str], target: str) -> Path:
     return folder
 
 
-def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
-    """Compiles the extension; returns its file.
-
-    ``emulated``: compile the one whose CUDA kernels a CPU runs.
-    """
+def definitions_of(chosen: toolchain.Toolchain) -> dict[str, str]:
+    """CMake's definitions of an extension."""
     import pybind11
 
     torch, nvcc = chosen.torch, chosen.nvcc
@@ -82,7 +81,15 @@ def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
         definitions["CMAKE_CUDA_COMPILER"] = str(nvcc.path)
         # This is passed even if empty (the default); else the kept folder's last choice would stay.
         definitions["CMAKE_CUDA_ARCHITECTURES"] = chosen.architectures
-    folder = build(definitions, "emulated" if emulated else "_C")
+    return definitions
+
+
+def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
+    """Compiles the extension; returns its file.
+
+    ``emulated``: compile the one whose CUDA kernels a CPU runs.
+    """
+    folder = build(definitions_of(chosen), "emulated" if emulated else "_C")
     (built,) = (folder / ("emulated" if emulated else "extension")).glob("_C*.so")
     return built
 
