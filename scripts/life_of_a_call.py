@@ -22,8 +22,14 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from additions import ADDITIONS, Edit  # noqa: E402
 
 STARTS = {"CPU": "csrc/bindings.cpp", "CUDA": "csrc/bindings_cuda.cpp"}
-INTERFACE_OF = {"csrc/cuda/kernels.h": ["csrc/cuda/guard_loss.cu", "csrc/cuda/gradient.cu"]}
+INTERFACE_OF = {
+    "csrc/cuda/kernels.h": ["csrc/cuda/guard_loss.cu", "csrc/cuda/gradient.cu"],
+    "csrc/cpu/simd.h": ["csrc/cpu/simd_x86.h"],  # a processor's own part of it
+}
 ELSEWHERE = {
+    "csrc/build_info.h": "facts of the build, which no operator reads",
+    "csrc/build_info.cpp": "the same",
+    "csrc/cpu/simd_neon.h": "another processor",
     "csrc/cpu/philox.h": "noise from a seed: the seeded form alone",
     "csrc/cuda/sums.cu": "another operator",
     "csrc/cuda/sde_step.cu": "another operator",
@@ -103,7 +109,7 @@ def _paired(paths: list[str]) -> list[str]:
     out = []
     for path in paths:
         stem, _, suffix = path.rpartition(".")
-        if suffix == "h":
+        if suffix == "h" and not any(path in parts for parts in INTERFACE_OF.values()):
             sources = [p for p in paths if re.fullmatch(re.escape(stem) + r"(_\w+)?\.(cpp|cu)", p)]
             sources += [p for p in INTERFACE_OF.get(path, [])[:1] if p not in sources]
             out.append(" + ".join([path, *(Path(p).name for p in sources)]))

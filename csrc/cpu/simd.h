@@ -1,15 +1,95 @@
 // Vectors of one instruction set, in memory of any storage type: what kernels are written with.
 //
-// This header is compiled once for each instruction set. A sum has `lanes` accumulators, 128 bytes,
-// whatever the register width, so that all of them but baseline, which rounds a fused multiply-add
-// in its own way, give the same bits.
+// This header is compiled once for each instruction set, and whatever is not in the namespace of
+// its name has to be inlined always: the linker keeps one copy of an inline function, for everyone.
+// What is a processor's own is in simd_x86.h and simd_neon.h. A sum has `lanes` accumulators, 128
+// bytes, whatever the register width, so that all of them but baseline, which rounds a fused
+// multiply-add in its own way, give the same bits.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 
-#include "halves.h"
-#include "isa.h"
 #include "kernels.h"
+
+// ---- the instruction set, from the compiler's flags ---------------------------------------------
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define GUARD_OPS_ISA avx512
+#define GUARD_OPS_VECTOR 64
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define GUARD_OPS_ISA avx2
+#define GUARD_OPS_VECTOR 32
+#elif defined(__x86_64__)
+#define GUARD_OPS_ISA baseline
+#define GUARD_OPS_VECTOR 16
+#elif defined(__aarch64__)
+#define GUARD_OPS_ISA neon
+#define GUARD_OPS_VECTOR 16
+#else
+#error "guard_ops: the CPU kernels need x86-64 or 64-bit Arm"
+#endif
+
+namespace guard_ops::cpu::GUARD_OPS_ISA {
+
+typedef float vf __attribute__((vector_size(GUARD_OPS_VECTOR)));
+typedef double vd __attribute__((vector_size(GUARD_OPS_VECTOR)));
+typedef uint64_t vq __attribute__((vector_size(GUARD_OPS_VECTOR)));
+
+// ---- scalar conversions of 16-bit storage types, to nearest even --------------------------------
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, body = h & 0x7FFFu;
+  uint32_t bits;
+  if (body >= 0x7C00u) {  // Inf, NaN
+    bits = 0x7F800000u | (body & 0x3FFu) << 13 | (body > 0x7C00u ? 0x400000u : 0u);
+  } else if (body >= 0x400u) {
+    bits = (body << 13) + (112u << 23);
+  } else {                                                     // subnormal: exact in float
+    const float value = float(body) * 5.9604644775390625e-8f;  // 2^-24
+    std::memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint16_t float_to_half(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u, body = bits & 0x7FFFFFFFu;
+  if (body > 0x7F800000u) return uint16_t(sign | 0x7E00u | (body >> 13 & 0x3FFu));
+  if (body >= 0x477FF000u) return uint16_t(sign | 0x7C00u);  // rounds past 65504
+  if (body < 0x38800000u) {                                  // subnormal result: one rounding
+    float magnitude;
+    std::memcpy(&magnitude, &body, 4);
+    magnitude += 0.5f;  // its last bits are now units of 2^-24
+    uint32_t rounded;
+    std::memcpy(&rounded, &magnitude, 4);
+    return uint16_t(sign | (rounded - 0x3F000000u));
+  }
+  return uint16_t(sign | ((body + 0xFFFu + (body >> 13 & 1u) - (112u << 23)) >> 13));
+}
+
+inline float bfloat_to_float(uint16_t h) {
+  const uint32_t bits = uint32_t(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline uint16_t float_to_bfloat(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? uint16_t(0x7FC0u) : uint16_t(rounded);
+}
+
+}  // namespace guard_ops::cpu::GUARD_OPS_ISA
+
+// ---- vectors ------------------------------------------------------------------------------------
+
 #if defined(__x86_64__)
 #include "simd_x86.h"
 #else

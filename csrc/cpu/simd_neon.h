@@ -5,7 +5,6 @@
 #include <arm_neon.h>
 
 #include "../transition.h"
-#include "isa.h"
 
 namespace guard_ops {
 template <>

@@ -5,7 +5,6 @@
 #include <immintrin.h>
 
 #include "../transition.h"
-#include "halves.h"
 
 namespace guard_ops {
 template <>

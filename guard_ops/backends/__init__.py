@@ -69,7 +69,7 @@ class use_backend:
 
     Args:
         name: one of :func:`available_backends`, or None to choose by device again. The environment
-            variable ``GUARD_OPS_BACKEND`` sets it for all threads, at import, in any case of letters;
+            variable ``GUARD_OPS_BACKEND`` sets it for all threads at import, in any case of letters;
             a name that it cannot have is refused by the first call of an op.
 
     Raises:
