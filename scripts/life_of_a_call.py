@@ -24,6 +24,12 @@ from additions import ADDITIONS, Edit  # noqa: E402
 STARTS = {"CPU": "csrc/bindings.cpp", "CUDA": "csrc/bindings_cuda.cpp"}
 INTERFACE_OF = {"csrc/cuda/kernels.h": ["csrc/cuda/guard_loss.cu", "csrc/cuda/gradient.cu"]}
 ELSEWHERE = {
+    "csrc/build_info.h": "what tells one build from another",
+    "csrc/build_info.cpp": "the same",
+    "csrc/cpu/isa.h": "an instruction set's name",
+    "csrc/cpu/halves.h": "scalar conversions: float64 arithmetic and the baseline alone",
+    "csrc/cpu/simd_x86.h": "what simd.h's operations are in one processor's instructions",
+    "csrc/cpu/simd_neon.h": "what they are in another's",
     "csrc/cpu/philox.h": "noise from a seed: the seeded form alone",
     "csrc/cuda/sums.cu": "another operator",
     "csrc/cuda/sde_step.cu": "another operator",
