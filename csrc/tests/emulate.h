@@ -98,13 +98,18 @@ inline uint32_t bits_of(float x) {
   std::memcpy(&out, &x, sizeof x);
   return out;
 }
+#if defined(__aarch64__)
+using Half = __fp16;  // in C++, GCC has no other name for it before version 13
+#else
+using Half = _Float16;
+#endif
 inline void from_halves(uint32_t x, float* low, float* high) {
-  _Float16 halves[2];
+  Half halves[2];
   std::memcpy(halves, &x, sizeof x);
   *low = float(halves[0]), *high = float(halves[1]);
 }
 inline uint32_t to_halves(float low, float high) {
-  const _Float16 halves[2] = {_Float16(low), _Float16(high)};
+  const Half halves[2] = {Half(low), Half(high)};
   uint32_t out;
   std::memcpy(&out, halves, sizeof out);
   return out;
