@@ -57,9 +57,10 @@ def _loss_and_grad(arguments: dict[str, Any], _: None) -> dict[str, Tensor]:
 def _log_ratio(arguments: dict[str, Any], cotangents: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     leaves = _leaves(arguments)
     out = go.log_ratio(**arguments)
-    wanted = [x for x, given in zip(out, cotangents, strict=True) if given is not None]
-    given = [x.to(out.log_ratio.dtype) for x in cotangents if x is not None]
-    grads = torch.autograd.grad(wanted, leaves, given)
+    pairs = [(x, c) for x, c in zip(out, cotangents, strict=True) if x.requires_grad]
+    grads = torch.autograd.grad(
+        [x for x, _ in pairs], leaves, [c.to(out.log_ratio.dtype) for _, c in pairs]
+    )
     return {name: x.detach() for name, x in out._asdict().items()} | _named(grads)
 
 

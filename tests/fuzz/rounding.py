@@ -98,24 +98,26 @@ class Rounded:
     def sum(self, dim: int = -1) -> Rounded:
         """A sum over a dimension, in whatever order its terms are added.
 
-        With n terms the bound of the rounding alone is n units of the sum of magnitudes in the
+        With n terms the bound of the rounding alone is n - 1 units of the sum of magnitudes in the
         worst order; as rounding errors are as good as independent, 6 sqrt(n) units are exceeded
-        with a probability below 1e-7 (Higham and Mary 2019).
+        with a probability below 1e-7 (Higham and Mary 2019). Zeros are added without an error.
         """
-        n = self.value.shape[dim]
-        units = min(n, 6 * math.sqrt(n)) * self.format.unit
-        magnitude = (self.value.abs() + self.error).sum(dim)
-        error = self.error.sum(dim) + units * magnitude + n * self.format.tiny
+        size = self.value.abs() + self.error
+        roundings = ((size > 0).sum(dim) - 1).clamp(min=0).double()
+        units = torch.minimum(roundings, 6 * roundings.sqrt()) * self.format.unit
+        magnitude = size.sum(dim)
+        error = self.error.sum(dim) + units * magnitude
         return _checked(self.value.sum(dim), error, magnitude, self.format)
 
 
 def total(*terms: Rounded) -> Rounded:
-    """A sum of a few terms, in whatever order they are added."""
+    """A sum of a few terms in whatever order; that of two is rounded once, as a whole."""
     value = sum(t.value for t in terms)
     magnitude = sum(t.value.abs() + t.error for t in terms)
+    error = sum(t.error for t in terms)
     format = max((t.format for t in terms), key=lambda f: f.unit)
-    rounding = (len(terms) - 1) * format.unit * magnitude
-    return _checked(value, sum(t.error for t in terms) + rounding, magnitude, format)
+    rounded = value.abs() + error if len(terms) == 2 else (len(terms) - 1) * magnitude
+    return _checked(value, error + format.unit * rounded, magnitude, format)
 
 
 def _as(number: Rounded | float, format: Format) -> Rounded:
@@ -129,7 +131,8 @@ def _wider(x: Rounded, y: Rounded) -> Format:
 def _rounded(value: Tensor, error: Tensor, format: Format) -> Rounded:
     """With one rounding to ``format`` more, below whose smallest number all digits may be lost."""
     magnitude = value.abs() + error
-    return _checked(value, error + format.unit * magnitude + format.tiny, magnitude, format)
+    lost = torch.where(magnitude > 0, format.tiny, 0.0)
+    return _checked(value, error + format.unit * magnitude + lost, magnitude, format)
 
 
 def _checked(value: Tensor, error: Tensor, magnitude: Tensor, format: Format) -> Rounded:

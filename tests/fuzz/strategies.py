@@ -71,7 +71,12 @@ LATENTS = (
 
 
 @st.composite
-def cases(draw: st.DrawFn, poisoned: bool = True, forms: tuple[str, ...] = tuple(FORMS)) -> Case:
+def cases(
+    draw: st.DrawFn,
+    poisoned: bool = True,
+    forms: tuple[str, ...] = tuple(FORMS),
+    guided: bool = True,
+) -> Case:
     form, kind = draw(st.sampled_from(forms)), draw(st.sampled_from(KINDS))
     one_step = draw(st.booleans())
     steps = 1 if one_step else draw(st.sampled_from((3, 1, 2, 5)))
@@ -79,7 +84,8 @@ def cases(draw: st.DrawFn, poisoned: bool = True, forms: tuple[str, ...] = tuple
     latent = draw(st.sampled_from(LATENTS if batch * steps <= 40 else LATENTS[:13]))
     sigmas, noise_level = draw(schedules(kind))
     operands = ["model_output", *(n for n in FORMS[form] if n not in ("seed", "old_log_prob"))]
-    guidance_scale = draw(st.sampled_from((None, None, None, 2.5, 1.0, 7.0, 0.0, -1.5)))
+    scales = (None, None, None, 2.5, 1.0, 7.0, 0.0, -1.5) if guided else (None,)
+    guidance_scale = draw(st.sampled_from(scales))
     operands += ["ref_model_output"] + ["model_output_uncond"] * (guidance_scale is not None)
     drift = draw(st.sampled_from((0.1, 0.0, 1e-6, 1e-3, 1.0)))
     if draw(st.booleans()):

@@ -145,14 +145,20 @@ def sums(o: Operands, reduction: str) -> Sums:
     if "old_log_prob" not in o.rows:
         log_ratio, kl_old = scale * total(2.0 * s1, -s2), scale * s2
     else:
-        terms = [-(scale * s2), -Rounded.exact(o.rows["old_log_prob"])]
-        if o.gaussian:
-            times = 1.0 if reduction == "mean" else float(o.numel)
-            log_s = s.map(s.value.log(), torch.zeros_like(s.value))
-            terms += [-(times * log_s), Rounded.exact(torch.full_like(kappa, -times)) * LOG_SQRT_2PI]
-        log_ratio = total(*terms)
+        old = Rounded.exact(o.rows["old_log_prob"])
+        log_ratio = total(log_density(o, -(scale * s2), reduction), -old)
         kl_old = Rounded.exact(torch.full_like(kappa, math.nan))
     return Sums(delta, e, drift, s1, s2, log_ratio, kl_old, kl)
+
+
+def log_density(o: Operands, exponent: Rounded, reduction: str) -> Rounded:
+    """``exponent - log s - log sqrt(2 pi)``, the constants D times for a sum; cps has neither."""
+    if not o.gaussian:
+        return exponent
+    times = 1.0 if reduction == "mean" else float(o.numel)
+    s = Rounded.exact(o.table["s"])
+    constant = total(s.map(s.value.log(), torch.zeros_like(s.value)), Rounded.exact(LOG_SQRT_2PI))
+    return total(exponent, -(times * constant))
 
 
 def representable(o: Operands, *numbers: Rounded) -> Tensor:
@@ -174,10 +180,10 @@ def representable(o: Operands, *numbers: Rounded) -> Tensor:
 Term = tuple[Rounded, Rounded]  # a coefficient [K, B], and what it is the coefficient of [K, B, D]
 
 
-def gradient(o: Operands, terms: list[Term], finite: Tensor, missing: float) -> Expected:
+def gradient(o: Operands, terms: list[Term], finite: Tensor, missing: float | None) -> Expected:
     """``b`` times the sum of ``terms``, for both branches of the guidance.
 
-    Transitions that are not ``finite`` get ``missing``.
+    Transitions that are not ``finite`` get ``missing``; None leaves open what.
     """
     b = o.coefficient("b")
     parts, lost = [], torch.zeros_like(b.value)
@@ -195,7 +201,9 @@ def gradient(o: Operands, terms: list[Term], finite: Tensor, missing: float) -> 
         error = 2 * DOUBLE.unit * (1 + abs(share))
         part = Rounded(torch.tensor(share, dtype=torch.float64), error, DOUBLE).to(o.format)
         mine = whole if o.scale is None else part * whole
-        out[name] = mine.where(finite.unsqueeze(-1), missing).to(format_of(dtype))
+        mine = mine.where(finite.unsqueeze(-1), missing or 0.0).to(format_of(dtype))
+        known = finite.unsqueeze(-1) | (missing is not None)
+        out[name] = Rounded(mine.value, torch.where(known, mine.error, math.inf), mine.format)
     return out
 
 
@@ -204,17 +212,17 @@ def log_ratio(
 ) -> Expected:
     """``log_ratio`` and ``kl_old``, and the gradient of their products with ``cotangents``."""
     whole = Operands(given)
-    finite = representable(whole, sums(whole, reduction).log_ratio)
+    raw = sums(whole, reduction)
+    finite = representable(whole, raw.log_ratio)
     o = whole.without(finite)
-    t = sums(o, reduction)
+    t = raw if bool(finite.all()) else sums(o, reduction)
     left, right = (x.double().reshape(o.steps, o.batch) for x in cotangents)
     if "old_log_prob" in o.rows:
         right = torch.zeros_like(left)  # kl_old is not known
     kappa = o.table["kappa"] / (o.numel if reduction == "mean" else 1)
     c1, c2 = (Rounded.exact(kappa * c).to(DOUBLE) for c in (2 * left, right - left))
-    out = {"log_ratio": t.log_ratio.where(finite, math.nan)}
-    out["kl_old"] = t.kl_old.where(finite, math.nan)
-    return out | gradient(o, [(c1, t.e), (2.0 * c2, t.delta)], finite, math.nan)
+    out = {"log_ratio": raw.log_ratio, "kl_old": raw.kl_old}
+    return out | gradient(o, [(c1, t.e), (2.0 * c2, t.delta)], finite, None)
 
 
 def step(given: dict[str, Any]) -> tuple[Rounded, Rounded]:
@@ -222,3 +230,14 @@ def step(given: dict[str, Any]) -> tuple[Rounded, Rounded]:
     o = Operands(given)
     mean = total(o.coefficient("a") * o.latent("sample"), o.coefficient("b") * o.velocity())
     return mean, total(mean, o.coefficient("s") * o.noise())
+
+
+def log_prob_of(given: dict[str, Any], y: Tensor, mean: Tensor, reduction: str) -> Rounded:
+    """[K, B]: the log-density of a returned sample around the returned mean."""
+    o = Operands(given)
+    y, mean = (x.double().reshape(o.steps, o.batch, -1) for x in (y, mean))
+    departure = total(Rounded.exact(y, o.format), -Rounded.exact(mean, o.format))
+    square = (departure * departure).sum().to(DOUBLE)
+    kappa = o.table["kappa"] / (o.numel if reduction == "mean" else 1)
+    return log_density(o, -(Rounded.exact(kappa) * square), reduction)
+

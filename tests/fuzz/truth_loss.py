@@ -22,13 +22,18 @@ class Mean:
 
     def std(self, x: Rounded, mean: Rounded) -> Rounded:
         """The root mean square changes by no more than that of the errors."""
-        d = total(x, -mean.shaped(lambda t: t.unsqueeze(-1))).where(self.finite)
+        d = self.distance(x, mean).where(self.finite)
         largest = d.value.abs().amax(-1, keepdim=True).clamp(min=DOUBLE.tiny)
         value, error = (
             largest[..., 0] * ((t / largest) ** 2).sum(-1).div(self.count).sqrt()
             for t in (d.value, d.error)
         )
         return Rounded(value, error + 8 * DOUBLE.unit * value, DOUBLE)
+
+    def distance(self, x: Rounded, mean: Rounded) -> Rounded:
+        """From the mean, [K, B]; of a single number the mean is that number exactly."""
+        d = total(x, -mean.shaped(lambda t: t.unsqueeze(-1)))
+        return d.where((self.count > 1).unsqueeze(-1))
 
 
 class Norm(NamedTuple):
@@ -64,8 +69,10 @@ def ratio_norm(
     if bool((known & ~above & ~below).any()):
         raise UndecidedError("a std at its floor")
     spread = spread.where(above, target).shaped(lambda t: t.unsqueeze(-1))
-    distance = total(u, -center.shaped(lambda t: t.unsqueeze(-1)))
-    z = distance / spread
+    if statistics is None:
+        z = mean.distance(u, center) / spread
+    else:
+        z = total(u, -center.shaped(lambda t: t.unsqueeze(-1))) / spread
     return Norm(target * z, (target * ratio) / spread, z.where(above.unsqueeze(-1)))
 
 
@@ -100,7 +107,7 @@ def loss(given: dict[str, Any], config: Any, factor: float = 1.0) -> Expected:
     raw = sums(whole, config.reduction)
     finite = finite_transitions(whole, raw, config)
     o = whole.without(finite)
-    t = sums(o, config.reduction)
+    t = raw if bool(finite.all()) else sums(o, config.reduction)
     u = t.log_ratio.expm1()
     unbiased = total(t.log_ratio, t.kl_old)
     if config.ratio_norm == "closed_form":  # the cancellation leaves S1 alone
