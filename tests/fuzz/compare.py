@@ -61,6 +61,6 @@ def agree(call: Call, truth: Callable[[], Expected]) -> list[tuple[str, Results]
         if expected is not None:
             wrong = differences(got, expected)
             assert not wrong, f"{contender.name}: " + "; ".join(wrong)
-        tally(call.op, contender.name, decided=expected is not None)
         found.append((contender.name, got))
+    tally(call.op, *(name for name, _ in found), decided=expected is not None)
     return found

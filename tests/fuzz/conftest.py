@@ -1,38 +1,44 @@
-"""The fuzzer's summary: how many cases of each area each contender ran, and who is absent."""
+"""The fuzzer's summary: how many cases each area had, who ran them, and who is absent."""
 
 from __future__ import annotations
 
-from collections import Counter
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from contenders import absent
-from tally import CASES, taken
+import torch
+from tally import ASKED, taken
 
 sys.path.append(str(Path(__file__).parents[1] / "trainer"))  # its tiny policy
 
 
 @pytest.fixture(autouse=True)
 def _counted(request):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the machine is shared with other workers
     yield
+    torch.set_num_threads(threads)
     request.node.user_properties.append(("fuzz", taken()))
 
 
-def pytest_terminal_summary(terminalreporter):
-    counts: Counter[tuple[str, str, str]] = Counter()
+def pytest_terminal_summary(terminalreporter, config):
+    counts: Counter[tuple[str, str]] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "teardown":
                 for name, value in report.user_properties:
-                    for *key, n in value if name == "fuzz" else ():
-                        counts[tuple(key)] += n
+                    for area, what, n in value if name == "fuzz" else ():
+                        counts[area, what] += n
     if not counts:
         return
-    terminalreporter.section("fuzz" if CASES else "fuzz: the same cases every time; make fuzz for more")
-    for area in dict.fromkeys(area for area, _, _ in counts):
-        parts = []
-        for contender in dict.fromkeys(c for a, c, _ in counts if a == area):
-            decided, undecided = (counts[area, contender, x] for x in ("cases", "undecided"))
-            parts.append(f"{contender} {decided}" + (f" (+{undecided} undecided)" if undecided else ""))
-        terminalreporter.write_line(f"{area}: {', '.join(parts)}")
+    missing = [name for area, name in counts if area == "absent"]
+    areas = dict.fromkeys(area for area, _ in counts if area != "absent")
+    whole = sum(counts[area, x] for area in areas for x in ("cases", "undecided"))
+    source = f"seed {config.getoption('hypothesis_seed')}" if ASKED else "the same ones every time"
+    terminalreporter.section(f"fuzz: {whole} cases, {source}")
+    for area in areas:
+        ran = [f"{name} {n}" for (a, name), n in counts.items() if a == area and name != "cases"]
+        terminalreporter.write_line(f"{area}: {counts[area, 'cases']}; {', '.join(ran)}")
+    if missing:
+        terminalreporter.write_line(f"did not run: {', '.join(sorted(missing))}")

@@ -17,6 +17,7 @@ from typing import Any
 
 import operations
 import peer
+import tally
 import torch
 from truth import LATENTS
 
@@ -74,7 +75,7 @@ def _peer(environment: dict[str, str]) -> tuple[dict[str, str], Callable[[operat
 
 @functools.cache
 def contenders() -> tuple[Contender, ...]:
-    """All that run here; a contender that is asked for and does not run is an error."""
+    """All that run here. One that is asked for and does not run is an error."""
     found = [Contender("reference", functools.partial(_here, "reference"), True)]
     chosen = compiled.build_info()["cpu_isa"]
     found.append(Contender(f"cpu-{chosen}", functools.partial(_here, "cpu"), True))
@@ -84,14 +85,12 @@ def contenders() -> tuple[Contender, ...]:
         who, ask = _peer({"GUARD_OPS_CPU_ISA": isa, "GUARD_OPS_BACKEND": "cpu"})
         if who["cpu_isa"] == isa:
             found.append(Contender(f"cpu-{isa}", ask, True))
+        else:
+            tally.absent(f"cpu-{isa} (not in this processor)")
     for name in ASKED:
         who, ask = _peer(ENVIRONMENTS[name])
         assert who["backend"] == name, f"{name} was asked for, {who['backend']} runs"
         found.append(Contender(name, ask, False))
+    for name in ENVIRONMENTS.keys() - set(ASKED):
+        tally.absent(f'{name} (asked for by WITH="{name}")')
     return tuple(found)
-
-
-def absent() -> tuple[str, ...]:
-    """What is compiled and does not run on this processor."""
-    names = {c.name for c in contenders()}
-    return tuple(f"cpu-{isa}" for isa in instruction_sets() if f"cpu-{isa}" not in names)

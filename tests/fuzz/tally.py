@@ -1,4 +1,4 @@
-"""How many cases there are, where their choice comes from, and how many each contender ran."""
+"""How many cases a test gets, where their choice comes from, and what was counted of them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 
-# `make fuzz` sets these; `make test` always runs the same cases.
-CASES = int(os.environ.get("GUARD_OPS_FUZZ_CASES", "0"))
-HABIT = 1000
-_counts: Counter[tuple[str, str, str]] = Counter()
+# `make fuzz` asks for a number and a seed; without one, as in `make test`, the same cases run.
+ASKED = int(os.environ.get("GUARD_OPS_FUZZ_CASES", "0"))
+CASES = ASKED or 1000
+_counts: Counter[tuple[str, str]] = Counter()
 
 
 def examples(share: float) -> Callable[[Any], Any]:
-    """Settings of a test that gets this share of all cases."""
+    """Settings of a test that gets this share of all cases; the shares add up to 1."""
     return settings(
-        max_examples=max(1, round(share * (CASES or HABIT))),
-        derandomize=not CASES,
+        max_examples=max(1, round(share * CASES)),
+        derandomize=not ASKED,
         deadline=None,
         database=None,
         print_blob=True,
@@ -28,9 +28,16 @@ def examples(share: float) -> Callable[[Any], Any]:
     )
 
 
-def tally(area: str, contender: str, decided: bool = True) -> None:
-    """Counts a case of an area that a contender ran."""
-    _counts[area, contender, "cases" if decided else "undecided"] += 1
+def tally(area: str, *ran: str, decided: bool = True) -> None:
+    """Counts a case of an area, and who ran it or how it ended."""
+    _counts[area, "cases" if decided else "undecided"] += 1
+    for name in ran:
+        _counts[area, name] += 1
+
+
+def absent(name: str) -> None:
+    """Notes something that this machine should have and has not."""
+    _counts["absent", name] = 1
 
 
 def taken() -> list[list[Any]]:

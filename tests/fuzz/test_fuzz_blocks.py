@@ -45,7 +45,7 @@ def scalar_truth(log_ratio, config, kl_old, coeffs, statistics=None):
     return norm.excess.where(finite, math.nan), finite
 
 
-@examples(share=0.08)
+@examples(share=0.05)
 @given(
     log_ratio=log_ratios(),
     norm=st.sampled_from(("none", "standardize", "closed_form")),
@@ -65,7 +65,7 @@ def test_ratio_norm_is_the_truth(log_ratio, norm, target_std):
     return tally("ratio_norm", "torch")
 
 
-@examples(share=0.06)
+@examples(share=0.035)
 @given(log_ratio=log_ratios(), cuts=st.lists(st.integers(0, 40), max_size=4), order=st.randoms())
 def test_statistics_are_those_of_all_samples_however_they_come(log_ratio, cuts, order):
     """Welford's merge is associative and commutative up to rounding."""
@@ -109,7 +109,7 @@ def test_statistics_are_those_of_all_samples_however_they_come(log_ratio, cuts, 
     return tally("RatioStatistics", "torch")
 
 
-@examples(share=0.04)
+@examples(share=0.02)
 @given(log_ratio=log_ratios(), config=st.builds(
     go.GuardConfig,
     ratio_norm=st.just("none"),
@@ -142,7 +142,7 @@ def test_weights_and_surrogate_are_the_truth(log_ratio, config):
     tally("balance_weights, clipped_surrogate", "torch")
 
 
-@examples(share=0.04)
+@examples(share=0.03)
 @given(
     size=st.sampled_from((1, 2, 3, 17, 64)),
     prompts=st.sampled_from((1, 2, 5, 64)),

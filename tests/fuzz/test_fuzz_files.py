@@ -59,7 +59,7 @@ def is_clear(error, folder):
     return ours and (str(folder) in str(error) or "`" in str(error))
 
 
-@examples(share=0.08)
+@examples(share=0.04)
 @given(drawn=st.lists(damage.damages(), min_size=1, max_size=3))
 def test_a_damaged_run_is_refused_or_continues_from_what_is_whole(run, tmp_path_factory, drawn):
     whole, weights = run
@@ -94,7 +94,7 @@ def some_rows():
     return {"ops": saved["ops"] | {"rows": [row for row in rows if row["case"] == case]}}
 
 
-@examples(share=0.08)
+@examples(share=0.04)
 @given(drawn=st.lists(damage.damages(("flip", "truncate", "empty", *damage.JSON)), min_size=1, max_size=2))
 def test_a_damaged_benchmark_is_refused_or_its_verdicts_are_numbers(tmp_path_factory, drawn):
     path = tmp_path_factory.getbasetemp() / "benchmark" / "results.json"

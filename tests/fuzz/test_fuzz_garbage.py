@@ -165,7 +165,7 @@ def bad_calls(draw, call):
 def test_garbage_is_refused_by_name_or_has_a_valid_result(call):
     function = CALLS[call][0]
 
-    @examples(share=0.2 / len(CALLS))
+    @examples(share=0.11 / len(CALLS))
     @given(drawn=bad_calls(call), backend=st.sampled_from(go.available_backends()))
     def search(drawn, backend):
         kind, name, label, arguments = drawn

@@ -17,7 +17,7 @@ def cotangents(case, dtype=torch.float32):
     return tuple(torch.randn(leading, generator=draw).to(dtype) for _ in range(2))
 
 
-@examples(share=0.14)
+@examples(share=0.09)
 @given(case=strategies.cases(), reduction=st.sampled_from(("mean", "sum")))
 def test_log_ratio_and_its_gradient_are_the_truth(case, reduction):
     arguments = build.arguments(case, reduction)
@@ -29,7 +29,7 @@ def test_log_ratio_and_its_gradient_are_the_truth(case, reduction):
     )
 
 
-@examples(share=0.06)
+@examples(share=0.04)
 @given(
     case=strategies.cases(forms=("log-prob",), guided=False),
     reduction=st.sampled_from(("mean", "sum")),

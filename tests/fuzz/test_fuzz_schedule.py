@@ -32,7 +32,7 @@ def sigma_lists(draw):
     return sigmas
 
 
-@examples(share=0.05)
+@examples(share=0.03)
 @given(
     sigmas=sigma_lists(),
     noise_level=st.floats(1e-3, 1.0),
@@ -64,7 +64,7 @@ def test_coefficients_are_the_truth(sigmas, noise_level, kind):
     tally("SdeSchedule", "torch")
 
 
-@examples(share=0.03)
+@examples(share=0.01)
 @given(
     gap=st.sampled_from((5e-8, 6e-8, 1.2e-7, 1e-6, 1e-9, 1e-12)),
     second=st.floats(0.3, 0.98),

@@ -30,7 +30,7 @@ def step_arguments(case, source):
     return arguments
 
 
-@examples(share=0.1)
+@examples(share=0.08)
 @given(
     case=STEPS,
     source=st.sampled_from((*strategies.DTYPES, "seed", "seed")),
@@ -53,7 +53,7 @@ def test_sample_mean_and_log_prob_of_a_step_are_the_truth(case, source, reductio
         assert not wrong, f"{contender}: {wrong}"
 
 
-@examples(share=0.02)
+@examples(share=0.01)
 @given(case=STEPS, number=st.integers(0, 2**63 - 1))
 def test_a_generators_noise_given_again_makes_the_same_step(case, number):
     arguments = step_arguments(case, torch.float32)

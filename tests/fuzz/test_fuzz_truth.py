@@ -16,7 +16,7 @@ from tally import examples
 import guard_ops as go
 
 
-@examples(share=0.02)
+@examples(share=0.01)
 @given(drawn=strategies.losses(poisoned=False))
 def test_the_gradient_is_the_derivative_of_the_loss(drawn):
     case, config, options = drawn
@@ -41,7 +41,7 @@ def test_a_result_that_is_off_by_a_thousandth_is_noticed():
     noticed, tried = Counter(), Counter()
     names = ("loss", "grad", "log_ratio", "excess", "weights", "ratio_std", "kl_old")
 
-    @examples(share=0.03)
+    @examples(share=0.02)
     @given(drawn=strategies.losses(poisoned=False))
     def search(drawn):
         case, config, options = drawn
