@@ -6,13 +6,17 @@
 #include <ATen/TensorUtils.h>
 #include <c10/core/CPUAllocator.h>
 #include <omp.h>
+#include <pthread.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <string>
+#include <system_error>
 #include <tuple>
 #include <vector>
 
@@ -22,9 +26,34 @@
 namespace guard_ops {
 namespace {
 
-// torch's own number of threads; equal contiguous shares, so memory is walked in order.
+// Whether this process was forked from one that had threads. OpenMP then believes that its threads
+// are here as well, and waits for them forever.
+bool forked_from_threads = false;
+
+const int watching_forks = [] {
+  static bool threads;  // whether the process that forks has any but the one that forks it
+  const auto before = [] {
+    std::error_code none;
+    const std::filesystem::directory_iterator tasks("/proc/self/task", none);
+    threads = none || std::distance(begin(tasks), end(tasks)) > 1;
+  };
+  return pthread_atfork(before, nullptr, [] { forked_from_threads |= threads; });
+}();
+
+// torch's own number of threads, and one in a process whose threads are gone.
+int threads() {
+  if (forked_from_threads && at::get_num_threads() > 1) {
+    TORCH_WARN(
+        "guard_ops: this process was forked from one with threads, which OpenMP would wait for; "
+        "torch is set to one thread here. Start processes by spawn instead of fork.");
+    at::set_num_threads(1);
+  }
+  return at::get_num_threads();
+}
+
+// Equal contiguous shares, so that memory is walked in order.
 void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  const int64_t useful = std::min<int64_t>(at::get_num_threads(), (n + grain - 1) / grain);
+  const int64_t useful = std::min<int64_t>(threads(), (n + grain - 1) / grain);
   if (useful <= 1 || omp_in_parallel()) return body(0, n);
 #pragma omp parallel num_threads(useful)
   {
@@ -34,8 +63,8 @@ void parallel(int64_t n, int64_t grain, const std::function<void(int64_t, int64_
 }
 
 cpu::Machine machine() {
-  const int threads = at::get_num_threads();
-  return {cpu::kernels(), parallel, threads, cpu::cache_share(threads)};
+  const int count = threads();
+  return {cpu::kernels(), parallel, count, cpu::cache_share(count)};
 }
 
 Tensor sums(GUARD_OPS_OPERANDS) {

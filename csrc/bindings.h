@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <array>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -191,6 +192,8 @@ struct LossProblem {
     problem.advantages = reals_of(advantages);
     problem.old_log_prob = reals_of(old_log_prob);
     problem.step_weights = reals_of(step_weights);
+    problem.largest = call.compute_type() == at::kDouble ? std::numeric_limits<double>::max()
+                                                         : std::numeric_limits<float>::max();
     if (!mean_std) return;
     mean_std = mean_std->contiguous();
     problem.mean = mean_std->const_data_ptr<double>();

@@ -86,6 +86,10 @@ struct Ratio {
   bool finite;
 };
 
+// Whether a result can represent x, if `largest` is the largest number of its dtype. What it cannot
+// represent counts as not finite.
+GUARD_OPS_HD bool fits(double x, double largest) { return std::fabs(x) <= largest; }
+
 constexpr double log_sqrt_2pi = 0.91893853320467274178;
 
 GUARD_OPS_HD double scale_of(const Config& c, const StepScalars& p) {
@@ -112,7 +116,7 @@ GUARD_OPS_HD Normalized normalize(const Config& c, const StepScalars& p, const R
     return {excess, 1.0 + excess, p.s, 0.0};
   }
   if (c.ratio_norm == RatioNorm::standardize) {
-    const bool degenerate = !(of.std > c.std_floor);
+    const bool degenerate = of.std <= c.std_floor;  // and not if the std is NaN
     const double distance = r.u - of.mean, denominator = degenerate ? c.target_std : of.std;
     return {c.target_std * (distance / denominator), c.target_std / denominator, 1.0 + r.u,
             degenerate ? 0.0 : distance / of.std};
@@ -121,9 +125,10 @@ GUARD_OPS_HD Normalized normalize(const Config& c, const StepScalars& p, const R
   return {NAN, NAN, NAN, NAN};  // a norm that is named and not written shows
 }
 
-// old_log_prob: only in the log-prob form.
+// old_log_prob: only in the log-prob form. largest: of the results' dtype.
 GUARD_OPS_HD Ratio ratio_of(const Config& c, const StepScalars& p, const Sums& sums,
-                            double advantage, const Maybe& old_log_prob) {
+                            double advantage, const Maybe& step_weight, const Maybe& old_log_prob,
+                            double largest) {
   Ratio r;
   const double scale = scale_of(c, p);
   r.kl = sums.ref / (2 * p.s * p.s * p.numel);
@@ -139,9 +144,10 @@ GUARD_OPS_HD Ratio ratio_of(const Config& c, const StepScalars& p, const Sums& s
     r.kl_old = NAN;
   }
   r.u = std::expm1(r.log_ratio);
-  r.finite = std::isfinite(r.log_ratio) && std::isfinite(advantage) && std::isfinite(r.u);
-  if (c.kl_beta != 0) r.finite = r.finite && std::isfinite(r.kl);
-  if (c.debiased()) r.finite = r.finite && std::isfinite(normalize(c, p, r, {0, 1}).excess);
+  r.finite = fits(r.log_ratio, largest) && fits(r.u, largest) && std::isfinite(advantage);
+  if (step_weight.given) r.finite = r.finite && std::isfinite(step_weight.value);
+  if (c.kl_beta != 0) r.finite = r.finite && fits(r.kl, largest);
+  if (c.debiased()) r.finite = r.finite && fits(normalize(c, p, r, {0, 1}).excess, largest);
   return r;
 }
 
@@ -190,17 +196,36 @@ GUARD_OPS_HD Coefficients nonfinite_coefficients(const Config& c) {
   return c.drop() ? Coefficients{0.0, 0.0, 0.0} : Coefficients{NAN, NAN, NAN};
 }
 
+// What becomes of a transition's finite ratio, and whether that can be represented: a ratio that is
+// finite may have no finite loss, for want of finite statistics or because its weight is too large.
+struct Considered {
+  Normalized norm;
+  Surrogate surrogate;
+  bool finite;
+};
+
+GUARD_OPS_HD Considered consider(const Config& c, const StepScalars& p, const Ratio& r,
+                                 const Statistics& of, double advantage, const Maybe& step_weight,
+                                 double largest) {
+  Considered out;
+  out.norm = normalize(c, p, r, of);
+  out.surrogate = surrogate_of(c, out.norm.excess, advantage);
+  // A weight of this call, or what it is at most: how many of the steps are finite is not known.
+  double weight = c.balance == Balance::inverse_dt ? 1.0 / std::fabs(p.dt) : 1.0;
+  if (step_weight.given) weight = step_weight.value;
+  out.finite = fits(out.norm.excess, largest) && fits(out.surrogate.loss * weight, largest);
+  return out;
+}
+
 // A row's coefficients when no other row's ratio enters them: statistics known or not needed, and
 // every transition of the batch finite.
 GUARD_OPS_HD Coefficients independent_coefficients(const Config& c, const StepScalars& p,
-                                                   const Ratio& r, const Statistics& of,
-                                                   double advantage, const Maybe& step_weight,
+                                                   const Considered& row, const Maybe& step_weight,
                                                    double steps, double samples) {
-  const Normalized norm = normalize(c, p, r, of);
   double weight = step_weight.given ? step_weight.value : independent_weight(c, p, steps);
   if (!step_weight.given && c.balance == Balance::inverse_ratio) weight = 1.0;  // one step
-  const double d_excess = weight * surrogate_of(c, norm.excess, advantage).slope / samples;
-  return coefficients_of(c, p, norm, d_excess, steps * samples);
+  const double d_excess = weight * row.surrogate.slope / samples;
+  return coefficients_of(c, p, row.norm, d_excess, steps * samples);
 }
 
 // ---- all of them --------------------------------------------------------------------------------
@@ -224,6 +249,7 @@ struct Problem {
   Reals advantages, old_log_prob, step_weights;
   const double* mean = nullptr;  // [K] statistics from elsewhere, or null
   const double* std = nullptr;
+  double largest = 1.7976931348623157e308;  // of the results' dtype
 
   GUARD_OPS_HD StepScalars scalars(int64_t k, int64_t i) const {
     return {*table[2].at(k, i), *table[3].at(k, i), *table[4].at(k, i), double(numel)};
@@ -242,14 +268,22 @@ struct Problem {
     return mean == nullptr ? Statistics{0, 1} : Statistics{mean[k], std[k]};
   }
   GUARD_OPS_HD Ratio ratio(int64_t k, int64_t i, const Sums& sums) const {
-    return ratio_of(config, scalars(k, i), sums, advantages.at(k, i), old_log_prob.read(k, i));
+    return ratio_of(config, scalars(k, i), sums, advantages.at(k, i), step_weights.read(k, i),
+                    old_log_prob.read(k, i), largest);
+  }
+  GUARD_OPS_HD Considered considered(int64_t k, int64_t i, const Ratio& r,
+                                     const Statistics& of) const {
+    return consider(config, scalars(k, i), r, of, advantages.at(k, i), step_weights.read(k, i),
+                    largest);
   }
   // A row's coefficients, if every transition of the batch is finite.
   GUARD_OPS_HD Coefficients assume(int64_t k, int64_t i, const Sums& sums) const {
     const Ratio r = ratio(k, i, sums);
     if (!r.finite) return nonfinite_coefficients(config);
-    return independent_coefficients(config, scalars(k, i), r, statistics(k), advantages.at(k, i),
-                                    step_weights.read(k, i), double(steps), double(batch));
+    const Considered row = considered(k, i, r, statistics(k));
+    if (!row.finite) return nonfinite_coefficients(config);
+    return independent_coefficients(config, scalars(k, i), row, step_weights.read(k, i),
+                                    double(steps), double(batch));
   }
 };
 
@@ -278,19 +312,39 @@ struct FiniteMean {
     count = int64_t(group.sum(batch, [=](int64_t i) { return double(rows[i].ratio.finite); }));
   }
   template <class F>
-  GUARD_OPS_HD double operator()(F value) const {
+  GUARD_OPS_HD double sum(F value) const {
     const RowState* r = rows;
-    return group.sum(batch, [=](int64_t i) { return r[i].ratio.finite ? value(r[i]) : 0.0; }) /
-           double(count);
+    return group.sum(batch, [=](int64_t i) { return r[i].ratio.finite ? value(r[i]) : 0.0; });
+  }
+  template <class F>
+  GUARD_OPS_HD double operator()(F value) const {
+    const double total = sum(value);
+#if !defined(__CUDA_ARCH__)
+    if (std::isinf(total)) {  // finite numbers have an infinite sum
+      return sum([=](const RowState& r) { return value(r) / huge; }) / double(count) * huge;
+    }
+#endif
+    return total / double(count);
   }
   // About what (*this)(value) has returned.
   template <class F>
   GUARD_OPS_HD double std(F value, double mean) const {
-    return sqrt((*this)([=](const RowState& r) {
-      const double d = value(r) - mean;
-      return d * d;
-    }));
+    const auto square = [&](double unit) {
+      return sum([=](const RowState& r) {
+        const double d = (value(r) - mean) / unit;
+        return d * d;
+      });
+    };
+    const double total = square(1);
+#if !defined(__CUDA_ARCH__)
+    if (std::isinf(total)) return sqrt(square(huge) / double(count)) * huge;
+#endif
+    return sqrt(total / double(count));
   }
+
+  // By what numbers are divided whose sum or squares overflow: a power of two, which rounds nothing.
+  // Results of a device are float32, whose squares float64 represents.
+  static constexpr double huge = 0x1p600;
 };
 
 // One of a step's metrics, of its finite transitions.
@@ -338,7 +392,6 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
   team.each(rows, [&](int64_t n) {
     const int64_t k = quotient(n, batch);
     state[n].ratio = problem.ratio(k, n - k * batch, sums(n));
-    state[n].surrogate = {0.0, 0.0, false, false, false};
     state[n].d_excess = 0.0;
   });
 
@@ -353,8 +406,14 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
     }
     group.each(batch, [&](int64_t i) {
       RowState& r = step[i];
-      r.norm = r.ratio.finite ? normalize(c, problem.scalars(k, i), r.ratio, of)
-                              : Normalized{NAN, NAN, NAN, NAN};
+      Considered row{{NAN, NAN, NAN, NAN}, {0.0, 0.0, false, false, false}, false};
+      if (r.ratio.finite) {
+        const Considered found = problem.considered(k, i, r.ratio, of);
+        if (found.finite) row = found;
+      }
+      r.ratio.finite = row.finite;
+      r.norm = row.norm;
+      r.surrogate = row.surrogate;
       r.distance = of.std > 0 ? (r.ratio.u - of.mean) / of.std : 0.0;
     });
   });
@@ -391,10 +450,7 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
 
   team.each(rows, [&](int64_t n) {
     RowState& r = state[n];
-    if (!r.ratio.finite) return;
-    const int64_t k = quotient(n, batch);
-    r.surrogate = surrogate_of(c, r.norm.excess, problem.advantages.at(k, n - k * batch));
-    r.d_excess = r.weight * r.surrogate.slope / samples;
+    if (r.ratio.finite) r.d_excess = r.weight * r.surrogate.slope / samples;
   });
 
   // The steps' coefficients; the loss, sample by sample; the metrics. Each is a group's work: side

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import objective
+from .checks import check_tensor
 from .config import RATIO_NORMS, GuardConfig
 from .schedule import StepCoefficients
 from .statistics import RatioStatistics, check_statistics
@@ -23,7 +24,8 @@ def ratio_norm(
     """RatioNorm: ``excess = r_hat - 1`` [K, B] of ``log_ratio`` [K, B], differentiable.
 
     ``closed_form`` needs ``coeffs`` ([K] or [K, B]) and ``kl_old`` [K, B] as :func:`log_ratio`
-    gives them. Transitions that are not finite come back as NaN and take no part in statistics.
+    gives them. Transitions that are not finite, or have no finite ratio in the dtype of
+    ``log_ratio`` (at least float32), come back as NaN and take no part in statistics.
     """
     _check_rows("log_ratio", log_ratio)
     check_config(config)
@@ -37,11 +39,14 @@ def ratio_norm(
         coeffs = _row_coefficients(coeffs, log_ratio)
         check_gaussian(coeffs, config.ratio_norm)
         _check_rows("kl_old", kl_old, log_ratio)
-    wide = log_ratio.double()
-    finite = wide.isfinite()
-    safe = torch.where(finite, wide, 0.0)
-    kl = torch.zeros_like(safe) if kl_old is None else kl_old.double()
+    wide, limit = log_ratio.double(), objective.largest(log_ratio.dtype)
+    kl = torch.zeros_like(wide) if kl_old is None else kl_old.double()
+    finite = (wide.detach().abs() <= limit) & (torch.expm1(wide.detach()) <= limit)
+    if RATIO_NORMS[config.ratio_norm].debiased:
+        finite = finite & (kl.detach().abs() <= limit)
+    safe, kl = torch.where(finite, wide, 0.0), torch.where(finite, kl, 0.0)
     excess = objective.normalize(safe, kl, finite, coeffs, config, mean_std)
+    finite = finite & (excess.detach().abs() <= limit)
     return torch.where(finite, excess, float("nan")).to(log_ratio.dtype)
 
 
@@ -72,25 +77,32 @@ def clipped_surrogate(excess: Tensor, advantages: Tensor, *, config: GuardConfig
     _check_rows("excess", excess)
     _check_rows("advantages", advantages)
     check_config(config)
-    if advantages.shape not in (excess.shape, excess.shape[-1:]):
+    # Ranks first: a traced comparison of [B] with [K, B] would hold only for batches other than K.
+    like = excess.shape if advantages.ndim == excess.ndim else excess.shape[-1:]
+    if advantages.shape != like:
         raise ValueError(
             f"`advantages` has shape {tuple(advantages.shape)} but `excess` {tuple(excess.shape)}"
         )
+    _check_device("advantages", advantages.device, "excess", excess)
     losses, _ = objective.surrogate(excess.double(), advantages.double(), config)
     return losses.to(excess.dtype)
 
 
 def _check_rows(name: str, value: Tensor, like: Tensor | None = None) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
-    if not value.is_floating_point():
-        raise TypeError(f"`{name}` has dtype {value.dtype}; it needs a floating dtype")
+    check_tensor(name, value)
     if value.ndim not in (1, 2) or value.numel() == 0:
         raise ValueError(f"`{name}` has shape {tuple(value.shape)}; it needs [K, B] or [B]")
     if like is not None and value.shape != like.shape:
         raise ValueError(
             f"`{name}` has shape {tuple(value.shape)} but `log_ratio` {tuple(like.shape)}"
         )
+    if like is not None:
+        _check_device(name, value.device, "log_ratio", like)
+
+
+def _check_device(name: str, device: torch.device, other: str, like: Tensor) -> None:
+    if device != like.device:
+        raise ValueError(f"`{name}` is on {device} but `{other}` on {like.device}")
 
 
 def _row_coefficients(coeffs: StepCoefficients, rows: Tensor) -> StepCoefficients:
@@ -103,5 +115,6 @@ def _row_coefficients(coeffs: StepCoefficients, rows: Tensor) -> StepCoefficient
             f"{tuple(rows.shape)} it needs {tuple(steps)}"
             + (f" or {tuple(rows.shape)}" if steps else "")
         )
+    _check_device("coeffs", coeffs.device, "[K, B] numbers", rows)
     table = table.reshape(table.shape + (1,) * (rows.ndim + 1 - table.ndim))
     return StepCoefficients._of(table, coeffs.gaussian, coeffs.deterministic)

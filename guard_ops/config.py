@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+from .checks import check_choice, check_number, describe
+
 RatioNorm = Literal["none", "standardize", "closed_form"]
 Balance = Literal["none", "inverse_ratio", "inverse_dt"]
 Reduction = Literal["mean", "sum"]
@@ -109,15 +111,12 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"`{name}` is {value!r}; it needs one of {', '.join(allowed)}")
+            check_choice(name, getattr(self, name), allowed)
         if not isinstance(self.detach_stats, bool):
-            raise TypeError(f"`detach_stats` is {self.detach_stats!r}; it needs a bool")
+            raise TypeError(f"`detach_stats` is {describe(self.detach_stats)}; it needs a bool")
         for name, (zero, infinity) in NUMBERS.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` is {value!r}; it needs a number")
+            check_number(name, value)
             if not (value > 0 or (zero and value == 0)) or (value == math.inf and not infinity):
                 bound = ">= 0" if zero else "> 0"
                 raise ValueError(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, backends, callers, transitions
+from . import autograd, backends, callers, ranks, transitions
 from . import objective as objectives
+from .checks import check_tensor
 from .config import RATIO_NORMS, GuardConfig, Objective, objective_of
 from .objective import Metrics
 from .options import LossOptions, Names, takes
@@ -116,10 +117,10 @@ def guard_loss_and_grad(model_output: Tensor, **options: Unpack[LossOptions]) ->
             call.t, call.rows, call.objective, True, guided
         )
         grads = (grad, grad_uncond)
-    elif torch.is_inference_mode_enabled():
+    elif torch.is_inference_mode_enabled() or any(x.is_inference() for x in call.t.given()):
         raise RuntimeError(
             f"the {call.backend.NAME!r} backend makes this gradient by autograd, which inference "
-            "mode forbids; call guard_loss_and_grad under torch.no_grad()"
+            "mode, and tensors that were made in it, forbid; use torch.no_grad() instead"
         )
     else:
         latents = call.t.latents
@@ -204,7 +205,7 @@ def _without_history(model_output: Tensor, given: Given) -> tuple[Tensor, Given]
     """The same arguments with both model outputs detached."""
     uncond = given.get("model_output_uncond")
     if uncond is not None:
-        transitions.check_tensor("model_output_uncond", uncond)
+        check_tensor("model_output_uncond", uncond)
         given = {**given, "model_output_uncond": uncond.detach()}
     return model_output.detach() if model_output.requires_grad else model_output, given
 
@@ -241,12 +242,14 @@ def _check_objective(
             "`config.detach_stats` is False, but statistics from other batches are constants of "
             "this gradient; it needs True"
         )
-    if statistics is not None:
-        if process_group is not None:
+    if process_group is not None:
+        if statistics is not None:
             raise ValueError(
                 "`statistics` and `process_group` are both given; all-reduce the statistics and "
                 "pass them alone"
             )
+        ranks.check_group("process_group", process_group)
+    if statistics is not None:
         mean_std = check_statistics(
             statistics, config, torch.Size(shape.leading()[:-1]), model_output.device
         )
@@ -282,9 +285,10 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         old_log_prob,
     )
     if process_group is not None and RATIO_NORMS[config.ratio_norm].statistics:
-        whole = advantages.isfinite() & (kl.isfinite() if config.kl_beta else True)
-        seen = torch.where(whole, log_r.detach(), float("nan"))
-        merged = RatioStatistics(log_r.shape[0], log_r.device).update(seen)
+        seen = log_r.detach()
+        whole = objectives.has_ratio(seen, kl, advantages, config, step_weights, t.compute_dtype())
+        merged = RatioStatistics(log_r.shape[0], log_r.device)
+        merged.update(torch.where(whole, seen, float("nan")))
         merged.all_reduce(process_group)
         mean_std = torch.stack([merged.mean, merged.std])
     result = objectives.evaluate(
@@ -296,6 +300,7 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         config,
         step_weights,
         None if mean_std is None else (mean_std[0], mean_std[1]),
+        t.compute_dtype(),
     )
     per_row = torch.stack([log_r.detach(), result.excess, result.weights, kl.detach()])
     dtype = t.compute_dtype()

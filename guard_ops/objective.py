@@ -8,7 +8,7 @@ handled as differences from 1 throughout: ``u = expm1(log r)``, ``excess = r_hat
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,14 +73,44 @@ def log_density(exponent: Tensor, coeffs: StepCoefficients, numel: int, reductio
     return exponent - (constants if reduction == "mean" else numel * constants)
 
 
+def largest(dtype: torch.dtype) -> float:
+    """The largest number of results of this dtype, which are at least float32.
+
+    What exceeds it cannot be represented in a result, and so counts as not finite.
+    """
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).max
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``x`` [K, B] over the batch where ``mask``; NaN for a step without such a sample."""
-    return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1)
+    """Mean of ``x`` [K, B] over the batch where ``mask``; NaN for a step without such a sample.
+
+    Neither the sum nor, in :func:`masked_std`, a square overflows, however large ``x`` is.
+    """
+    x = torch.where(mask, x, 0.0)
+    unit = _unit(x)
+    return (x / unit.unsqueeze(-1)).sum(-1) / mask.sum(-1) * unit
 
 
 def masked_std(x: Tensor, mask: Tensor) -> Tensor:
     """Standard deviation (correction 0) of ``x`` [K, B] over the batch where ``mask``."""
-    return masked_mean((x - masked_mean(x, mask).unsqueeze(-1)) ** 2, mask).sqrt()
+    variance, unit = _variance(x, masked_mean(x, mask), mask)
+    return variance.sqrt() * unit
+
+
+def _variance(x: Tensor, mean: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The variance [K] of ``x`` in squares of a unit, and that unit [K]."""
+    distance = torch.where(mask, x - mean.unsqueeze(-1), 0.0)
+    unit = _unit(distance)
+    return masked_mean((distance / unit.unsqueeze(-1)) ** 2, mask), unit
+
+
+def _unit(x: Tensor) -> Tensor:
+    """By what to divide each step of float64 ``x`` [K, B], [K]: 1, or a power of two if it is huge.
+
+    A power of two rounds nothing, and neither a square nor a sum of what is left overflows.
+    """
+    huge = x.detach().abs().amax(-1) > 2.0**500
+    return 1.0 + huge.to(x.dtype) * 2.0**600  # which rounds to the power
 
 
 def normalize(
@@ -104,7 +134,7 @@ def normalize(
         return u
     mean, std = (x.unsqueeze(-1) for x in _statistics(u, finite, config, mean_std))
     if config.ratio_norm == "standardize":
-        denominator = torch.where(std > config.std_floor, std, config.target_std)
+        denominator = torch.where(std <= config.std_floor, config.target_std, std)
         return torch.where(finite, config.target_std * ((u - mean) / denominator), 0.0)
     raise NotImplementedError(f"`normalize` lacks the ratio_norm {config.ratio_norm!r}")
 
@@ -120,9 +150,9 @@ def _statistics(
         return mean_std
     stats_of = u.detach() if config.detach_stats else u
     mean = masked_mean(stats_of, finite)
-    variance = masked_mean((stats_of - mean.unsqueeze(-1)) ** 2, finite)
+    variance, unit = _variance(stats_of, mean, finite)
     spread = variance.detach() > 0
-    return mean, torch.where(spread, torch.where(spread, variance, 1.0).sqrt(), 0.0)
+    return mean, torch.where(spread, torch.where(spread, variance, 1.0).sqrt() * unit, 0.0)
 
 
 def balance(
@@ -164,20 +194,29 @@ def evaluate(
     config: GuardConfig,
     step_weights: Tensor | None = None,  # [K, B]
     mean_std: tuple[Tensor, Tensor] | None = None,  # [K], [K]
+    dtype: torch.dtype = torch.float64,  # of the results
 ) -> Evaluation:
     """``loss = mean_i sum_k w_ki l_ki + kl_beta mean_ki kl`` with its diagnostics.
 
     A transition that is not finite takes part in no statistic and no weight, so that its NaN does
-    not spread to others.
+    not spread to others. Nor does one of which something cannot be represented in ``dtype``.
     """
+    limit = largest(dtype)
     with torch.no_grad():
-        finite = log_ratio.isfinite() & advantages.isfinite() & torch.expm1(log_ratio).isfinite()
-        if config.kl_beta:
-            finite = finite & kl.isfinite()
+        finite = has_ratio(log_ratio, kl, advantages, config, step_weights, dtype)
         if RATIO_NORMS[config.ratio_norm].debiased:
-            finite = finite & normalize(log_ratio, kl_old, finite, coeffs, config, None).isfinite()
+            excess = normalize(log_ratio, kl_old, finite, coeffs, config, None)
+            finite = finite & (excess.abs() <= limit)
     safe_log_ratio = torch.where(finite, log_ratio, 0.0)
     excess = normalize(safe_log_ratio, kl_old, finite, coeffs, config, mean_std)
+    with torch.no_grad():  # a ratio that is finite may have no finite loss
+        bound = _largest_weight(step_weights, coeffs, config)
+        losses, _ = surrogate(excess, torch.where(finite, advantages, 0.0), config)
+        finite = finite & (excess.abs() <= limit) & ((losses * bound).abs() <= limit)
+    if mean_std is not None:  # autograd must not see what statistics of no use have made
+        safe_log_ratio = torch.where(finite, log_ratio, 0.0)
+        excess = normalize(safe_log_ratio, kl_old, finite, coeffs, config, mean_std)
+    excess = torch.where(finite, excess, 0.0)
     if step_weights is None:
         weights = balance(excess, finite, coeffs.dt, config)
     else:
@@ -199,6 +238,32 @@ def evaluate(
         metrics = _metrics(safe_log_ratio, excess, clipped, weights, kl_old, finite, config)
         excess = torch.where(finite, excess, math.nan)
     return Evaluation(loss, excess, weights.detach(), metrics)
+
+
+def has_ratio(
+    log_ratio: Tensor,  # [K, B]
+    kl: Tensor,  # [K, B]
+    advantages: Tensor,  # [K, B]
+    config: GuardConfig,
+    step_weights: Tensor | None,  # [K, B]
+    dtype: torch.dtype,
+) -> Tensor:
+    """Whether a transition takes part in its step's statistics, [K, B] bool."""
+    limit = largest(dtype)
+    finite = (log_ratio.abs() <= limit) & (torch.expm1(log_ratio) <= limit)
+    finite = finite & advantages.isfinite()
+    if step_weights is not None:
+        finite = finite & step_weights.isfinite()
+    return finite & (kl.abs() <= limit) if config.kl_beta else finite
+
+
+def _largest_weight(
+    step_weights: Tensor | None, coeffs: StepCoefficients, config: GuardConfig
+) -> Tensor | float:
+    """A transition's weight, or what it is at most, before it is known which steps are finite."""
+    if step_weights is not None:
+        return step_weights
+    return 1.0 / coeffs.dt.abs() if config.balance == "inverse_dt" else 1.0
 
 
 def _metrics(
@@ -227,56 +292,3 @@ def _metrics(
         grad_weight=masked_mean(weights, finite),
         nonfinite=(~finite).sum(-1).to(u.dtype),
     )
-
-
-def group_advantages(
-    rewards: Tensor,
-    groups: Tensor | None = None,
-    *,
-    scale: Literal["group", "batch", "none"] = "group",
-    eps: float = 1e-4,
-) -> Tensor:
-    """GRPO's advantages: rewards relative to the other samples of the same prompt.
-
-    ``A_i = (R_i - mean(group)) / (std + eps)`` with ``std`` (correction 0) of the group, of the
-    whole batch, or no division (Dr. GRPO). A reward that is not finite gives a NaN advantage and
-    takes no part in its group's statistics. No host synchronization.
-
-    Args:
-        rewards: [B], floating.
-        groups: LongTensor [B], the prompt of each sample; None: all one group.
-        scale: whose spread divides: "group", "batch" or "none".
-        eps: added to the spread.
-
-    Returns:
-        [B], dtype of ``rewards``.
-    """
-    for name, value in (("rewards", rewards), ("groups", groups)):
-        if not isinstance(value, (Tensor, *(() if name == "rewards" else (type(None),)))):
-            raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
-    if not rewards.is_floating_point():
-        raise TypeError(f"`rewards` has dtype {rewards.dtype}; it needs a floating dtype")
-    if rewards.ndim != 1 or rewards.numel() == 0:
-        raise ValueError(f"`rewards` has shape {tuple(rewards.shape)}; it needs [B], B > 0")
-    if scale not in ("group", "batch", "none"):
-        raise ValueError(f"`scale` is {scale!r}; it needs one of group, batch, none")
-    if groups is None:
-        groups = torch.zeros(rewards.shape, dtype=torch.int64, device=rewards.device)
-    if groups.shape != rewards.shape or groups.dtype != torch.int64:
-        raise ValueError(
-            f"`groups` is a {groups.dtype} tensor of shape {tuple(groups.shape)}; it needs "
-            f"torch.int64 of shape {tuple(rewards.shape)}"
-        )
-    finite = rewards.isfinite()
-    r = torch.where(finite, rewards.double(), 0.0)
-    same = ((groups[:, None] == groups[None, :]) & finite[None, :]).double()
-    count = same.sum(1).clamp(min=1)
-    centred = r - (same @ r) / count
-    if scale == "none":
-        advantages = centred
-    elif scale == "group":
-        square = (same * (r[None, :] - ((same @ r) / count)[:, None]) ** 2).sum(1)
-        advantages = centred / ((square / count).sqrt() + eps)
-    else:
-        advantages = centred / (masked_std(r, finite) + eps)
-    return torch.where(finite, advantages, math.nan).to(rewards.dtype)

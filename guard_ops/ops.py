@@ -41,7 +41,7 @@ def sde_step(
     *,
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
-    seed: int | Tensor | None = None,
+    seed: Tensor | None = None,
     reduction: str = "mean",
 ) -> SdeStep:
     """One stochastic denoising step of the rollout: ``y = a x + b v + s noise``.
@@ -51,7 +51,7 @@ def sde_step(
             [K, B, *latent] with ``coeffs`` of shape [K] or [K, B].)
         coeffs: ``schedule[k]``.
         generator, noise, seed: where the noise comes from: a generator (default: the global one),
-            the tensor itself, or a seed (:func:`guard_ops.philox_seed`, or an int) from which
+            the tensor itself, or this step's part of :func:`guard_ops.philox_seed`, from which
             :func:`guard_loss` regenerates it, so that it need not be stored. At most one.
         reduction: of ``log_prob`` over the latent: "mean" or "sum".
 
@@ -71,6 +71,8 @@ def sde_step(
              if v is not None]  # fmt: skip
     if len(given) > 1:
         raise ValueError(f"the noise is given by {' and '.join(given)}; it needs at most one")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"`generator` is a {type(generator).__name__}; it needs a torch.Generator")
     transitions.check_reduction(reduction)
     device = model_output.device
     v = transitions.latents("model_output", model_output, shape, device)
@@ -81,7 +83,7 @@ def sde_step(
                 f"`{name}` requires grad: sde_step is the rollout and has no gradient; call it "
                 "under torch.no_grad()"
             )
-    table = transitions.full_table(coeffs, shape)
+    table = transitions.full_table(coeffs, shape, model_output)
     full = StepCoefficients._of(table, coeffs.gaussian, ())
     key = None
     if seed is not None:

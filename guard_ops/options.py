@@ -43,7 +43,7 @@ class TransitionOptions(TypedDict, total=False):
     old_mean: Tensor | None  # [K, B, *latent]
     old_model_output: Tensor | None  # [K, B, *latent]
     noise: Tensor | None  # [K, B, *latent]
-    seed: int | Tensor | None  # [K, B, 2] int64
+    seed: Tensor | None  # [K, B, 2] int64
     old_log_prob: Tensor | None  # [K, B]
 
 

@@ -9,7 +9,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import FLOATING, check_choice, check_device, check_number, check_plain, describe
+
 SdeKind = Literal["flow_sde", "dance_sde", "cps"]
+
+ROUNDING = 1e-6  # a sigma that exceeds 1 by no more was meant to be 1, as 1.0000001 was
+NEAR_PURE_NOISE = 2e-3  # schedulers that avoid sigma = 1 begin within this of it: 0.999999, 0.999
 
 
 class SdeRule(NamedTuple):
@@ -28,8 +33,20 @@ def _diffusion_mean(sigma: Tensor, sigma_next: Tensor, std: Tensor) -> tuple[Ten
 
 
 def _flow_sde_std(sigma: Tensor, sigma_next: Tensor, eta: Tensor, sigma_max: Tensor) -> Tensor:
-    spread = sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))
+    spread = sigma / (1 - torch.where(_starts(sigma, sigma_next, sigma_max), sigma_max, sigma))
     return eta.expand_as(sigma) * spread.sqrt()
+
+
+def _starts(sigma: Tensor, sigma_next: Tensor, sigma_max: Tensor) -> Tensor:
+    """Where a step starts from what is pure noise but for rounding, or for a scheduler's margin.
+
+    There ``sigma / (1 - sigma)`` says nothing about the step: it is as large as the distance to 1
+    happens to be small. Only the first step of a schedule, the one from above ``sigma_max``, can be
+    such a step, and only if it is longer than what it leaves to 1.
+    """
+    left = 1 - sigma
+    first = (sigma > sigma_max) & (left <= NEAR_PURE_NOISE) & (left < sigma - sigma_next)
+    return first | (sigma == 1)
 
 
 def _dance_sde_std(sigma: Tensor, sigma_next: Tensor, eta: Tensor, sigma_max: Tensor) -> Tensor:
@@ -68,27 +85,33 @@ class StepCoefficients:
         TypeError: not floating tensors.
     """
 
+    NAMES = ("a", "b", "s", "kappa", "dt")
+
     def __init__(
         self, a: Tensor, b: Tensor, s: Tensor, kappa: Tensor, dt: Tensor, *, gaussian: bool = True
     ) -> None:
-        named = {"a": a, "b": b, "s": s, "kappa": kappa, "dt": dt}
+        named = dict(zip(self.NAMES, (a, b, s, kappa, dt), strict=True))
         for name, value in named.items():
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                raise TypeError(f"`{name}` is {_describe(value)}; it needs a floating tensor")
+            if not isinstance(value, Tensor) or value.dtype not in FLOATING:
+                raise TypeError(f"`{name}` is {describe(value)}; it needs a floating tensor")
+            if not torch.compiler.is_compiling():
+                check_plain(name, value)
             if value.shape != a.shape or value.device != a.device:
                 raise ValueError(
                     f"`{name}` has shape {tuple(value.shape)} on {value.device} but `a` "
                     f"{tuple(a.shape)} on {a.device}"
                 )
+            if value.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"`{name}` requires grad but coefficients are constants of every op; detach it"
+                )
         if a.ndim > 2:
             raise ValueError(f"`a` has shape {tuple(a.shape)}; it needs [], [K] or [K, B]")
         deterministic: tuple[int, ...] = ()
         if a.device.type == "cpu" and not torch.compiler.is_compiling():
-            for name, value in named.items():
-                # kappa = 1 / (2 s^2) is infinite for a deterministic step
-                infinite = value.isinf() & (s == 0) if name == "kappa" else False
-                if not bool((value.isfinite() | infinite).all()):
-                    raise ValueError(f"`{name}` has a value that is not finite")
+            _, wrong = _first_out_of_range(torch.stack(list(named.values())))
+            if wrong:
+                raise ValueError(f"`{wrong}` has a value that is not finite")
             if bool((s < 0).any()):
                 raise ValueError("`s` has a negative value; a standard deviation is >= 0")
             if bool((dt >= 0).any()):
@@ -139,7 +162,8 @@ class StepCoefficients:
 
     def to(self, device: torch.device | str) -> StepCoefficients:
         """The same coefficients on another device (float64 stays)."""
-        return self._of(self.table.to(device), self.gaussian, self.deterministic)
+        where = check_device("device", device)
+        return self._of(self.table.to(where), self.gaussian, self.deterministic)
 
     def __repr__(self) -> str:
         return f"StepCoefficients(shape={tuple(self.shape)}, device={str(self.device)!r})"
@@ -154,7 +178,7 @@ class SdeSchedule:
     kind         std                                          a, b, s
     ============ ============================================ ===================================
     flow_sde     ``noise_level * sqrt(sigma / (1 - sigma))``  ``1 + std^2 / (2 sigma) dt``,
-                 (at sigma 1 the denominator uses sigmas[1])  ``(1 + std^2 (1 - sigma) / (2 sigma))
+                 (from pure noise, sigmas[1] in its place)    ``(1 + std^2 (1 - sigma) / (2 sigma))
                                                               dt``, ``std sqrt(-dt)``
     dance_sde    ``noise_level``                              the same
     cps          ``next sin(noise_level pi / 2)``             ``(1 - next) + c``,
@@ -164,8 +188,14 @@ class SdeSchedule:
 
     (Flow-GRPO arXiv:2505.05470, DanceGRPO arXiv:2505.07818, coefficient-preserving sampling.)
 
+    Flow-GRPO puts ``sigmas[1]`` into the denominator ``1 - sigma`` where sigma is 1. Rounding and
+    margins against a division by zero make schedulers begin at 0.99999994, 0.999999 or 0.999
+    instead, which would make ``s`` hundreds of times too large; so a first step does the same if it
+    begins within 0.002 of 1 and is longer than the distance to 1.
+
     Args:
-        sigmas: N + 1 noise levels, strictly decreasing within [0, 1]; sequence or 1-D tensor.
+        sigmas: N + 1 noise levels, strictly decreasing within [0, 1]; sequence or 1-D tensor. One
+            that rounding put above 1, by at most 1e-6, is taken as 1.
         noise_level: eta >= 0; at most 1 for ``cps``. 0 is the ODE: it samples, but has no density.
         kind: a key of SDE_RULES: "flow_sde", "dance_sde" or "cps".
         device: where the coefficients live; the device of ``sigmas`` when it is a tensor.
@@ -181,11 +211,14 @@ class SdeSchedule:
         kind: SdeKind = "flow_sde",
         device: torch.device | str | None = None,
     ) -> None:
+        device = check_device("device", device)
         if isinstance(sigmas, Tensor):
             device = sigmas.device if device is None else device
-            if sigmas.ndim != 1 or not sigmas.is_floating_point():
+            check_plain("sigmas", sigmas)
+            if sigmas.ndim != 1 or sigmas.dtype not in FLOATING or sigmas.device.type == "meta":
                 raise ValueError(
-                    f"`sigmas` is {_describe(sigmas)}; it needs one dimension of floats"
+                    f"`sigmas` is {describe(sigmas)} on {sigmas.device}; it needs one dimension of "
+                    "floats that have values"
                 )
             values = [float(x) for x in sigmas.tolist()]
         else:
@@ -193,27 +226,37 @@ class SdeSchedule:
                 values = [float(x) for x in sigmas]
             except (TypeError, ValueError) as error:
                 raise TypeError(
-                    f"`sigmas` is {_describe(sigmas)}; it needs a sequence of floats"
+                    f"`sigmas` is {describe(sigmas)}; it needs a sequence of floats"
                 ) from error
-        _check_sigmas(values)
-        if kind not in SDE_RULES:
-            raise ValueError(f"`kind` is {kind!r}; it needs one of {', '.join(SDE_RULES)}")
-        if isinstance(noise_level, bool) or not isinstance(noise_level, (int, float)):
-            raise TypeError(f"`noise_level` is {_describe(noise_level)}; it needs a number")
-        top = SDE_RULES[kind].largest_noise_level
-        if not 0.0 <= noise_level <= top or math.isinf(noise_level):
+        values = _check_sigmas(values)
+        check_choice("kind", kind, tuple(SDE_RULES))
+        top, level = SDE_RULES[kind].largest_noise_level, check_number("noise_level", noise_level)
+        if not 0.0 <= level <= top or math.isinf(level):
             bound = "< inf" if math.isinf(top) else f"<= {top:g}"
             raise ValueError(
                 f"`noise_level` is {noise_level}; {kind} needs 0 <= noise_level {bound}"
             )
         self.sigmas = tuple(values)
-        self.noise_level = float(noise_level)
+        self.noise_level = level
         self.kind: SdeKind = kind
-        line = torch.tensor(values, dtype=torch.float64)
-        eta = torch.tensor(self.noise_level, dtype=torch.float64)
+        # on the CPU whatever torch's default device is, as the numbers are looked at here
+        line = torch.tensor(values, dtype=torch.float64, device="cpu")
+        if type(line) is not Tensor and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "an SdeSchedule needs the values of its numbers, and in this mode torch makes only "
+                f"a {type(line).__name__}; make the schedule before entering the mode"
+            )
+        eta = torch.tensor(self.noise_level, dtype=torch.float64, device="cpu")
         table = coefficient_table(line[:-1], line[1:], eta, kind, line[1])  # [5, N]
+        k, name = _first_out_of_range(table)
+        if name:
+            raise ValueError(
+                f"`noise_level` is {noise_level} and `sigmas[{k}]` {values[k]}, with which step "
+                f"{k}'s {name} is not a finite number; it needs a larger sigma or a noise level "
+                "nearer to 1"
+            )
         self._deterministic = tuple((table[2] == 0).nonzero().flatten().tolist())
-        self._table = table.to(device) if device is not None else table
+        self._table = table.to(_default_device() if device is None else device)
 
     @classmethod
     def from_scheduler(
@@ -227,15 +270,29 @@ class SdeSchedule:
 
         Raises:
             TypeError: ``scheduler`` has no tensor ``sigmas``.
-            ValueError: its sigmas are not a flow's (decreasing within [0, 1]).
+            ValueError: its ``set_timesteps`` was not called, or its sigmas are not a flow's
+                (decreasing within [0, 1]).
         """
         sigmas = getattr(scheduler, "sigmas", None)
         if not isinstance(sigmas, Tensor):
             raise TypeError(
-                f"`scheduler` is {_describe(scheduler)} without a tensor `sigmas`; it needs a "
+                f"`scheduler` is {describe(scheduler)} without a tensor `sigmas`; it needs a "
                 "flow-matching scheduler after set_timesteps"
             )
-        return cls(sigmas, noise_level, kind, device)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if isinstance(timesteps, Tensor) and timesteps.shape == sigmas.shape:
+            # steps have one end more than beginnings; before set_timesteps the end is not there
+            raise ValueError(
+                f"`scheduler` is a {type(scheduler).__name__} with the {len(sigmas)} sigmas of its "
+                "training; call its set_timesteps(num_inference_steps) first"
+            )
+        try:
+            return cls(sigmas, noise_level, kind, device)
+        except ValueError as error:
+            raise ValueError(
+                f"`scheduler` is a {type(scheduler).__name__}, whose sigmas make no schedule: "
+                f"{error}{_remedy(sigmas)}"
+            ) from error
 
     @property
     def device(self) -> torch.device:
@@ -267,7 +324,7 @@ class SdeSchedule:
             return self._lookup(k, gaussian)
         n = len(self)
         if isinstance(k, bool):
-            raise TypeError(f"`k` is {_describe(k)}; it needs an int, slice, list or LongTensor")
+            raise TypeError(f"`k` is {describe(k)}; it needs an int, slice, list or LongTensor")
         if isinstance(k, int):
             step = self._step(k)
             zero = (0,) if step in self._deterministic else ()
@@ -278,7 +335,7 @@ class SdeSchedule:
         elif isinstance(k, (list, tuple, range)) and all(type(x) is int for x in k):
             steps, table = [self._step(x) for x in k], None
         else:
-            raise TypeError(f"`k` is {_describe(k)}; it needs an int, slice, list or LongTensor")
+            raise TypeError(f"`k` is {describe(k)}; it needs an int, slice, list or LongTensor")
         if not steps:
             raise ValueError(f"`k` is {k!r}, which selects none of the {n} steps")
         if table is None:  # the host would wait for an index that is a list to reach the device
@@ -288,7 +345,9 @@ class SdeSchedule:
 
     def _lookup(self, k: Tensor, gaussian: bool) -> StepCoefficients:
         if k.dtype != torch.int64:
-            raise TypeError(f"`k` is {_describe(k)}; it needs dtype torch.int64")
+            raise TypeError(f"`k` is {describe(k)}; it needs dtype torch.int64")
+        if not torch.compiler.is_compiling():
+            check_plain("k", k)
         if k.ndim > 2 or k.numel() == 0:
             raise ValueError(f"`k` has shape {tuple(k.shape)}; it needs [], [K] or [K, B]")
         if k.device != self.device and not (k.ndim == 0 and k.device.type == "cpu"):
@@ -302,7 +361,11 @@ class SdeSchedule:
             zeros = tuple(
                 i for i, row in enumerate(steps) if any(x in self._deterministic for x in row)
             )
-        return StepCoefficients._of(self._table[:, k], gaussian, zeros)
+        if k.device == self.device:  # inductor has no lookup by a tensor without dimensions
+            table = self._table[:, k.reshape(-1)].reshape(-1, *k.shape)
+        else:
+            table = self._table[:, k]
+        return StepCoefficients._of(table, gaussian, zeros)
 
     def _step(self, k: int) -> int:
         n = len(self)
@@ -319,7 +382,7 @@ def coefficient_table(
     sigma_next: Tensor,  # [*shape]
     noise_level: Tensor,  # [] or [*shape]
     kind: SdeKind,
-    sigma_max: Tensor,  # []: replaces sigma in 1 - sigma where sigma is 1; a schedule's sigmas[1]
+    sigma_max: Tensor,  # []: a schedule's sigmas[1], for the step that starts from pure noise
 ) -> Tensor:
     """``a, b, s, kappa, dt`` of steps from ``sigma`` to ``sigma_next``: [5, *shape] float64.
 
@@ -332,7 +395,39 @@ def coefficient_table(
     return torch.stack([a, b, s, 1 / (2 * s**2) if rule.gaussian else torch.ones_like(a), dt])
 
 
-def _check_sigmas(values: list[float]) -> None:
+def _first_out_of_range(table: Tensor) -> tuple[int, str]:
+    """The first step of a table [5, *shape] with a number that is not finite, and its name.
+
+    ``kappa = 1 / (2 s^2)`` may be infinite, for a deterministic step. (0, "") if all are finite.
+    """
+    good = table.isfinite()
+    good[3] |= table[3].isinf() & (table[2] == 0)
+    if bool(good.all()):
+        return 0, ""
+    rows = good.flatten(1) if good.ndim > 1 else good[:, None]
+    number, step = (~rows).nonzero()[0].tolist()
+    return step, StepCoefficients.NAMES[number]
+
+
+def _default_device() -> torch.device:
+    """Where torch makes a tensor that names no device; the CPU where such a tensor has no values.
+
+    A schedule that is made while a model's weights are only described ("meta") is needed later.
+    """
+    device = torch.empty(0).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _remedy(sigmas: Tensor) -> str:
+    """What to do about a scheduler that has a sigma twice in a row, as a second-order one does."""
+    if sigmas.ndim != 1 or len(sigmas.unique_consecutive()) == len(sigmas):
+        return ""
+    return "; to take each once: SdeSchedule(scheduler.sigmas.unique_consecutive(), ...)"
+
+
+def _check_sigmas(values: list[float]) -> list[float]:
+    """The sigmas, with 1 for what rounding put above it; raises if they are not a flow's."""
+    values = [1.0 if 1 < value <= 1 + ROUNDING else value for value in values]
     if len(values) < 2:
         raise ValueError(f"`sigmas` has {len(values)} values; it needs at least 2 (one step)")
     for k, value in enumerate(values):
@@ -342,10 +437,4 @@ def _check_sigmas(values: list[float]) -> None:
             raise ValueError(
                 f"`sigmas[{k}]` is {value} after {values[k - 1]}; sigmas must strictly decrease"
             )
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"{value!r} ({type(value).__name__})" if isinstance(value, (int, float, str)) else (
-        f"a {type(value).__name__}")  # fmt: skip
+    return values

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from . import ranks
+from .checks import check_device, check_number, check_tensor, describe
 from .config import RATIO_NORMS, GuardConfig
+from .objective import largest, masked_mean, masked_std
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,59 +30,83 @@ class RatioStatistics:
         device: where the statistics live.
 
     Attributes:
-        count, mean, m2: float64 [K] ([] for one step); ``m2`` is the sum of squared deviations.
+        count, mean, root_m2: float64 [K] ([] for one step); ``root_m2`` is the square root of the
+            sum of squared deviations, which itself overflows where a ratio is above 1e154.
     """
+
+    _STATE = ("count", "mean", "root_m2")
 
     def __init__(self, steps: int | None = None, device: torch.device | str | None = None) -> None:
         if isinstance(steps, bool) or not isinstance(steps, (int, type(None))):
-            raise TypeError(f"`steps` is {steps!r} ({type(steps).__name__}); it needs an int")
-        if steps is not None and steps < 1:
+            raise TypeError(f"`steps` is {describe(steps)}; it needs an int")
+        if steps is not None and not 0 < steps < 2**31:
             raise ValueError(f"`steps` is {steps}; it needs a positive int, or None for one step")
+        device = check_device("device", device)
         shape = () if steps is None else (steps,)
         self.count = torch.zeros(shape, dtype=torch.float64, device=device)
         self.mean = torch.zeros_like(self.count)
-        self.m2 = torch.zeros_like(self.count)
+        self.root_m2 = torch.zeros_like(self.count)
+
+    @property
+    def m2(self) -> Tensor:
+        """The sum of squared deviations, [K]."""
+        return self.root_m2**2
 
     @property
     def std(self) -> Tensor:
         """Standard deviation with correction 0, [K]; 0 before any update."""
-        return (self.m2 / self.count.clamp(min=1)).sqrt()
+        return self.root_m2 / self.count.clamp(min=1).sqrt()
 
     @torch.no_grad()
     def update(self, log_ratio: Tensor) -> RatioStatistics:
         """Add ``log_ratio`` [K, B] ([B] for one step), leaving out what is not finite.
 
-        :func:`guard_ops.guard_loss` also leaves out a transition whose advantage is not finite. To
-        do the same here, set its ``log_ratio`` to NaN.
+        That includes a log-ratio whose ratio cannot be represented in its dtype (at least float32),
+        as it does for :func:`guard_ops.guard_loss`, which also leaves out a transition whose
+        advantage is not finite. To do the same here, set its ``log_ratio`` to NaN.
         """
-        if not isinstance(log_ratio, Tensor):
-            raise TypeError(f"`log_ratio` is a {type(log_ratio).__name__}; it needs a tensor")
+        check_tensor("log_ratio", log_ratio)
         if log_ratio.ndim != self.count.ndim + 1 or log_ratio.shape[:-1] != self.count.shape:
             raise ValueError(
                 f"`log_ratio` has shape {tuple(log_ratio.shape)}; it needs "
                 f"{tuple(self.count.shape)} and the batch"
             )
-        u = torch.expm1(log_ratio.double())
-        finite = u.isfinite()
-        other = RatioStatistics.__new__(RatioStatistics)
-        other.count = finite.sum(-1).double()
-        u = torch.where(finite, u, 0.0)
-        other.mean = u.sum(-1) / other.count.clamp(min=1)
-        other.m2 = torch.where(finite, (u - other.mean.unsqueeze(-1)) ** 2, 0.0).sum(-1)
-        return self.merge(other)
+        if log_ratio.device != self.count.device:
+            raise ValueError(
+                f"`log_ratio` is on {log_ratio.device} but these statistics on {self.count.device}"
+            )
+        if log_ratio.shape[-1] == 0:
+            return self
+        u, limit = torch.expm1(log_ratio.double()), largest(log_ratio.dtype)
+        finite = (u <= limit) & (log_ratio.abs() <= limit)
+        count = finite.sum(-1).double()
+        mean = torch.where(count > 0, masked_mean(u, finite), 0.0)
+        std = torch.where(count > 0, masked_std(u, finite), 0.0)
+        return self.merge(self._of(count, mean, std * count.sqrt()))
+
+    @classmethod
+    def _of(cls, count: Tensor, mean: Tensor, root_m2: Tensor) -> RatioStatistics:
+        new = cls.__new__(cls)
+        new.count, new.mean, new.root_m2 = count, mean, root_m2
+        return new
 
     @torch.no_grad()
     def merge(self, other: RatioStatistics) -> RatioStatistics:
         """Add other statistics of the same steps."""
+        if not isinstance(other, RatioStatistics):
+            raise TypeError(f"`other` is a {type(other).__name__}; it needs RatioStatistics")
         if other.count.shape != self.count.shape:
             raise ValueError(
                 f"`other` covers steps of shape {tuple(other.count.shape)} but this "
                 f"{tuple(self.count.shape)}"
             )
+        if other.count.device != self.count.device:
+            raise ValueError(f"`other` is on {other.count.device} but this on {self.count.device}")
         count = self.count + other.count
         safe = count.clamp(min=torch.finfo(torch.float64).tiny)
         delta = other.mean - self.mean
-        self.m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / safe)
+        between = delta * (self.count * other.count / safe).sqrt()
+        self.root_m2 = self.root_m2.hypot(other.root_m2).hypot(between)
         self.mean = self.mean + delta * (other.count / safe)
         self.count = count
         return self
@@ -87,53 +114,52 @@ class RatioStatistics:
     @torch.no_grad()
     def all_reduce(self, group: ProcessGroup | None = None) -> RatioStatistics:
         """Merge over the ranks of ``group`` in rank order, so every rank holds the same bits."""
-        mine = torch.stack([self.count, self.mean, self.m2])
-        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, mine, group=group)
-        self.count, self.mean, self.m2 = gathered[0].unbind(0)
-        for part in gathered[1:]:
-            other = RatioStatistics.__new__(RatioStatistics)
-            other.count, other.mean, other.m2 = part.unbind(0)
-            self.merge(other)
+        ranks.check_group("group", group)
+        mine = torch.stack([self.count, self.mean, self.root_m2])
+        first, *others = ranks.gather(mine, group)
+        self.count, self.mean, self.root_m2 = first.unbind(0)
+        for part in others:
+            self.merge(self._of(*part.unbind(0)))
         return self
 
     @torch.no_grad()
     def decay(self, factor: float) -> RatioStatistics:
         """Multiply earlier samples' weight by ``factor`` in [0, 1], for a running average."""
-        if not 0.0 <= factor <= 1.0:
+        if not 0.0 <= check_number("factor", factor) <= 1.0:
             raise ValueError(f"`factor` is {factor}; it needs [0, 1]")
-        self.count, self.m2 = self.count * factor, self.m2 * factor
+        self.count, self.root_m2 = self.count * factor, self.root_m2 * factor**0.5
         return self
 
     def __getitem__(self, k: int | slice) -> RatioStatistics:
         """The statistics of some of the steps (a copy)."""
         steps = self.count.numel()
+        if isinstance(k, bool) or not isinstance(k, (int, slice)):
+            raise TypeError(f"`k` is {describe(k)}; it needs an int or a slice")
+        if isinstance(k, slice) and k.step is not None and k.step < 1:
+            raise ValueError(f"`k` is {k}; it needs a step of at least 1")
         if self.count.ndim == 0 or (isinstance(k, int) and not -steps <= k < steps):
             of = "one step" if self.count.ndim == 0 else f"{steps} steps"
             raise ValueError(f"`k` is {k}, out of range for the statistics of {of}")
-        part = RatioStatistics.__new__(RatioStatistics)
-        part.count, part.mean, part.m2 = (
-            x[k].clone() for x in (self.count, self.mean, self.m2)
-        )  # fmt: skip
-        return part
+        return self._of(self.count[k].clone(), self.mean[k].clone(), self.root_m2[k].clone())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``count``, ``mean`` and ``m2``, to save with a checkpoint."""
-        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+        """``count``, ``mean`` and ``root_m2``, to save with a checkpoint."""
+        return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` gave, which has to be for the same number of steps."""
-        for name in ("count", "mean", "m2"):
-            if name not in state:
-                raise ValueError(f"`state` lacks {name!r}; it needs what state_dict() gave")
+        if not isinstance(state, Mapping):
+            raise TypeError(f"`state` is {describe(state)}; it needs what state_dict() gave")
+        for name in self._STATE:
+            if not isinstance(state.get(name), Tensor):
+                raise ValueError(f"`state` has no tensor {name!r}; it needs what state_dict() gave")
             if state[name].shape != self.count.shape:
                 raise ValueError(
                     f"`state[{name!r}]` has shape {tuple(state[name].shape)}; it needs "
                     f"{tuple(self.count.shape)}"
                 )
-        self.count, self.mean, self.m2 = (
-            state[name].to(self.count) for name in ("count", "mean", "m2")
-        )
+        for name in self._STATE:
+            setattr(self, name, state[name].to(self.count))
 
 
 def check_statistics(

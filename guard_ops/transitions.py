@@ -6,18 +6,19 @@ docs/life-of-a-call.md says what else reads the list.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_device, check_number, check_plain, check_tensor
 from .config import GuardConfig
 from .options import Names
 from .schedule import StepCoefficients
 
 Given = Mapping[str, Any]  # a call's keyword arguments: those of TransitionOptions and maybe more
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 FORMS = {
     "mean": ("sample", "prev_sample", "old_mean"),
@@ -27,6 +28,7 @@ FORMS = {
     "log-prob": ("sample", "prev_sample", "old_log_prob"),
 }
 DIFFERENTIATED = ("model_output", "model_output_uncond")
+LARGEST_SCALE = torch.finfo(torch.float32).max
 
 # ---- the groups ---------------------------------------------------------------------------------
 
@@ -83,6 +85,10 @@ class Transitions(NamedTuple):
         """All tensors in one flat tuple, because an autograd.Function does not look into groups."""
         return (*self.latents, self.seed, self.coefficients)
 
+    def given(self) -> list[Tensor]:
+        """Those of :meth:`tensors` that the call has."""
+        return [x for x in self.tensors() if x is not None]
+
     @classmethod
     def take(cls, tensors: Iterator[Any], guidance_scale: float) -> Transitions:
         """Rebuilds the group from what :meth:`tensors` gave; leaves any tensors that follow."""
@@ -126,9 +132,12 @@ def philox_seed(
         raise TypeError(f"`seed` is {seed!r} ({type(seed).__name__}); it needs an int")
     if not 0 <= seed < 2**63:
         raise ValueError(f"`seed` is {seed}; it needs 0 <= seed < 2**63")
-    count = 1
-    for size in shape:
-        count *= size
+    sizes = isinstance(shape, (tuple, list)) and all(
+        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape
+    )
+    if not sizes or len(shape) not in (1, 2):
+        raise ValueError(f"`shape` is {shape!r}; it needs (K, B) or (B,), positive ints")
+    device, count = check_device("device", device), math.prod(shape)
     transition = torch.arange(count, device=device).reshape(shape)
     return torch.stack([torch.full_like(transition, seed), transition], -1)
 
@@ -185,9 +194,12 @@ def check_shape(model_output: Tensor, coeffs: StepCoefficients) -> CallShape:
     return CallShape(steps, shape[leading - 1], shape, one_step)
 
 
-def full_table(coeffs: StepCoefficients, shape: CallShape) -> Tensor:
+def full_table(coeffs: StepCoefficients, shape: CallShape, model_output: Tensor) -> Tensor:
     """The coefficients, which a call takes as [], [K] or [K, B], as one table [5, K, B]."""
-    table = coeffs.table
+    table: Tensor = coeffs.table
+    mode = getattr(model_output, "fake_mode", None)  # of FakeTensorMode, which mixes no tensors
+    if mode is not None and type(table) is Tensor and not torch.compiler.is_compiling():
+        table = mode.from_tensor(table)
     table = table.reshape(table.shape + (1,) * (3 - table.ndim))
     return table.expand(5, shape.steps, shape.batch)
 
@@ -239,8 +251,9 @@ def per_transition(
     """
     value = check_tensor(name, value)
     check_constant(name, value)
-    ok = tuple(value.shape) == shape.leading()
-    if per_sample and tuple(value.shape) == (shape.batch,):
+    # Ranks first: a traced comparison of [B] with (K, B) would hold only for batches other than K.
+    ok = value.ndim == len(shape.leading()) and tuple(value.shape) == shape.leading()
+    if per_sample and value.ndim == 1 and tuple(value.shape) == (shape.batch,):
         ok, value = True, value.expand(shape.steps, shape.batch)
     if not ok:
         choices = {shape.leading(), (shape.batch,)} if per_sample else {shape.leading()}
@@ -254,17 +267,18 @@ def per_transition(
     return value if value.element_size() > 2 else value.float()
 
 
-def seeds(seed: int | Tensor, shape: CallShape, device: torch.device) -> Tensor:
+def seeds(seed: Tensor, shape: CallShape, device: torch.device) -> Tensor:
     """[K, B, 2] int64 from what the caller passed as ``seed``."""
     if not isinstance(seed, Tensor):
-        if shape.steps > 1 and isinstance(seed, int):
-            raise ValueError(
-                f"`seed` is the int {seed} for {shape.steps} steps; it needs the rollout's seeds, "
-                "philox_seed(seed, (K, B))"
-            )
-        return philox_seed(seed, (1, shape.batch), device)
+        raise TypeError(
+            f"`seed` is {seed!r} ({type(seed).__name__}); it needs the rollout's seeds, "
+            "philox_seed(seed, (K, B)), or [k] of them for one step: an int would give every step "
+            "the same noise"
+        )
     if seed.dtype != torch.int64:
         raise TypeError(f"`seed` has dtype {seed.dtype}; it needs torch.int64, as philox_seed's")
+    if not torch.compiler.is_compiling():
+        check_plain("seed", seed)
     if tuple(seed.shape) != (*shape.leading(), 2):
         raise ValueError(
             f"`seed` has shape {tuple(seed.shape)} but `model_output` {shape.full} needs "
@@ -298,9 +312,14 @@ def check_guidance(given: Given) -> float:
     if (uncond is None) != (scale is None):
         missing = "guidance_scale" if scale is None else "model_output_uncond"
         raise ValueError(f"`{missing}` is missing: classifier-free guidance needs both")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, type(None))):
-        raise TypeError(f"`guidance_scale` is a {type(scale).__name__}; it needs a float")
-    return 1.0 if scale is None else float(scale)
+    if scale is None:
+        return 1.0
+    if not abs(check_number("guidance_scale", scale)) <= LARGEST_SCALE:
+        raise ValueError(
+            f"`guidance_scale` is {scale}; it needs a number that float32 represents, at most "
+            f"{LARGEST_SCALE:.3g}"
+        )
+    return float(scale)
 
 
 def gather(shape: CallShape, model_output: Tensor, given: Given) -> Transitions:
@@ -320,7 +339,7 @@ def gather(shape: CallShape, model_output: Tensor, given: Given) -> Transitions:
         found.append(value)
     seed = given.get("seed")
     key = None if seed is None else seeds(seed, shape, device)
-    return Transitions(Latents._make(found), key, full_table(coeffs, shape), scale)
+    return Transitions(Latents._make(found), key, full_table(coeffs, shape, model_output), scale)
 
 
 def old_log_prob(shape: CallShape, model_output: Tensor, given: Given) -> Tensor | None:
@@ -354,16 +373,4 @@ def check_gaussian(coeffs: StepCoefficients, ratio_norm: str) -> None:
 
 def check_reduction(reduction: str) -> None:
     """Raises unless ``reduction`` is one of the ways to reduce a log-density over a latent."""
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"`reduction` is {reduction!r}; it needs one of mean, sum")
-
-
-def check_tensor(name: str, value: object) -> Tensor:
-    """Returns ``value`` if it is a tensor of a dtype that kernels take; else raises."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
-    if value.dtype not in FLOATING:
-        raise TypeError(
-            f"`{name}` has dtype {value.dtype}; it needs float64, float32, bfloat16 or float16"
-        )
-    return value
+    check_choice("reduction", reduction, ("mean", "sum"))

@@ -16,8 +16,10 @@ from .objective import (
     DROP,
     INVERSE_RATIO,
     coefficients_of,
+    fits,
     independent_weight,
     inverse_rho,
+    largest_weight,
     normalize,
     number,
     ratio_of,
@@ -63,18 +65,49 @@ def over(x, mask):
     return sum_last(tl.where(mask, x, 0.0)) / sum_last(tl.where(mask, 1.0, 0.0).to(tl.float64))
 
 
+HUGE = tl.constexpr(2.0**500)
+UNIT = tl.constexpr(2.0**600)  # a power of two, so that a division by it rounds nothing
+
+
 @triton.jit
-def spread_over(x, mask):
+def unit_of(x, mask):
+    """By what to divide a step's numbers so that no square or sum of them overflows, [STEPS, 1]."""
+    largest = tl.max(tl.where(mask, tl.abs(x), 0.0), 1, keep_dims=True)
+    return tl.where(largest > HUGE, UNIT, 1.0)
+
+
+@triton.jit
+def mean_over(x, mask, WIDE: tl.constexpr):
+    """:func:`over` of ratios. Only those of float64 results (WIDE) can be so large as to overflow."""
+    if WIDE:
+        unit = unit_of(x, mask)
+        mean = over(x / unit, mask) * unit
+    else:
+        mean = over(x, mask)
+    return mean
+
+
+@triton.jit
+def spread_over(x, mask, WIDE: tl.constexpr):
     """Standard deviation (correction 0) of ``x`` over a step's samples where ``mask``."""
-    distance = x - over(x, mask)
-    return tl.sqrt(over(distance * distance, mask))
+    distance = x - mean_over(x, mask, WIDE)
+    if WIDE:
+        unit = unit_of(distance, mask)
+        distance = distance / unit
+        spread = tl.sqrt(over(distance * distance, mask)) * unit
+    else:
+        spread = tl.sqrt(over(distance * distance, mask))
+    return spread
 
 
 @triton.jit
-def ratios(sums, table, table_strides, given, strides, k, i, n, inside, rows, numel, numbers, mode):
+def ratios(
+    sums, table, table_strides, given, strides, k, i, n, inside, rows, numel, numbers, mode,
+    WIDE: tl.constexpr,
+):  # fmt: skip
     """Loads what :func:`ratio_of` needs of transitions (k, i), whose numbers are n, and calls it.
 
-    Also returns three of the numbers that it has loaded: the advantage, s and kappa.
+    Also returns what it has loaded of them: the advantage, the step weight (or None), s and kappa.
     """
     s = tl.where(inside, step_coefficient(table, table_strides, 2, k, i), 1.0)
     kappa = step_coefficient(table, table_strides, 3, k, i)
@@ -85,20 +118,33 @@ def ratios(sums, table, table_strides, given, strides, k, i, n, inside, rows, nu
     old = None
     if given.old_log_prob is not None:
         old = given_at(given.old_log_prob, strides.old_log_prob, k, i, inside)
+    weight = None
+    if given.step_weights is not None:
+        weight = given_at(given.step_weights, strides.step_weights, k, i, inside)
     log_ratio, kl_old, kl, u, finite = ratio_of(
-        s1, s2, ref, advantage, old, s, kappa, numel, numbers, mode
+        s1, s2, ref, advantage, weight, old, s, kappa, numel, numbers, mode, WIDE
     )
-    return log_ratio, kl_old, kl, u, finite & inside, advantage, s, kappa
+    return log_ratio, kl_old, kl, u, finite & inside, advantage, weight, s, kappa
 
 
 @triton.jit
-def normalize_finite(log_ratio, kl_old, u, finite, s, mean, std, numbers, mode):
-    """:func:`normalize`; the excess is NaN where a transition is not finite."""
+def consider(
+    log_ratio, kl_old, u, finite, advantage, step_weight, dt, s, mean, std, numbers, mode,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """:func:`normalize`; the excess is NaN where a transition is not finite.
+
+    Also returns whether it is finite, which takes more than a finite ratio: one may have no finite
+    loss, for want of finite statistics or because its weight is too large.
+    """
     excess, outer, inner, by_std = normalize(
         tl.where(finite, log_ratio, 0.0), tl.where(finite, kl_old, 0.0), tl.where(finite, u, 0.0),
         s, mean, std, numbers, mode,
     )  # fmt: skip
-    return tl.where(finite, excess, float("nan")), outer, inner, by_std
+    loss, _, _, _, _ = surrogate_of(excess, advantage, numbers)
+    loss = loss * largest_weight(step_weight, dt, mode)
+    finite = finite & fits(excess, WIDE) & fits(loss, WIDE)
+    return tl.where(finite, excess, float("nan")), outer, inner, by_std, finite
 
 
 @triton.jit
@@ -118,26 +164,30 @@ def load_coefficients(c, row, rows):
 
 @triton.jit
 def independent_coefficients(
-    sums, table, table_strides, given, strides, k, i, numel, steps, batch, numbers, mode
+    sums, table, table_strides, given, strides, out, k, i, numel, steps, batch, numbers, mode
 ):
     """A transition's coefficients, if no other's ratio enters them and all others are finite."""
     rows = steps * batch
     n = k * batch + i
     width = tl.cast(numel, tl.float64)
-    log_ratio, kl_old, _, u, finite, advantage, s, kappa = ratios(
-        sums, table, table_strides, given, strides, k, i, n, n >= 0, rows, width, numbers, mode
-    )
+    WIDE: tl.constexpr = out.per_row.dtype.element_ty == tl.float64
+    log_ratio, kl_old, _, u, finite, advantage, step_weight, s, kappa = ratios(
+        sums, table, table_strides, given, strides, k, i, n, n >= 0, rows, width, numbers, mode,
+        WIDE,
+    )  # fmt: skip
     mean, std = 0.0, 1.0
     if mode.statistics:
         mean = tl.load(given.mean_std + k)
         std = tl.load(given.mean_std + steps + k)
-    excess, outer, inner, _ = normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode)
-    if given.step_weights is not None:
-        weight = given_at(given.step_weights, strides.step_weights, k, i, n >= 0)
+    dt = step_coefficient(table, table_strides, 4, k, i)
+    excess, outer, inner, _, finite = consider(
+        log_ratio, kl_old, u, finite, advantage, step_weight, dt, s, mean, std, numbers, mode, WIDE
+    )
+    if step_weight is not None:
+        weight = step_weight
     elif mode.balance == INVERSE_RATIO:
         weight = tl.full((), 1.0, tl.float64)  # there is only one step
     else:
-        dt = step_coefficient(table, table_strides, 4, k, i)
         weight = independent_weight(dt, tl.cast(steps, tl.float64), mode)
     _, slope, _, _, _ = surrogate_of(excess, advantage, numbers)
     d_excess = weight * slope / tl.cast(batch, tl.float64)
@@ -167,6 +217,7 @@ def evaluate(
     i = tl.arange(0, BATCH)[None, :] + tl.zeros((STEPS, 1), tl.int32)
     step = tl.arange(0, STEPS)[:, None]
     width = tl.cast(numel, tl.float64)
+    WIDE: tl.constexpr = out.per_row.dtype.element_ty == tl.float64
 
     total = tl.zeros((BATCH,), tl.float64)  # sum of inverse rho over each sample's finite steps
     finite_steps = tl.zeros((BATCH,), tl.float64)
@@ -175,23 +226,25 @@ def evaluate(
         inside = (k < steps) & (i < batch)
         k, i_at = tl.where(inside, k, 0), tl.where(inside, i, 0)
         n = k * batch + i_at
-        log_ratio, kl_old, _, u, finite, _, s, _ = ratios(
+        log_ratio, kl_old, _, u, finite, advantage, step_weight, s, _ = ratios(
             sums, table, table_strides, given, strides, k, i_at, n, inside, rows, width, numbers,
-            mode,
+            mode, WIDE,
         )  # fmt: skip
         row = first + step
         mean, std = tl.zeros((STEPS, 1), tl.float64), tl.full((STEPS, 1), 1.0, tl.float64)
         if mode.statistics:
             if given.mean_std is None:
-                mean, std = over(u, finite), spread_over(u, finite)
+                mean, std = mean_over(u, finite, WIDE), spread_over(u, finite, WIDE)
             else:
                 mean = tl.load(given.mean_std + row, mask=row < steps, other=0.0)
                 std = tl.load(given.mean_std + steps + row, mask=row < steps, other=0.0)
             tl.store(out.spread + row, mean, mask=row < steps)
             tl.store(out.spread + steps + row, std, mask=row < steps)
-        excess, _, _, _ = normalize_finite(
-            log_ratio, kl_old, u, finite, s, mean, std, numbers, mode
-        )
+        dt = step_coefficient(table, table_strides, 4, k, i_at)
+        excess, _, _, _, finite = consider(
+            log_ratio, kl_old, u, finite, advantage, step_weight, dt, s, mean, std, numbers, mode,
+            WIDE,
+        )  # fmt: skip
         tl.store(out.per_row + n, log_ratio.to(out.per_row.dtype.element_ty), mask=inside)
         total += sum_first(tl.where(finite, inverse_rho(excess, numbers), 0.0))
         finite_steps += sum_first(tl.where(finite, 1.0, 0.0).to(tl.float64))
@@ -212,24 +265,25 @@ def evaluate(
         inside = (k < steps) & (i < batch)
         k, i_at = tl.where(inside, k, 0), tl.where(inside, i, 0)
         n = k * batch + i_at
-        log_ratio, kl_old, kl, u, finite, advantage, s, kappa = ratios(
+        log_ratio, kl_old, kl, u, finite, advantage, step_weight, s, kappa = ratios(
             sums, table, table_strides, given, strides, k, i_at, n, inside, rows, width, numbers,
-            mode,
+            mode, WIDE,
         )  # fmt: skip
         row = first + step
         mean, std = tl.zeros((STEPS, 1), tl.float64), tl.full((STEPS, 1), 1.0, tl.float64)
         if mode.statistics:
             mean = tl.load(out.spread + row, mask=row < steps, other=0.0)
             std = tl.load(out.spread + steps + row, mask=row < steps, other=1.0)
-        excess, outer, inner, by_std = normalize_finite(
-            log_ratio, kl_old, u, finite, s, mean, std, numbers, mode
-        )
-        if given.step_weights is not None:
-            weight = given_at(given.step_weights, strides.step_weights, k, i_at, inside)
+        dt = step_coefficient(table, table_strides, 4, k, i_at)
+        excess, outer, inner, by_std, finite = consider(
+            log_ratio, kl_old, u, finite, advantage, step_weight, dt, s, mean, std, numbers, mode,
+            WIDE,
+        )  # fmt: skip
+        if step_weight is not None:
+            weight = step_weight
         elif mode.balance == INVERSE_RATIO:
             weight = inverse_rho(excess, numbers) / total[None, :]
         else:
-            dt = step_coefficient(table, table_strides, 4, k, i_at)
             weight = independent_weight(dt, finite_steps[None, :], mode)
         weight = tl.where(finite, weight, 0.0)
         surrogate, slope, clipped, high, low = surrogate_of(excess, advantage, numbers)
@@ -253,10 +307,10 @@ def evaluate(
         tl.store(out.per_row + 2 * rows + n, weight.to(narrow), mask=inside)
         tl.store(out.per_row + 3 * rows + n, kl.to(narrow), mask=inside)
         m, here = out.metrics + row, row < steps
-        tl.store(m, over(u, finite).to(narrow), mask=here)
-        tl.store(m + steps, spread_over(u, finite).to(narrow), mask=here)
-        tl.store(m + 2 * steps, over(excess, finite).to(narrow), mask=here)
-        tl.store(m + 3 * steps, spread_over(excess, finite).to(narrow), mask=here)
+        tl.store(m, mean_over(u, finite, WIDE).to(narrow), mask=here)
+        tl.store(m + steps, spread_over(u, finite, WIDE).to(narrow), mask=here)
+        tl.store(m + 2 * steps, mean_over(excess, finite, WIDE).to(narrow), mask=here)
+        tl.store(m + 3 * steps, spread_over(excess, finite, WIDE).to(narrow), mask=here)
         tl.store(m + 4 * steps, over(clipped.to(tl.float64), finite).to(narrow), mask=here)
         tl.store(m + 5 * steps, over(high.to(tl.float64), finite).to(narrow), mask=here)
         tl.store(m + 6 * steps, over(low.to(tl.float64), finite).to(narrow), mask=here)

@@ -188,8 +188,8 @@ def rows_kernel(
     if PADDED > 1:
         combine(partial, sums, row, 1, rows, segments, PADDED)
     c1, c2, c3 = independent_coefficients(
-        sums, table, table_strides, given, given_strides, k, i, numel, steps, batch,
-                    numbers, mode,
+        sums, table, table_strides, given, given_strides, out, k, i, numel, steps, batch,
+        numbers, mode,
     )  # fmt: skip
     store_coefficients(written, row, rows, c1, c2, c3)
     if RESIDENT:

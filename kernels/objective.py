@@ -69,11 +69,21 @@ def number(of):
 
 LOG_SQRT_2PI = tl.constexpr(0.91893853320467274178)
 LARGEST = tl.constexpr(1.7976931348623157e308)
+LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
 def is_finite(x):
     return tl.abs(x) <= LARGEST
+
+
+@triton.jit
+def fits(x, WIDE: tl.constexpr):
+    """Whether a result can represent x. What it cannot represent counts as not finite.
+
+    WIDE: whether results are float64, else float32.
+    """
+    return tl.abs(x) <= (LARGEST if WIDE else LARGEST_FLOAT)
 
 
 @triton.jit
@@ -96,7 +106,7 @@ def normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode):
         outer, inner = 1.0 + excess, s
     elif mode.ratio_norm == STANDARDIZE:
         target_std = number(numbers.target_std)
-        spread = std > number(numbers.std_floor)
+        spread = (std <= number(numbers.std_floor)) == 0  # also if the std is NaN
         denominator = tl.where(spread, std, target_std)
         excess = target_std * ((u - mean) / denominator)
         outer, inner = target_std / denominator, 1.0 + u
@@ -109,7 +119,10 @@ def normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode):
 
 
 @triton.jit
-def ratio_of(s1, s2, ref, advantage, old_log_prob, s, kappa, numel, numbers, mode):
+def ratio_of(
+    s1, s2, ref, advantage, step_weight, old_log_prob, s, kappa, numel, numbers, mode,
+    WIDE: tl.constexpr,
+):  # fmt: skip
     """``log r``, ``kl_old``, the reference model's KL, ``u = expm1(log r)``, and whether finite."""
     scale = scale_of(kappa, numel, mode)
     kl = ref / (2 * s * s * numel)
@@ -124,12 +137,14 @@ def ratio_of(s1, s2, ref, advantage, old_log_prob, s, kappa, numel, numbers, mod
         log_ratio = scale * (2 * s1 - s2)
         kl_old = scale * s2
     u = expm1(log_ratio)
-    finite = is_finite(log_ratio) & is_finite(advantage) & is_finite(u)
+    finite = fits(log_ratio, WIDE) & fits(u, WIDE) & is_finite(advantage)
+    if step_weight is not None:
+        finite = finite & is_finite(step_weight)
     if mode.kl:
-        finite = finite & is_finite(kl)
+        finite = finite & fits(kl, WIDE)
     if mode.debiased:
         excess, _, _, _ = normalize(log_ratio, kl_old, u, s, 0.0, 1.0, numbers, mode)
-        finite = finite & is_finite(excess)
+        finite = finite & fits(excess, WIDE)
     return log_ratio, kl_old, kl, u, finite
 
 
@@ -147,6 +162,18 @@ def independent_weight(dt, finite_steps, mode):
         weight = 1.0 / (finite_steps * tl.abs(dt))
     else:
         weight = 1.0 / finite_steps
+    return weight
+
+
+@triton.jit
+def largest_weight(step_weight, dt, mode):
+    """A transition's weight, or what it is at most: how many steps are finite is not known yet."""
+    if step_weight is not None:
+        weight = step_weight
+    elif mode.balance == INVERSE_DT:
+        weight = 1.0 / tl.abs(dt)
+    else:
+        weight = 1.0
     return weight
 
 

@@ -107,7 +107,7 @@ def test_numbers_of_another_type(name):
 
 
 def test_detach_stats_needs_a_bool():
-    with pytest.raises(TypeError, match="`detach_stats` is 1; it needs a bool"):
+    with pytest.raises(TypeError, match="`detach_stats` is 1 \\(int\\); it needs a bool"):
         go.GuardConfig(detach_stats=1)
 
 

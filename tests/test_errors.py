@@ -151,8 +151,8 @@ OPERAND_ERRORS = [
     (
         "seeded",
         {"seed": 7},
-        ValueError,
-        "`seed` is the int 7 for 3 steps; it needs the rollout's seeds, philox_seed(seed, (K, B))",
+        TypeError,
+        "`seed` is 7 (int); it needs the rollout's seeds, philox_seed(seed, (K, B)), or [k] of them",
     ),
     (
         "seeded",
@@ -188,7 +188,7 @@ OPERAND_ERRORS = [
         "velocity",
         {"model_output_uncond": zeros(*FULL), "guidance_scale": "2"},
         TypeError,
-        "`guidance_scale` is a str; it needs a float",
+        "`guidance_scale` is '2' (str); it needs a number",
     ),
     (
         "velocity",

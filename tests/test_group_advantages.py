@@ -75,7 +75,7 @@ def test_large_rewards_close_together_keep_their_digits():
         (
             (torch.tensor([1, 2]),),
             TypeError,
-            "`rewards` has dtype torch.int64; it needs a floating",
+            "`rewards` has dtype torch.int64; it needs float64, float32",
         ),
         (([1.0, 2.0],), TypeError, "`rewards` is a list; it needs a tensor"),
         ((torch.zeros(2, 3),), ValueError, "`rewards` has shape (2, 3); it needs [B], B > 0"),

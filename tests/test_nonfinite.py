@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from problems import problem, run, without_advantages
+from problems import largest, problem, run, without_advantages
 
 import guard_ops as go
 from guard_ops.config import RATIO_NORMS
@@ -238,3 +238,155 @@ def test_many_bad_elements_and_chunks(numel, fused_backend):
         _, grad = run(given, config)
         assert grad[1, 0].isnan().all()
         assert grad.isnan().sum() == numel
+
+
+# ---- what a result cannot represent -------------------------------------------------------------
+
+LARGE = {torch.float32: 89.0, torch.float64: 710.0}  # log-ratios whose ratio has no such number
+FITS = {torch.float32: 80.0, torch.float64: 700.0}  # and those of a ratio that has
+
+
+def with_log_ratio(value, dtype, *, norm, balance="none", nonfinite="drop", **more):
+    """A problem of [2, 4] one-element latents; transition (1, 2) has about that log-ratio."""
+    given = problem("velocity", steps=2, latent=(1,), dtype=dtype, drift=0.01)
+    coeffs = given["coeffs"]
+    k, i = 1, 2
+    # delta = b (v - v_old) along e: log r = kappa (2 delta e - delta^2), largest where delta = e
+    size = math.sqrt(value / coeffs.kappa[k].item())
+    x, old = given["sample"][k, i], given["old_model_output"][k, i]
+    mean = coeffs.a[k] * x.double() + coeffs.b[k] * old.double()
+    given["prev_sample"][k, i] = (mean + size).to(dtype)
+    given["model_output"][k, i] = (old.double() + size / coeffs.b[k]).to(dtype)
+    given["advantages"] = torch.tensor([1.0, 0.5, -1.0, -0.3], dtype=dtype)
+    config = go.GuardConfig(norm, balance=balance, nonfinite=nonfinite, **more)
+    return given, config
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_ratio_that_no_result_can_represent_is_dropped_and_counted(dtype, norm, balance, backend):
+    given, config = with_log_ratio(LARGE[dtype], dtype, norm=norm, balance=balance)
+    out, grad = run(given, config)
+    assert out.log_ratio[HIT].item() == pytest.approx(LARGE[dtype], rel=1e-3)
+    assert out.metrics.nonfinite.tolist() == [0, 1]
+    assert out.loss.isfinite()
+    assert torch.equal(grad[HIT], torch.zeros_like(grad[HIT]))
+    assert grad.isfinite().all()
+    assert out.excess.isnan().nonzero().tolist() == [list(HIT)]
+
+
+@pytest.mark.parametrize("norm", ["none", "standardize"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_ratio_that_a_result_can_represent_takes_part(dtype, norm, backend):
+    """Its square overflows, its statistics do not: u is about e^700, and the std 0.43 of it."""
+    given, config = with_log_ratio(FITS[dtype], dtype, norm=norm)
+    out, _ = run(given, config)
+    assert out.metrics.nonfinite.tolist() == [0, 0]
+    if norm == "standardize":  # one of four is far out: r_hat - 1 is sqrt(3), and -1 / sqrt(3)
+        expected = torch.tensor([-1.0, -1.0, 3.0, -1.0], dtype=dtype) / math.sqrt(3)
+        assert largest(out.excess[1], expected) < 1e-6
+    else:
+        assert out.excess[HIT].item() == pytest.approx(
+            math.expm1(out.log_ratio[HIT].item()), rel=1e-4
+        )
+    assert out.metrics.ratio_std[1].item() == pytest.approx(
+        math.expm1(out.log_ratio[HIT].item()) * math.sqrt(3) / 4, rel=1e-4
+    )
+    assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("log_ratio", [89.0, 400.0])
+def test_statistics_leave_out_what_the_call_leaves_out(log_ratio, backend):
+    """Statistics of the call, and statistics from elsewhere, of the same float32 log-ratios."""
+    given, config = with_log_ratio(log_ratio, torch.float32, norm="standardize")
+    expected, grad = run(given, config)
+    statistics = go.RatioStatistics(2).update(expected.log_ratio)
+    out, got = run(given, config, statistics=statistics)
+    assert statistics.count.tolist() == [4, 3]
+    assert out.metrics.nonfinite.tolist() == expected.metrics.nonfinite.tolist() == [0, 1]
+    assert largest(out.excess.nan_to_num(), expected.excess.nan_to_num()) < 1e-6
+    assert largest(got, grad) <= 1e-6 * grad.abs().max()
+
+
+def test_a_loss_that_no_result_can_represent_is_dropped_and_counted(backend):
+    """Through the advantage, the step weight, and a statistic: the ratio itself is ordinary."""
+    given = problem("velocity", steps=2, dtype=torch.float32)
+    huge = {"advantages": torch.zeros(2, 4), "step_weights": torch.ones(2, 4)}
+    for name, other in (("advantages", "step_weights"), ("step_weights", "advantages")):
+        bad = {key: value.clone() for key, value in huge.items()}
+        bad["advantages"] += 1
+        bad[name][HIT], bad[other][HIT] = 3e38, 10.0
+        config = go.GuardConfig("none", adv_clip=INF, nonfinite="drop")
+        out, grad = run({**given, **bad}, config)
+        assert out.metrics.nonfinite.tolist() == [0, 1], name
+        assert out.loss.isfinite()
+        assert torch.equal(grad[HIT], torch.zeros_like(grad[HIT]))
+        assert grad.isfinite().all()
+
+
+# ---- poison in what is no latent ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("norm, balance", MODES)
+def test_a_step_weight_that_is_not_finite_stays_in_its_transition(
+    norm, balance, value, nonfinite, backend
+):
+    given = problem("velocity", dtype=torch.float32)
+    config = configured(norm, balance, nonfinite)
+    weights = torch.full((3, 4), 0.5)
+    bad = weights.clone()
+    bad[HIT] = value
+    out, grad = run(given, config, step_weights=bad)
+    nan_advantage = poisoned(given, "advantages", NAN)  # which takes the transition out in any case
+    expected, expected_grad = run(nan_advantage, config, step_weights=weights)
+    assert out.metrics.nonfinite.tolist() == [0, 1, 0]
+    assert torch.equal(grad, expected_grad) or torch.equal(grad.isnan(), expected_grad.isnan())
+    assert torch.equal(grad.nan_to_num(), expected_grad.nan_to_num())
+    assert torch.equal(out.excess.nan_to_num(), expected.excess.nan_to_num())
+    assert torch.equal(out.loss.nan_to_num(), expected.loss.nan_to_num())
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "drop"])
+@pytest.mark.parametrize(
+    "poison, value", [("mean", NAN), ("mean", INF), ("mean", -INF), ("std", NAN)]
+)
+def test_statistics_that_are_not_finite_stay_in_their_step(poison, value, nonfinite, backend):
+    given = problem("velocity", dtype=torch.float32)
+    config = configured("standardize", "inverse_ratio", nonfinite)
+    good = go.RatioStatistics(3).update(go.log_ratio(**without_advantages(given)).log_ratio)
+    bad = go.RatioStatistics(3)
+    bad.load_state_dict({name: x.clone() for name, x in good.state_dict().items()})
+    (bad.mean if poison == "mean" else bad.root_m2)[1] = value
+    out, grad = run(given, config, statistics=bad)
+    assert out.metrics.nonfinite.tolist() == [0, 4, 0]
+    nothing = given["advantages"].expand(3, 4).clone()
+    nothing[1] = NAN
+    _, expected = run({**given, "advantages": nothing}, config, statistics=good)
+    assert torch.equal(grad[[0, 2]], expected[[0, 2]])
+    assert out.loss.isfinite() == (nonfinite == "drop")
+
+
+def test_poison_in_any_number_of_a_call_reaches_no_other_transition(backend):
+    """Every operand that is not a constant of the host, once, beside the latents' own tests."""
+    given = problem("log-prob", reference=True, guided=True, dtype=torch.float32)
+    config = go.GuardConfig("standardize", kl_beta=0.1, nonfinite="drop")
+    given["step_weights"] = torch.full((3, 4), 0.3)
+    given["advantages"] = given["advantages"].expand(3, 4).clone()
+    tensors = [n for n, x in given.items() if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 8
+    for name in tensors:
+        out, grad = run({**given, name: poisoned_anywhere(given[name])}, config)
+        assert out.metrics.nonfinite.tolist() == [0, 1, 0], name
+        bad = out.excess.isnan()
+        assert bad.nonzero().tolist() == [list(HIT)], name
+        assert out.loss.isfinite(), name
+        assert grad.isfinite().all(), name
+
+
+def poisoned_anywhere(value):
+    bad = value.clone()
+    bad.reshape(3, 4, -1)[(*HIT, 0)] = NAN
+    return bad

@@ -129,11 +129,19 @@ def test_a_seed_is_the_noise_it_stands_for(backend):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-14)
 
 
-def test_an_int_seeds_one_step(backend):
+def test_steps_of_a_rollout_draw_different_noise(backend):
+    seeds, x = go.philox_seed(3, (2, 4)), torch.zeros(4, 1024)
+    first, second = (go.sde_step(x, x, ONE, seed=seeds[k]).prev_sample for k in range(2))
+    correlation = (first * second).mean() / (first.std() * second.std())
+    assert abs(correlation.item()) < 4 / 64  # 4096 pairs, four standard deviations
+
+
+def test_an_int_is_refused_as_it_would_draw_the_same_noise_at_every_step(backend):
     x = torch.zeros(4, 33)
-    step = go.sde_step(x, x, ONE, seed=3)
-    assert torch.equal(step.prev_sample, drawn(go.philox_seed(3, (4,)), 33))
-    assert step.noise is None
+    with pytest.raises(TypeError, match=r"`seed` is 3 \(int\); it needs the rollout's seeds, phil"):
+        go.sde_step(x, x, ONE, seed=3)
+    with pytest.raises(TypeError, match=r"an int would give every step the same noise"):
+        go.guard_loss(x, advantages=x[:, 0], coeffs=ONE, old_model_output=x, seed=3)
 
 
 @pytest.mark.parametrize(

@@ -165,12 +165,12 @@ def test_bad_indices(index, exception, message):
         (
             (torch.ones(2, 2),),
             ValueError,
-            "`sigmas` is a torch.float32 tensor of shape (2, 2); it needs one dimension of floats",
+            "`sigmas` is a torch.float32 tensor of shape (2, 2) on cpu; it needs one dimension",
         ),
         (
             (torch.tensor([1, 0]),),
             ValueError,
-            "`sigmas` is a torch.int64 tensor of shape (2,); it needs one dimension of floats",
+            "`sigmas` is a torch.int64 tensor of shape (2,) on cpu; it needs one dimension of",
         ),
         (
             (SIGMAS, 0.7, "ddim"),
@@ -266,3 +266,154 @@ def test_coefficients_of_ones_own():
 def test_bad_coefficients(changes, exception, message):
     with pytest.raises(exception, match=re.escape(message)):
         ones(**changes)
+
+
+# ---- sigmas that are 1 but for rounding or a margin --------------------------------------------
+
+
+def flux_sigmas(shift: float, steps: int) -> torch.Tensor:
+    t = torch.linspace(1, 0, steps + 1)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sane(schedule: go.SdeSchedule) -> bool:
+    """Whether the first step draws noise of about eta, and moves towards the mean."""
+    first = schedule[0]
+    eta = schedule.noise_level
+    return 0 < first.s.item() <= 1.01 * eta and 0 < first.a.item() <= 1
+
+
+def test_rounding_of_the_first_sigma_changes_nothing():
+    """Shifts of 241 token counts: exp of a linear function of 256 ... 4096 tokens, as FLUX has it.
+
+    In float32 sigma[0] comes out as 1, 0.99999994 or 1.0000001.
+    """
+    first = set()
+    for tokens in range(256, 4097, 16):
+        shift = math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
+        sigmas = flux_sigmas(shift, 10)
+        first.add(sigmas[0].item())
+        step = go.SdeSchedule(sigmas)[0]
+        exact = go.SdeSchedule([1.0, *sigmas[1:].tolist()])[0]
+        assert torch.allclose(
+            step.table[:3], exact.table[:3], rtol=1e-5, atol=0
+        )  # 6e-8 of a dt of 0.05
+        assert step.s.item() == pytest.approx(0.7, rel=1e-6)
+    assert min(first) < 1 < max(first)  # else this tests nothing
+
+
+def test_a_sigma_that_rounding_put_above_one_is_one():
+    assert go.SdeSchedule([1.0000001, 0.5, 0.0]).sigmas[0] == 1.0
+    with pytest.raises(ValueError, match=r"`sigmas\[0\]` is 1.00001; a flow's sigmas lie within"):
+        go.SdeSchedule([1.00001, 0.5, 0.0])
+
+
+def test_a_first_sigma_that_is_far_enough_from_one_keeps_the_formula():
+    """A short first step, one that is not the first, and one that begins too far from 1."""
+    for sigmas, k in (([0.999, 0.9985, 0.5], 0), ([1.0, 0.9995, 0.5], 1), ([0.99, 0.5, 0.0], 0)):
+        sigma, following = sigmas[k], sigmas[k + 1]
+        std = 0.7 * math.sqrt(sigma / (1 - sigma))
+        got = go.SdeSchedule(sigmas)[k].s.item()
+        assert got == pytest.approx(std * math.sqrt(sigma - following), rel=1e-12)
+
+
+FLOWS = {
+    "FlowMatchEulerDiscreteScheduler": lambda shift: {"shift": shift},
+    "FlowMatchLCMScheduler": lambda shift: {"shift": shift},
+    "UniPCMultistepScheduler": lambda shift: {"flow_shift": shift},
+    "DPMSolverMultistepScheduler": lambda shift: {"flow_shift": shift},
+    "DPMSolverSinglestepScheduler": lambda shift: {"flow_shift": shift},
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_every_flow_scheduler_of_diffusers_begins_sanely(name):
+    diffusers = pytest.importorskip("diffusers")
+    for shift in (1.0, 1.15, 1.726405785426307, 3.0, 5.0, 8.0, 12.0):
+        settings = FLOWS[name](shift)
+        if "flow_shift" in settings:
+            settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        scheduler = getattr(diffusers, name)(**settings)
+        for steps in (4, 8, 10, 20, 28, 50):
+            scheduler.set_timesteps(steps)
+            assert sane(go.SdeSchedule.from_scheduler(scheduler)), (shift, steps)
+
+
+def test_flux_dynamic_shifts_begin_sanely():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    for tokens in range(256, 4097, 192):
+        mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+        for steps in (10, 28, 50):
+            line = torch.linspace(1, 1 / steps, steps).tolist()
+            scheduler.set_timesteps(sigmas=line, mu=mu)
+            assert sane(go.SdeSchedule.from_scheduler(scheduler)), (tokens, steps)
+
+
+@pytest.mark.parametrize("name", ["DEISMultistepScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_a_scheduler_that_repeats_sigmas_is_refused_with_the_remedy(name):
+    diffusers = pytest.importorskip("diffusers")
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    scheduler = getattr(diffusers, name)(**(flow if name.startswith("DEIS") else {}))
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match=rf"`scheduler` is a {name}, .*unique_consecutive\(\)"):
+        go.SdeSchedule.from_scheduler(scheduler)
+    assert sane(go.SdeSchedule(scheduler.sigmas.unique_consecutive()))
+
+
+def test_a_scheduler_before_set_timesteps_is_refused():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(
+        ValueError, match=r"with the 1000 sigmas of its training; call its set_time"
+    ):
+        go.SdeSchedule.from_scheduler(scheduler)
+
+
+# ---- numbers of which no table can be made ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sigmas, noise_level, number",
+    [
+        ([1.0, 0.8, 0.0], 1e-155, "kappa"),
+        ([1.0, 0.8, 0.0], 1e160, "a"),
+        ([5e-324, 0.0], 0.7, "kappa"),
+    ],
+)
+def test_a_table_that_is_not_finite_is_refused(sigmas, noise_level, number):
+    message = rf"`noise_level` is {noise_level} and .* step 0's {number} is not a finite number"
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        go.SdeSchedule(sigmas, noise_level)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_coefficients_are_constants(name):
+    numbers = dict(zip(FIELDS, go.SdeSchedule([0.9, 0.5])[:].table, strict=True))
+    numbers[name] = numbers[name].clone().requires_grad_()
+    with pytest.raises(ValueError, match=f"`{name}` requires grad but coefficients are constants"):
+        go.StepCoefficients(**numbers)
+    with torch.no_grad():
+        go.StepCoefficients(**numbers)
+
+
+def test_a_schedule_made_while_a_model_is_only_described_has_its_numbers():
+    expected = go.SdeSchedule([0.9, 0.5, 0.0])
+    with torch.device("meta"):
+        schedule = go.SdeSchedule([0.9, 0.5, 0.0])
+    assert schedule.device.type == "cpu"
+    assert torch.equal(schedule[:].table, expected[:].table)
+    assert go.SdeSchedule([0.9, 0.5], device="meta")[0].s.device.type == "meta"
+
+
+@pytest.mark.parametrize("device", ["", "gpu", 7.0, -1, b"cpu"])
+def test_what_names_no_device_is_refused(device):
+    for make in (
+        lambda: go.SdeSchedule([0.9, 0.5], device=device),
+        lambda: go.SdeSchedule([0.9, 0.5]).to(device),
+        lambda: go.SdeSchedule([0.9, 0.5])[0].to(device),
+        lambda: go.philox_seed(1, (2,), device),
+        lambda: go.RatioStatistics(2, device),
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"`device` is "):
+            make()

@@ -153,9 +153,8 @@ def zeros(*shape, **options):
         ),
         ({"noise": zeros(4)}, ValueError, "`noise` has shape (4,) but `model_output` (4, 6, 5)"),
         ({"noise": zeros(4, 6, 5, dtype=torch.int8)}, TypeError, "`noise` has dtype torch.int8"),
-        ({"seed": -1}, ValueError, "`seed` is -1; it needs 0 <= seed < 2**63"),
-        ({"seed": 2**63}, ValueError, "`seed` is 9223372036854775808; it needs 0 <= seed < 2**63"),
-        ({"seed": 1.5}, TypeError, "`seed` is 1.5 (float); it needs an int"),
+        ({"seed": 1.5}, TypeError, "`seed` is 1.5 (float); it needs the rollout's seeds"),
+        ({"generator": 0}, TypeError, "`generator` is a int; it needs a torch.Generator"),
         ({"reduction": "avg"}, ValueError, "`reduction` is 'avg'; it needs one of mean, sum"),
         (
             {"model_output": zeros(4, 6, 5, requires_grad=True)},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from contextvars import ContextVar
 from types import ModuleType, TracebackType
 
 import torch
@@ -20,12 +21,11 @@ from .. import callers, extension
 ORDER = ("cuda", "triton", "cpu", "reference")
 
 _loaded: dict[str, ModuleType] = {}
-# What select() found, by the backend that was asked for then: another thread may change that while
-# this one is still looking.
+# What select() found, by the backend that was asked for.
 _chosen: dict[tuple[str | None, torch.device], ModuleType] = {}
 _unavailable: dict[str, str] = {}
-_forced: str | None = None
 _warned: set[str] = set()
+_latest: str | None = None  # the latest name that was forced anywhere
 
 
 def _load() -> None:
@@ -49,22 +49,25 @@ def unavailable_backends() -> dict[str, str]:
 class use_backend:
     """Run every op on one backend, from now on or for a ``with`` block.
 
+    It holds for the thread that calls it, and in asyncio for the task: it is a context variable
+    (``contextvars``), so that two threads' blocks do not end each other's.
+
     Args:
         name: one of :func:`available_backends`, or None to choose by device again. The environment
-            variable ``GUARD_OPS_BACKEND`` sets the same at import.
+            variable ``GUARD_OPS_BACKEND`` sets it for all threads, at import.
 
     Raises:
         ValueError: this installation lacks the backend; the message says why.
     """
 
     def __init__(self, name: str | None) -> None:
-        global _forced
-        if name is not None and name not in _loaded:
-            reason = _unavailable.get(name, "there is no such backend")
+        if name is not None and (not isinstance(name, str) or name not in _loaded):
+            reason = _unavailable.get(str(name), "there is no such backend")
             raise ValueError(
                 f"`name` is {name!r}: {reason}; available: {', '.join(available_backends())}"
             )
-        self._previous, _forced = _forced, name
+        self._previous = _forced.get()
+        _force(name)
 
     def __enter__(self) -> None:
         return None
@@ -75,15 +78,30 @@ class use_backend:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _forced
-        _forced = self._previous
+        _force(self._previous)
+
+
+def _force(name: str | None) -> None:
+    global _latest
+    _latest = name
+    _forced.set(name)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _forced_while_tracing(latest: str | None) -> str | None:
+    """A context variable cannot be traced, so its value is a constant of what is compiled.
+
+    ``latest`` is a plain variable, whose value torch.compile checks before it runs what it has
+    compiled; so a change of the context variable is seen.
+    """
+    return _forced.get()
 
 
 def select(device: torch.device) -> ModuleType:
     """The backend module for tensors on ``device``."""
-    forced = _forced
     if torch.compiler.is_compiling():
-        return _find(forced, device)
+        return _find(_forced_while_tracing(_latest), device)
+    forced = _forced.get()
     found = _chosen.get((forced, device))
     if found is None:
         found = _chosen[forced, device] = _find(forced, device)
@@ -128,5 +146,6 @@ def _warn_slow(device: torch.device) -> None:
 
 
 _load()
+_forced: ContextVar[str | None] = ContextVar("guard_ops_backend", default=None)
 if name := os.environ.get("GUARD_OPS_BACKEND"):
     use_backend(name)

@@ -92,9 +92,17 @@ def scaled(
     Nothing is written if ``factor`` is 1. A device finds that out itself, so the host does not wait
     for the number; a number that the host has spares it the operator.
     """
-    if factor.device.type != "cpu" or factor.item() != 1:
+    if not _is_one(factor):
         _ops.scaled_(*grads, factor, sum_grads, *transitions(), cond, uncond)
     return tuple(grads)
+
+
+def _is_one(factor: Tensor) -> bool:
+    """Whether the host knows that it is 1."""
+    try:
+        return factor.device.type == "cpu" and factor.item() == 1
+    except RuntimeError:  # a number that is only traced (FakeTensorMode, make_fx) has no value
+        return False
 
 
 @torch.library.register_fake("guard_ops::sums")
