@@ -1,4 +1,4 @@
-"""The tensors of a drawn case: a rollout in float64, rounded to the operands' dtypes and laid out."""
+"""The tensors of a drawn case: a rollout in float64, rounded to its dtypes and laid out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ import guard_ops as go
 
 
 def arguments(case: Case, reduction: str = "mean") -> dict[str, Any]:
-    """What ``log_ratio`` takes, but for ``reduction``; numbers follow from ``case.seed``."""
+    """What ``log_ratio`` and a KL term take; numbers follow from ``case.seed``."""
+    return poison(case, _arguments(case, reduction))
+
+
+def _arguments(case: Case, reduction: str) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(case.seed)
     leading = (case.batch,) if case.one_step else (case.steps, case.batch)
     shape = (*leading, *case.latent)
@@ -34,7 +38,9 @@ def arguments(case: Case, reduction: str = "mean") -> dict[str, Any]:
     if case.form == "seeded":
         from philox_truth import normals
 
-        values["noise"] = normals(seed.reshape(-1, case.batch, 2), math.prod(case.latent)).view(shape)
+        values["noise"] = normals(seed.reshape(-1, case.batch, 2), math.prod(case.latent)).view(
+            shape
+        )
     old = case.magnitude * normal(*shape)
     old_dtype = case.dtypes.get("old_model_output", torch.float64)
     old = old.to(old_dtype).double()
@@ -80,12 +86,12 @@ def arguments(case: Case, reduction: str = "mean") -> dict[str, Any]:
         given["old_log_prob"] = _old_log_prob(case, coeffs, values, mean, reduction, leading, draw)
     if case.guidance_scale is not None:
         given["guidance_scale"] = case.guidance_scale
-    return poison(case, given)
+    return given
 
 
 def loss_arguments(case: Case, config: go.GuardConfig, options: dict[str, Any]) -> dict[str, Any]:
     """What ``guard_loss`` takes."""
-    given = arguments(case, config.reduction) | {"config": config}
+    given = _arguments(case, config.reduction) | {"config": config}
     if not config.kl_beta:
         del given["ref_model_output"]
     draw = torch.Generator().manual_seed(case.seed + 1)
@@ -100,7 +106,7 @@ def loss_arguments(case: Case, config: go.GuardConfig, options: dict[str, Any]) 
         steps = None if case.one_step else case.steps
         seen = 0.1 * torch.randn(*leading[:-1], 9, generator=draw, dtype=torch.float64)
         given["statistics"] = go.RatioStatistics(steps).update(seen)
-    return poison(case, given, only="advantages")
+    return poison(case, given)
 
 
 def coefficients(case: Case, draw: torch.Generator) -> go.StepCoefficients:
@@ -134,22 +140,20 @@ def laid_out(value: Tensor, layout: str, case: Case) -> Tensor:
     return around[where]
 
 
-def poison(case: Case, given: dict[str, Any], only: str | None = None) -> dict[str, Any]:
-    """With what is not finite where ``case.poisons`` say."""
+def poison(case: Case, given: dict[str, Any]) -> dict[str, Any]:
+    """With what is not finite where ``case.poisons`` say: step, sample, element."""
     for name, k, i, element, bad in case.poisons:
-        if name not in given or (name == "advantages") != (only == "advantages"):
+        if name not in given:
             continue
-        value = given[name]
-        if 0 in value.stride() and value.numel() > 1:
-            value = value.clone()
-        leading = value.shape[: 1 if case.one_step else 2]
-        if name == "advantages":
-            where: tuple[int, ...] = tuple(n % m for n, m in zip((k, i), value.shape, strict=False))
-        else:
-            where = (k % leading[0],) if case.one_step else (k % leading[0], i % leading[1])
-            for size in value.shape[len(leading) :]:
-                where = (*where, element % size)
-        value[where] = bad
+        if name == "statistics":
+            mean = given[name].mean.clone()
+            mean.view(-1)[k % mean.numel()] = bad
+            given[name].mean = mean
+            continue
+        value = given[name].clone() if 0 in given[name].stride() else given[name]
+        leading = min(value.ndim, 1 if case.one_step else 2)
+        where = (k, i)[-leading:] + (element,) * (value.ndim - leading)  # [B] has no step
+        value[tuple(n % size for n, size in zip(where, value.shape, strict=True))] = bad
         given[name] = value
     return given
 
@@ -167,7 +171,9 @@ def _old_log_prob(
     y = values["prev_sample"].to(case.dtypes["prev_sample"]).double()
     square = ((y - mean) ** 2).reshape(*leading, -1)
     square = square.mean(-1) if reduction == "mean" else square.sum(-1)
-    kappa, s = (x.reshape(x.shape + (1,) * (len(leading) - x.ndim)) for x in (coeffs.kappa, coeffs.s))
+    kappa, s = (
+        x.reshape(x.shape + (1,) * (len(leading) - x.ndim)) for x in (coeffs.kappa, coeffs.s)
+    )
     log_prob = -kappa * square
     if coeffs.gaussian:
         times = 1 if reduction == "mean" else math.prod(case.latent)

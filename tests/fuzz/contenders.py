@@ -54,7 +54,9 @@ def _here(backend: str, call: operations.Call) -> Results:
         return operations.run(call)
 
 
-def _peer(environment: dict[str, str]) -> tuple[dict[str, str], Callable[[operations.Call], Results]]:
+def _peer(
+    environment: dict[str, str],
+) -> tuple[dict[str, str], Callable[[operations.Call], Results]]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])  # imported once, whatever the number of peers
     mine, theirs = context.Pipe()

@@ -12,7 +12,9 @@ from typing import Any
 def serve(pipe: Any, environment: dict[str, str]) -> None:
     """A process's life: it says which backend and instruction set it has, then answers calls."""
     os.environ.update(environment)
-    warnings.simplefilter("ignore")  # an instruction set that is absent is seen from the answer to "who"
+    warnings.simplefilter(
+        "ignore"
+    )  # an instruction set that is absent is seen from the answer to "who"
     import emulated
     import torch
 

@@ -27,7 +27,9 @@ class Format(NamedTuple):
 def format_of(dtype: torch.dtype) -> Format:
     """Arithmetic may flush numbers below the smallest normal one; 16-bit dtypes are only stored."""
     info = torch.finfo(dtype)
-    return Format(info.eps / 2, info.tiny if info.bits > 16 else info.smallest_normal * info.eps, info.max)
+    return Format(
+        info.eps / 2, info.tiny if info.bits > 16 else info.smallest_normal * info.eps, info.max
+    )
 
 
 SINGLE, DOUBLE = format_of(torch.float32), format_of(torch.float64)

@@ -106,7 +106,7 @@ def cases(
         magnitude = draw(st.sampled_from((1.0, 1.0, 1.0, 1e-3, 1e3, 1e-9, 1e9)))
     poisons: list[tuple[str, int, int, int, float]] = []
     if poisoned and draw(st.integers(0, 2)) == 0:
-        names = [*(n for n in operands if n != "ref_model_output"), "advantages"]
+        names = [*operands, "advantages", "step_weights", "statistics"]
         names += ["old_log_prob"] * (form == "log-prob")
         for _ in range(draw(st.integers(1, 2))):
             where = [draw(st.integers(0, 2**20)) for _ in range(3)]

@@ -1,5 +1,6 @@
 """ratio_norm, balance_weights, clipped_surrogate, group_advantages, RatioStatistics: [K, B]."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -25,7 +26,9 @@ def log_ratios(draw):
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     spread = draw(st.sampled_from((1e-6, 1e-2, 1.0, 30.0)))
     x = spread * torch.randn(shape, generator=random, dtype=torch.float64)
-    for bad in draw(st.lists(st.sampled_from((math.nan, math.inf, -math.inf, 95.0, 400.0, 690.0)), max_size=2)):
+    for bad in draw(
+        st.lists(st.sampled_from((math.nan, math.inf, -math.inf, 95.0, 400.0, 690.0)), max_size=2)
+    ):
         x[tuple(draw(st.integers(0, n - 1)) for n in shape)] = bad
     return x.to(draw(st.sampled_from(DTYPES)))
 
@@ -69,15 +72,16 @@ def test_ratio_norm_is_the_truth(log_ratio, norm, target_std):
 @given(log_ratio=log_ratios(), cuts=st.lists(st.integers(0, 40), max_size=4), order=st.randoms())
 def test_statistics_are_those_of_all_samples_however_they_come(log_ratio, cuts, order):
     """Welford's merge is associative and commutative up to rounding."""
-    wide = log_ratio.double()
-    steps, batch = wide.shape
-    o = SimpleNamespace(result=torch.float64)
+    steps, batch = log_ratio.shape
+    o = SimpleNamespace(result=log_ratio.dtype)
+    exact = Rounded.exact(log_ratio.double())
     try:
-        finite = truth.representable(o, Rounded.exact(wide))
-        u = Rounded.exact(torch.where(finite, wide, 0.0)).expm1()
+        finite = truth.representable(o, exact)
+        u = exact.where(finite).expm1()
         finite &= truth.representable(o, u)
     except truth.UndecidedError:
         return tally("RatioStatistics", "torch", decided=False)
+    u = u.where(finite)
     mean = truth_loss.Mean(finite)
     center = mean(u)
     # parts are merged through differences of their means, each rounded once more
@@ -93,7 +97,7 @@ def test_statistics_are_those_of_all_samples_however_they_come(log_ratio, cuts, 
         DOUBLE,
     )
     edges = [0, *sorted(c for c in set(cuts) if 0 < c < batch), batch]
-    parts = [wide[:, a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [log_ratio[:, a:b] for a, b in itertools.pairwise(edges)]
     together = go.RatioStatistics(steps)
     for part in parts:
         together.update(part)
@@ -142,6 +146,11 @@ def test_weights_and_surrogate_are_the_truth(log_ratio, config):
     tally("balance_weights, clipped_surrogate", "torch")
 
 
+def mean_and_std(values):
+    mean = math.fsum(values) / len(values)
+    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in values) / len(values))
+
+
 @examples(share=0.03)
 @given(
     size=st.sampled_from((1, 2, 3, 17, 64)),
@@ -160,23 +169,17 @@ def test_group_advantages_are_the_truth(size, prompts, scale, eps, unit, offset,
     groups = torch.randint(prompts, (size,), generator=draw) * 1000 - 7  # any int64 is a name
     if bad is not None:
         rewards[seed % size] = bad
-    numbers = [(x, g) for x, g in zip(rewards.tolist(), groups.tolist(), strict=True)]
-
-    def spread(values):
-        mean = math.fsum(values) / len(values)
-        return math.sqrt(math.fsum((x - mean) ** 2 for x in values) / len(values))
-
+    numbers, names = rewards.tolist(), groups.tolist()
+    whole = [x for x in numbers if math.isfinite(x)]
     expected = []
-    whole = [x for x, _ in numbers if math.isfinite(x)]
-    for x, group in numbers:
-        mates = [y for y, g in numbers if g == group and math.isfinite(y)]
-        if not math.isfinite(x):
+    for x, name in zip(numbers, names, strict=True):
+        mates = [y for y, g in zip(numbers, names, strict=True) if g == name and math.isfinite(y)]
+        width = {"group": mates, "batch": whole, "none": None}[scale]
+        if math.isfinite(x):
+            mean, _ = mean_and_std(mates)
+            expected.append((x - mean) / (1.0 if width is None else mean_and_std(width)[1] + eps))
+        else:
             expected.append(math.nan)
-            continue
-        std = {"group": lambda: spread(mates), "batch": lambda: spread(whole), "none": lambda: None}
-        width = std[scale]()
-        center = math.fsum(mates) / len(mates)
-        expected.append((x - center) / (1.0 if width is None else width + eps))
     largest = max((abs(x) for x in whole), default=0.0)
     value = torch.tensor(expected, dtype=torch.float64)
     floor = 1.0 if scale == "none" else eps

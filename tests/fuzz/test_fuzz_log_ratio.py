@@ -1,6 +1,5 @@
 """log_ratio and log_prob of every backend and instruction set against the truth."""
 
-import build
 import strategies
 import torch
 import truth
@@ -9,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operations import Call
 from tally import examples
+
+import build
 
 
 def cotangents(case, dtype=torch.float32):

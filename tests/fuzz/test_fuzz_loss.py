@@ -1,6 +1,5 @@
 """guard_loss and guard_loss_and_grad of every backend and instruction set against the truth."""
 
-import build
 import pytest
 import strategies
 import truth_loss
@@ -8,6 +7,8 @@ from compare import agree
 from hypothesis import given
 from operations import Call
 from tally import examples
+
+import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:guard_ops. standardize over a batch of one")
 
@@ -19,9 +20,7 @@ def test_loss_gradient_and_diagnostics_are_the_truth(op, drawn):
     case, config, options = drawn
     arguments = build.loss_arguments(case, config, options)
     factor = options["factor"] if op == "guard_loss" else 1.0
-    results = agree(
-        Call(op, arguments, factor), lambda: truth_loss.loss(arguments, config, factor)
-    )
+    results = agree(Call(op, arguments, factor), lambda: truth_loss.loss(arguments, config, factor))
     counts = {name: got["nonfinite"].tolist() for name, got in results}
     assert len(set(map(str, counts.values()))) == 1, counts
     if config.nonfinite == "drop":

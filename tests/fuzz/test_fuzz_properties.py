@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import build
 import pytest
 import strategies
 import torch
@@ -13,6 +12,7 @@ from operations import Call
 from strategies import FORMS
 from tally import examples, tally
 
+import build
 import guard_ops as go
 
 pytestmark = pytest.mark.filterwarnings("ignore:guard_ops. standardize over a batch of one")
@@ -93,12 +93,10 @@ def test_a_poison_leaves_other_samples_bits_alone(case, where, bad, which, nonfi
     if case.guidance_scale is not None:
         operands.append("model_output_uncond")
     name = operands[which % len(operands)]
-    poisoned = dataclasses.replace(case, poisons=((name, *where, bad),), shared=None)
-    clean, dirty = (simple_loss(x, config) for x in (dataclasses.replace(case, shared=None), poisoned))
-    sample = where[1] % case.batch if not case.one_step or name == "advantages" else where[0] % case.batch
-    if name == "advantages" and case.one_step:
-        sample = where[0] % case.batch
-    others = [i for i in range(case.batch) if i != sample]
+    case = dataclasses.replace(case, shared=None)
+    clean = simple_loss(case, config)
+    dirty = simple_loss(dataclasses.replace(case, poisons=((name, *where, bad),)), config)
+    others = [i for i in range(case.batch) if i != where[1] % case.batch]
     assume(others)
     given_statistics = go.RatioStatistics(None if case.one_step else case.steps)
     shape = clean["advantages"].shape
@@ -126,7 +124,7 @@ def test_a_poison_leaves_other_samples_bits_alone(case, where, bad, which, nonfi
 @examples(share=0.03)
 @given(case=strategies.cases(poisoned=False), split=st.integers(1, 32))
 def test_micro_batches_have_the_bits_of_the_whole(case, split):
-    """Row by row; the gradient is a mean over the samples, so that it is multiplied by the share."""
+    """Row by row, as the gradient is of a mean over the samples."""
     case = dataclasses.replace(case, shared=None)
     assume(case.batch > 1)
     arguments = simple_loss(case)
@@ -144,9 +142,7 @@ def test_micro_batches_have_the_bits_of_the_whole(case, split):
             }
             if case.per_transition:
                 table = arguments["coeffs"].table[:, :, start:stop]
-                part["coeffs"] = go.StepCoefficients(
-                    *table, gaussian=arguments["coeffs"].gaussian
-                )
+                part["coeffs"] = go.StepCoefficients(*table, gaussian=arguments["coeffs"].gaussian)
             parts.append(contender.run(Call("guard_loss_and_grad", part)))
         for name in ("log_ratio", "excess", "weights"):
             joined = torch.cat([p[name] for p in parts], dim)
@@ -167,7 +163,8 @@ def test_strides_change_no_bit(case, layouts):
     ran = []
     for contender in fused(plain_arguments):
         x, y = (
-            contender.run(Call("guard_loss_and_grad", a)) for a in (plain_arguments, other_arguments)
+            contender.run(Call("guard_loss_and_grad", a))
+            for a in (plain_arguments, other_arguments)
         )
         for name in x:
             assert same(x[name], y[name]), (contender.name, name)

@@ -1,6 +1,5 @@
 """sde_step of every backend and instruction set against the truth."""
 
-import build
 import strategies
 import torch
 import truth
@@ -12,6 +11,7 @@ from operations import Call
 from rounding import format_of
 from tally import examples
 
+import build
 import guard_ops as go
 
 STEPS = strategies.cases(poisoned=False, forms=("mean",), guided=False)

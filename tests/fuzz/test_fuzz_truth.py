@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import build
 import strategies
 import torch
 import truth
@@ -13,6 +12,7 @@ from operations import Call, run
 from rounding import Rounded
 from tally import examples
 
+import build
 import guard_ops as go
 
 
@@ -31,7 +31,9 @@ def test_the_gradient_is_the_derivative_of_the_loss(drawn):
     assume(bool(expected["loss"].value.isfinite()))
     (grad,) = torch.autograd.grad(expected["loss"].value, v)
     assume(bool(grad.isfinite().all()))  # torch's derivative of a std of 0 is not
-    exact = Rounded(expected["grad"].value.detach(), expected["grad"].error, expected["grad"].format)
+    exact = Rounded(
+        expected["grad"].value.detach(), expected["grad"].error, expected["grad"].format
+    )
     wrong = mismatch("grad", grad, exact)
     assert not wrong, wrong
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import philox_truth
 import torch
-from rounding import DOUBLE, SINGLE, Format, Rounded, format_of, total
+from rounding import DOUBLE, SINGLE, Rounded, format_of, total
 from torch import Tensor
 
 LOG_SQRT_2PI = math.log(math.sqrt(2 * math.pi))
@@ -89,7 +89,9 @@ class Operands:
         if self.seed is None:
             return self.latent("noise")
         z = philox_truth.normals(self.seed, self.numel)
-        error = 1e-6 if self.format == SINGLE else 1e-14  # log, sqrt and sine are each backend's own
+        error = (
+            1e-6 if self.format == SINGLE else 1e-14
+        )  # log, sqrt and sine are each backend's own
         return Rounded(z, error * z.abs().clamp(min=1), self.format)
 
     def without(self, finite: Tensor) -> Operands:
@@ -207,9 +209,7 @@ def gradient(o: Operands, terms: list[Term], finite: Tensor, missing: float | No
     return out
 
 
-def log_ratio(
-    given: dict[str, Any], reduction: str, cotangents: tuple[Tensor, Tensor]
-) -> Expected:
+def log_ratio(given: dict[str, Any], reduction: str, cotangents: tuple[Tensor, Tensor]) -> Expected:
     """``log_ratio`` and ``kl_old``, and the gradient of their products with ``cotangents``."""
     whole = Operands(given)
     raw = sums(whole, reduction)
@@ -240,4 +240,3 @@ def log_prob_of(given: dict[str, Any], y: Tensor, mean: Tensor, reduction: str) 
     square = (departure * departure).sum().to(DOUBLE)
     kappa = o.table["kappa"] / (o.numel if reduction == "mean" else 1)
     return log_density(o, -(Rounded.exact(kappa) * square), reduction)
-

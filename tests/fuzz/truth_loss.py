@@ -106,6 +106,8 @@ def loss(given: dict[str, Any], config: Any, factor: float = 1.0) -> Expected:
     whole = Operands(given)
     raw = sums(whole, config.reduction)
     finite = finite_transitions(whole, raw, config)
+    if given.get("statistics") is not None:
+        finite &= given["statistics"].mean.isfinite().reshape(-1, 1)
     o = whole.without(finite)
     t = raw if bool(finite.all()) else sums(o, config.reduction)
     u = t.log_ratio.expm1()
@@ -123,7 +125,9 @@ def loss(given: dict[str, Any], config: Any, factor: float = 1.0) -> Expected:
     clipped = (a > 0) & high | (a < 0) & low
     maybe = (a > 0) & maybe_high | (a < 0) & maybe_low
     advantage = Rounded.exact(a)
-    bounded = torch.where(clipped, excess.value.clamp(-config.clip_low, config.clip_high), excess.value)
+    bounded = torch.where(
+        clipped, excess.value.clamp(-config.clip_low, config.clip_high), excess.value
+    )
     surrogate = -(advantage * (Rounded(bounded, excess.error, DOUBLE) + 1.0))
     drop = config.nonfinite == "drop"
     samples = max(int(finite.any(0).sum()), 1) if drop else o.batch
@@ -145,7 +149,9 @@ def loss(given: dict[str, Any], config: Any, factor: float = 1.0) -> Expected:
 
     out = {"loss": value, "weights": weights, "kl": raw.kl, "log_ratio": raw.log_ratio}
     out["excess"] = excess.where(finite, math.nan)
-    out |= metrics(t, u, excess, weights, mean, (clipped, maybe), (high, maybe_high), (low, maybe_low))
+    out |= metrics(
+        t, u, excess, weights, mean, (clipped, maybe), (high, maybe_high), (low, maybe_low)
+    )
     kappa = o.table["kappa"] / (o.numel if config.reduction == "mean" else 1)
     scaled = d_log_ratio * Rounded.exact(kappa) * factor
     terms = [(2.0 * scaled, t.e)]
@@ -162,6 +168,8 @@ def finite_transitions(o: Operands, t: Sums, config: Any) -> Tensor:
     """[K, B]: whose ratio, advantage, KL and ``r_hat`` are finite in the result's dtype."""
     advantages = o.rows["advantages"]
     finite = representable(o, t.log_ratio) & advantages.isfinite()
+    if "step_weights" in o.rows:
+        finite &= o.rows["step_weights"].isfinite()
     log_ratio = t.log_ratio.where(finite)
     checked = [log_ratio.expm1()]
     if config.ratio_norm == "closed_form":
