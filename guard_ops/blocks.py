@@ -83,7 +83,7 @@ def clipped_surrogate(excess: Tensor, advantages: Tensor, *, config: GuardConfig
         raise ValueError(
             f"`advantages` has shape {tuple(advantages.shape)} but `excess` {tuple(excess.shape)}"
         )
-    _check_device("advantages", advantages.device, "excess", excess)
+    _check_device("advantages", advantages.device, "`excess`", excess)
     losses, _ = objective.surrogate(excess.double(), advantages.double(), config)
     return losses.to(excess.dtype)
 
@@ -97,12 +97,12 @@ def _check_rows(name: str, value: Tensor, like: Tensor | None = None) -> None:
             f"`{name}` has shape {tuple(value.shape)} but `log_ratio` {tuple(like.shape)}"
         )
     if like is not None:
-        _check_device(name, value.device, "log_ratio", like)
+        _check_device(name, value.device, "`log_ratio`", like)
 
 
 def _check_device(name: str, device: torch.device, other: str, like: Tensor) -> None:
     if device != like.device:
-        raise ValueError(f"`{name}` is on {device} but `{other}` on {like.device}")
+        raise ValueError(f"`{name}` is on {device} but {other} on {like.device}")
 
 
 def _row_coefficients(coeffs: StepCoefficients, rows: Tensor) -> StepCoefficients:
@@ -115,6 +115,6 @@ def _row_coefficients(coeffs: StepCoefficients, rows: Tensor) -> StepCoefficient
             f"{tuple(rows.shape)} it needs {tuple(steps)}"
             + (f" or {tuple(rows.shape)}" if steps else "")
         )
-    _check_device("coeffs", coeffs.device, "[K, B] numbers", rows)
+    _check_device("coeffs", coeffs.device, "the [K, B] numbers", rows)
     table = table.reshape(table.shape + (1,) * (rows.ndim + 1 - table.ndim))
     return StepCoefficients._of(table, coeffs.gaussian, coeffs.deterministic)

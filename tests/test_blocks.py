@@ -190,3 +190,44 @@ def test_given_step_weights_replace_the_balance(backend):
 def test_blocks_refuse_what_guard_loss_refuses(call, exception, message):
     with pytest.raises(exception, match=re.escape(message)):
         call(torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_a_ratio_whose_square_overflows_is_standardized():
+    """One of four far out: sqrt(3) and -1 / sqrt(3), whatever its size."""
+    log_ratio = torch.tensor([[0.01, -0.02, 0.03, 400.0]], dtype=torch.float64)
+    got = go.ratio_norm(log_ratio, config=go.GuardConfig.article())
+    expected = torch.tensor([[-1.0, -1.0, -1.0, 3.0]], dtype=torch.float64) / 3**0.5
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_a_float32_ratio_that_float32_cannot_represent_takes_no_part():
+    log_ratio = torch.tensor([[0.01, -0.02, 0.03, 400.0]])
+    for norm in ("none", "standardize"):
+        got = go.ratio_norm(log_ratio, config=go.GuardConfig(norm))
+        assert got.isnan().tolist() == [[False, False, False, True]]
+        rest = go.ratio_norm(log_ratio[:, :3], config=go.GuardConfig(norm))
+        assert torch.equal(got[:, :3], rest)
+
+
+@pytest.mark.parametrize("block", ["ratio_norm", "balance_weights"])
+def test_tensors_of_other_kinds_are_refused_by_name(block):
+    call = getattr(go, block)
+    name = "log_ratio" if block == "ratio_norm" else "excess"
+    with pytest.raises(TypeError, match=f"`{name}` is a sparse_coo tensor; it needs a dense one"):
+        call(torch.zeros(2, 3).to_sparse(), config=go.GuardConfig("none"))
+    with pytest.raises(
+        TypeError, match=f"`{name}` has dtype torch.float8_e4m3fn; it needs float64"
+    ):
+        call(torch.zeros(2, 3).to(torch.float8_e4m3fn), config=go.GuardConfig("none"))
+
+
+def test_tensors_on_other_devices_are_refused_by_name():
+    excess, config = torch.zeros(2, 3), go.GuardConfig("closed_form", balance="inverse_dt")
+    elsewhere = torch.zeros(2, 3, device="meta")
+    coeffs = go.SdeSchedule([0.9, 0.5, 0.1])[:]
+    with pytest.raises(ValueError, match="`advantages` is on meta but `excess` on cpu"):
+        go.clipped_surrogate(excess, elsewhere, config=config)
+    with pytest.raises(ValueError, match="`kl_old` is on meta but `log_ratio` on cpu"):
+        go.ratio_norm(excess, config=config, coeffs=coeffs, kl_old=elsewhere)
+    with pytest.raises(ValueError, match=r"`coeffs` is on meta but the .* numbers on cpu"):
+        go.balance_weights(excess, config=config, coeffs=coeffs.to("meta"))

@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from problems import problem, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import guard_ops as go
 
@@ -101,3 +103,79 @@ def test_bad_arguments(arguments, exception, message):
 def test_bad_scale():
     with pytest.raises(ValueError, match="`scale` is 'std'; it needs one of group, batch, none"):
         go.group_advantages(REWARDS, scale="std")
+
+
+def test_sixteen_thousand_samples_are_compared_within_their_groups_alone():
+    """The old way compared every pair: 256 million of them. Groups of 8, against a plain mean."""
+    torch.manual_seed(0)
+    rewards = torch.randn(2000, 8, dtype=torch.float64)
+    order = torch.randperm(16000)
+    groups = torch.arange(2000).repeat_interleave(8) * 7 - 300
+    got = go.group_advantages(rewards.flatten()[order], groups[order])
+    centred = rewards - rewards.mean(1, keepdim=True)
+    expected = centred / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
+    torch.testing.assert_close(got, expected.flatten()[order], rtol=1e-12, atol=1e-14)
+
+
+def test_memory_and_time_are_linear_in_the_samples():
+    """No tensor that is made on the way is larger than a few times the batch."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    with Watch():
+        go.group_advantages(torch.randn(1000), torch.arange(1000) % 50)
+    assert largest <= 1001
+
+
+def test_groups_without_spread_can_be_left_out_of_the_loss():
+    """Then the loss is the mean over the other samples, as if these had not been drawn."""
+    rewards = torch.tensor([0.1, 0.1, 1.0, 3.0]).double()
+    groups = torch.tensor([5, 5, 2, 2])
+    advantages = go.group_advantages(rewards, groups, without_spread="nan")
+    assert advantages.isnan().tolist() == [True, True, False, False]
+    assert go.group_advantages(rewards, groups).tolist()[:2] == [0.0, 0.0]
+    given = problem("velocity", batch=4)
+    config = go.GuardConfig.article(nonfinite="drop")
+    out, grad = run({**given, "advantages": advantages}, config)
+    rest = {n: x if n in ("coeffs", "advantages") else x[:, 2:] for n, x in given.items()}
+    expected, expected_grad = run({**rest, "advantages": advantages[2:]}, config)
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    torch.testing.assert_close(grad[:, 2:], expected_grad, rtol=1e-10, atol=1e-14)
+    assert torch.equal(grad[:, :2], torch.zeros_like(grad[:, :2]))
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_rewards_of_any_size_have_advantages(size):
+    rewards = REWARDS * size
+    close(
+        go.group_advantages(rewards, GROUPS, eps=0.0),
+        [-1, 0, 1, -math.sqrt(1.5), math.sqrt(1.5), 0],
+    )
+    close(go.group_advantages(rewards, GROUPS, scale="none") / size, [-1, 0, 1, -5, 5, 0])
+
+
+@pytest.mark.parametrize(
+    "given, exception, message",
+    [
+        ({"eps": math.nan}, ValueError, "`eps` is nan; it needs >= 0 and finite"),
+        ({"eps": -1.0}, ValueError, "`eps` is -1.0; it needs >= 0 and finite"),
+        ({"eps": "0"}, TypeError, "`eps` is '0' (str); it needs a number"),
+        ({"scale": ["group"]}, ValueError, "`scale` is a list; it needs one of group, batch, none"),
+        (
+            {"without_spread": "drop"},
+            ValueError,
+            "`without_spread` is 'drop'; it needs one of zero",
+        ),
+        ({"process_group": "all"}, TypeError, "`process_group` is a str; it needs a torch.distri"),
+    ],
+)
+def test_bad_settings(given, exception, message):
+    with pytest.raises(exception, match=re.escape(message)):
+        go.group_advantages(REWARDS, GROUPS, **given)

@@ -183,3 +183,54 @@ def test_some_of_the_steps(backend):
 def test_bad_arguments(call, exception, message):
     with pytest.raises(exception, match=message):
         call()
+
+
+def test_a_ratio_whose_square_overflows_has_a_mean_and_a_std():
+    log_ratio = torch.tensor([[0.1, 400.0], [0.1, 0.2]], dtype=torch.float64)
+    statistics = go.RatioStatistics(2).update(log_ratio)
+    half = math.exp(400) / 2
+    assert statistics.mean[0].item() == pytest.approx(half, rel=1e-12)
+    assert statistics.std[0].item() == pytest.approx(half, rel=1e-12)
+    apart = go.RatioStatistics(2).update(log_ratio[:, :1])
+    apart.merge(go.RatioStatistics(2).update(log_ratio[:, 1:]))
+    torch.testing.assert_close(apart.std, statistics.std, rtol=1e-12, atol=0)
+    torch.testing.assert_close(apart.mean, statistics.mean, rtol=1e-12, atol=0)
+
+
+def test_a_ratio_is_judged_in_the_dtype_that_it_has():
+    """A float32 result cannot represent exp(400), so a call leaves it out, and so does update."""
+    statistics = go.RatioStatistics(1).update(torch.tensor([[0.1, 400.0]]))
+    assert statistics.count.item() == 1
+    assert statistics.std.item() == 0.0
+
+
+def test_an_empty_batch_adds_nothing():
+    statistics = go.RatioStatistics(2).update(torch.zeros(2, 0))
+    assert statistics.count.tolist() == [0.0, 0.0]
+    assert statistics.std.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "call, exception, message",
+    [
+        (lambda s: s.merge(3), TypeError, r"`other` is a int; it needs RatioStatistics"),
+        (lambda s: s.decay("x"), TypeError, r"`factor` is 'x' \(str\); it needs a number"),
+        (lambda s: s["a"], TypeError, r"`k` is 'a' \(str\); it needs an int or a slice"),
+        (lambda s: s[::-1], ValueError, r"`k` is slice\(None, None, -1\); it needs a step of at"),
+        (lambda s: s.load_state_dict(3), TypeError, r"`state` is 3 \(int\); it needs what state_d"),
+        (lambda s: s.load_state_dict({"count": 1}), ValueError, r"`state` has no tensor 'count'"),
+        (
+            lambda s: s.update(torch.zeros(2, 3, device="meta")),
+            ValueError,
+            r"`log_ratio` is on meta",
+        ),
+        (
+            lambda s: s.update(torch.zeros(2, 3).to_sparse()),
+            TypeError,
+            r"`log_ratio` is a sparse_coo",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, exception, message):
+    with pytest.raises(exception, match=message):
+        call(go.RatioStatistics(2))
