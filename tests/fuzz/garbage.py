@@ -111,3 +111,9 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
     "half": lambda x: x.half(),
     "freed": _freed,
 }
+OF_FLOATS = ("requires grad", "history", "parameter", "nan", "inf", "largest", "negative zero")
+
+
+def changes(x: Tensor) -> list[str]:
+    """The names of the changes that a tensor of this dtype can have."""
+    return sorted(name for name in CHANGES if x.is_floating_point() or name not in OF_FLOATS)
