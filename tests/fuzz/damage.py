@@ -73,7 +73,7 @@ def _json(data: bytes, kind: str, where: int, value: Any) -> bytes:
         return b"\xff" + data
     try:
         whole = json.loads(data)
-    except ValueError:  # several lines
+    except (ValueError, RecursionError):  # several lines, or damaged before
         return data
     places = list(_places(whole))
     if not places:
