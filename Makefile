@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt setup.py pyproject.toml \
   scripts/toolchain.py scripts/compiling.py
 
-.PHONY: demo test test-all test-cpp test-slow test-triton test-emulated emulated-extension fuzz gpu-check \
-  lint format bench wheels wheel-check clean
+.PHONY: demo test test-all test-cpp test-arm test-arm-bits test-slow test-triton test-emulated \
+  emulated-extension fuzz sanitize gpu-check lint format bench wheels wheel-check test-versions kill-test \
+  audit clean
 
 # Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
 export PIP_NO_COMPILE = 1
@@ -21,9 +22,12 @@ test test-all test-slow test-triton test-emulated: export OMP_WAIT_POLICY = pass
 
 # The compilers do not wait for pip and mypy, which have work for one core.
 test:
-	$(MAKE) --jobs 3 lint test-cpp emulated-extension
+	$(MAKE) --jobs 3 lint test-cpp emulated-extension $(ARM_BITS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(MAKE) test-triton test-emulated
+
+# Where this machine can compile for 64-bit Arm and emulate it.
+ARM_BITS := $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64-static)),test-arm-bits)
 
 # Before a release, and after a change to kernels: what takes minutes more, such as machine code for
 # every architecture.
@@ -64,6 +68,12 @@ fuzz: $(VENV)/development $(if $(findstring cuda,$(WITH)),emulated-extension)
 	GUARD_OPS_FUZZ_CASES=$(CASES) GUARD_OPS_FUZZ_WITH="$(WITH)" $(BIN)/python -m pytest -n 2 -q tests/fuzz \
 	  --hypothesis-seed=$(SEED)
 
+# `guard-ops train` killed at random moments and resumed, until every run has ended in the bits of one
+# that was never killed: 200 kills take half an hour on 2 cores.
+KILLS ?= 200
+kill-test: $(VENV)/development
+	$(BIN)/python scripts/kill_and_resume.py --kills $(KILLS)
+
 # On a machine with a GPU: device tests and benchmarks, written to benchmarks/results. Needs no
 # network and no virtual environment: PYTHON's torch, triton, numpy, pytest, pytest-benchmark.
 gpu-check:
@@ -72,6 +82,18 @@ gpu-check:
 # The C++ tests: kernels and formulas without Python or torch.
 test-cpp: $(VENV)/tools
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/compiling.py --tests
+
+# The CPU kernels on an emulated 64-bit Arm processor: the bits that they compute, and the C++ tests.
+test-arm: $(VENV)/tools
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/arm.py
+
+test-arm-bits: $(VENV)/tools
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/arm.py --bits
+
+# The C++ tests and the operators' Python tests under the address, undefined-behaviour and thread
+# sanitizers.
+sanitize: $(VENV)/development
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/sanitizers.py
 
 emulated-extension: $(VENV)/torch
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python scripts/compiling.py --emulated
@@ -103,16 +125,31 @@ OTHER_TORCH ?= torch==2.14.1
 wheel-check: $(VENV)/development
 	GUARD_OPS_OTHER_TORCH="$(OTHER_TORCH)" $(BIN)/python -m pytest -m slow tests/test_wheels.py
 
+# The Python tests under the oldest and the newest torch and Triton; downloads gigabytes.
+test-versions:
+	$(PYTHON) scripts/test_versions.py
+
+# Known vulnerabilities of what CI installs; asks a database in the network.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet pip-audit
+	build/audit/bin/pip-audit --disable-pip --no-deps --requirement .ci/requirements.txt
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info guard_ops/_C.*.so guard_ops/_C.*.json
 
+# Under LOCKED=1, as CI has it, the versions and hashes in .ci come first, so that whatever is asked
+# for afterwards is in place. torch is of the version TORCH, and gets what it needs from there.
+locked = $(if $(LOCKED),$(BIN)/pip install --quiet --no-deps --require-hashes -r .ci/$(1))
+
 $(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
+	$(call locked,build.txt)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.25" "ninja>=1.11"
 	touch $@
 
 $(VENV)/torch: $(VENV)/tools
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet $(if $(LOCKED),--no-deps) "$(TORCH)"
 	touch $@
 
 $(VENV)/runtime: $(VENV)/torch $(SOURCES)
@@ -120,5 +157,6 @@ $(VENV)/runtime: $(VENV)/torch $(SOURCES)
 	touch $@
 
 $(VENV)/development: $(VENV)/torch $(SOURCES)
+	$(call locked,requirements.txt)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
 	touch $(VENV)/runtime $@

@@ -58,12 +58,13 @@ class CMakeBuild(build_ext):
         ]
 
 
-if "sdist" in sys.argv:  # compiles nothing, fits every torch
+# A source distribution fits every torch, and what a build requires (egg_info) is the same for all:
+# both are made where nothing can be compiled.
+if "sdist" in sys.argv or sys.argv[-1] == "egg_info":
     CHOSEN = toolchain.Toolchain(None, None, "")
 else:
     try:
         CHOSEN = toolchain.choose(os.environ)
-        toolchain.architectures(os.environ)
     except toolchain.ToolchainError as refusal:
         sys.exit(f"guard-ops: {refusal}")
 

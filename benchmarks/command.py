@@ -2,60 +2,50 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+import os
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from guard_ops.trainer.extras import require
 from guard_ops.trainer.progress import progress_bar
 
 from . import accuracy, cases, compare, console, results, step_share, suite
+from .options import SUITES
 from .results import Row
-from .workloads import CI, WORKLOADS, Workload, named
+from .workloads import CI, Workload, named
 
-SUITES = ("workloads", "ops", "accuracy", "share")
 SECONDS = {"workloads": 2.2, "ops": 0.35}  # how long a race takes, without compilation
 ACCURACY_BATCH = 32
 
 Update = Callable[[int, str], None]
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The options of ``guard-ops bench``."""
-    many: Any = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--workload", **many, help=f"any of {', '.join(WORKLOADS)}; default: all")
-    parser.add_argument("--backend", **many, help="default: all that this machine has")
-    parser.add_argument("--suite", nargs="+", choices=SUITES, default=SUITES, help="default: all")
-    parser.add_argument("--elements", type=int, help="shrink workloads to this many elements")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="write PNG and SVG plots")
-    parser.add_argument(
-        "--compare",
-        type=Path,
-        metavar="FILE",
-        help="a file of --json: say what is slower since; exit status 1 if anything is",
-    )
-
-
 def run(options: Namespace) -> int:
-    """Measure, print, write; returns 1 if ``--compare`` finds something slower."""
+    """Measure, print, write; returns 1 if ``--compare`` finds something slower.
+
+    Raises:
+        ValueError: an option cannot be followed. That is found out before anything is measured,
+            which takes minutes.
+        ModuleNotFoundError: a package of the extra ``bench`` is missing; likewise.
+    """
     workloads = named(options.workload)
     backends = suite.choose_backends(options.backend)
     device = suite.choose_device(backends)
     if options.elements is not None and options.elements < 1:
         raise ValueError(f"`--elements` is {options.elements}; it needs >= 1")
     elements = options.elements or suite.ELEMENTS[device.type]
-    for path in (options.json, options.plot):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
+    require("rich", "bench")
+    _check_written(options.json, options.plot)
+    suites = [name for name in SUITES if name in options.suite]
+    planned = plan(workloads, suites, elements, device)
     old = None
     if options.compare is not None:
         old = compare.load(options.compare)
         compare.check_machine(old, results.section([], device.type)["environment"])
-    suites = [name for name in SUITES if name in options.suite]
-    planned = plan(workloads, suites, elements, device)
+        compare.check_common(old, planned, backends)
     found = measure(planned, suites, workloads, backends, device)
     machine = {name: results.section(rows, device.type) for name, rows in found.items()}
     console.show(machine)
@@ -68,6 +58,25 @@ def run(options: Namespace) -> int:
         for path in plots.draw(machine, options.plot):
             print(f"plot: {path}")
     return 0 if old is None else _compare(old, found, planned, backends, device)
+
+
+def _check_written(numbers: Path | None, plots: Path | None) -> None:
+    """Whether ``--json`` and ``--plot`` will be able to write."""
+    folders = []
+    if numbers is not None:
+        if numbers.is_dir():
+            raise ValueError(f"`--json` is {numbers}, a folder; it needs the name of a file")
+        folders.append((numbers.parent, numbers))
+    if plots is not None:
+        if plots.exists() and not plots.is_dir():
+            raise ValueError(f"`--plot` is {plots}, a file; it needs the name of a folder")
+        require("matplotlib", "bench")
+        folders.append((plots if plots.is_dir() else plots.parent, plots))
+    for folder, path in folders:
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {folder} to write {path.name} into")
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"{folder} cannot be written into")
 
 
 def plan(
@@ -150,8 +159,4 @@ def _compare(
                 rows = _run(again, 2 * SECONDS[name], backends, device, update)
             first = compare.confirmed(first, compare.verdicts(before, rows))
         verdicts += first
-    if not verdicts:
-        raise ValueError(
-            "nothing to compare: the earlier run timed none of these kernels on these shapes"
-        )
     return console.show_verdicts(verdicts)

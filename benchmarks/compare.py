@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from guard_ops.backends import ORDER
 
-from .cases import COPY
+from .cases import COPY, Case
 from .results import Row
 from .tables import case_key
 
 SECTIONS = ("workloads", "ops")
 SAME_MACHINE = ("device", "cpu", "cores", "threads")
 LEAST = 0.05  # smaller differences between two processes come from where code and data lie
-FIELDS = ("contender", "form", "milliseconds", "noise", "scatter", "shape")
 
 Saved = dict[str, dict[str, Any]]
+
+
+def _is_text(x: object) -> bool:
+    return isinstance(x, str)
+
+
+def _is_number(x: object) -> bool:
+    """Not NaN, which json reads too, nor an integer that no float holds."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
+
+
+def _is_positive(x: Any) -> bool:
+    return _is_number(x) and x > 0
+
+
+def _is_spread(x: Any) -> bool:
+    return _is_number(x) and x >= 0
+
+
+def _is_shape(x: object) -> bool:
+    return isinstance(x, list) and all(type(n) is int and n > 0 for n in x)
+
+
+TEXTS = ("workload", "op", "stage", "form", "objective", "dtype", "case", "contender")
+# What is read of a row: what it needs to be, and whether it is that.
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(TEXTS, ("a text", _is_text)),
+    "milliseconds": ("a number > 0", _is_positive),
+    "noise": ("a number >= 0", _is_spread),
+    "scatter": ("a number >= 0", _is_spread),
+    "shape": ("a list of whole numbers > 0", _is_shape),
+}
 
 
 @dataclass(frozen=True)
@@ -59,21 +91,67 @@ def load(path: Path) -> Saved:
     """
     try:
         saved = json.loads(path.read_text())
-        for section in SECTIONS:
-            for row in saved.get(section, {"rows": []})["rows"]:
-                case_key(row)
-                [row[name] for name in FIELDS]
+        if not isinstance(saved, dict):
+            raise ValueError("it is no object of sections")
         if not any(section in saved for section in SECTIONS):
             raise ValueError(f"it has none of the sections {', '.join(SECTIONS)}")
-        return dict(saved)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for name in SECTIONS:
+            if name in saved:
+                _check_section(name, saved[name])
+        return saved
+    except (OSError, ValueError, RecursionError) as error:
         folder = path.parent
         beside = sorted(p.name for p in folder.glob("*.json")) if folder.is_dir() else []
-        why = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ValueError(
             f"cannot compare with {path}: {why}; it needs a file that `guard-ops bench --json` "
             f"wrote; JSON files in {folder}: {', '.join(beside) or 'none'}"
         ) from None
+
+
+def _check_section(name: str, section: Any) -> None:
+    """Whether :func:`check_machine` and :func:`verdicts` can take a section.
+
+    Raises:
+        ValueError: they cannot; the message names the row, counted from 0, and what is wrong.
+    """
+    if not isinstance(section, dict) or not isinstance(section.get("rows"), list):
+        raise ValueError(f"its section {name} has no list of rows")
+    if not isinstance(section.get("environment"), dict):
+        raise ValueError(f"its section {name} does not say on which machine (environment)")
+    rows = section["rows"]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} of {name} is no object")
+        for field, (needed, fits) in FIELDS.items():
+            if not fits(row.get(field)):
+                got = f"{row[field]!r:.60}" if field in row else "missing"
+                raise ValueError(f"{field!r} of row {number} of {name} is {got}; it needs {needed}")
+    copies = {case_key(row) for row in rows if row["contender"] == COPY}
+    for number, row in enumerate(rows):
+        if row["contender"] in ORDER and case_key(row) not in copies:
+            raise ValueError(f"row {number} of {name}, {_name(row)}, has no {COPY} of its race")
+
+
+def check_common(
+    old: Saved, planned: Mapping[str, Iterable[Case]], backends: Sequence[str]
+) -> None:
+    """Refuses a run of ``planned`` on ``backends`` that would have nothing to compare.
+
+    Raises:
+        ValueError: the earlier run timed none of its kernels on the same shapes.
+    """
+    for section, races in planned.items():
+        timed = {
+            (row["case"], tuple(row["shape"]))
+            for row in old.get(section, {"rows": []})["rows"]
+            if row["contender"] in backends
+        }
+        if any((case.name, case.workload.shape) in timed for case in races):
+            return
+    raise ValueError(
+        "nothing to compare: the earlier run timed none of these kernels on these shapes"
+    )
 
 
 def check_machine(old: Saved, environment: dict[str, Any]) -> None:

@@ -216,8 +216,8 @@ def environment() -> dict[str, Any]:
     known = measure.environment()
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        asked = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-        driver = asked.stdout.split()[0]
+        asked = subprocess.run(query, capture_output=True, check=True, timeout=20)
+        driver = asked.stdout.decode(errors="replace").split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         driver = "unknown"
     try:

@@ -12,8 +12,10 @@
 if(NOT CMAKE_CUDA_COMPILER)
   find_program(CMAKE_CUDA_COMPILER nvcc REQUIRED)
 endif()
+# Beside the PTX of the newest, that of 80 and of 90 is for the devices in between that have no machine
+# code here: sm_87, sm_110. It is made on the way to machine code, so it costs no compilation.
 if(NOT CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 80-virtual 86-real 89-real 90-real 90-virtual 100-real 120)
 endif()
 execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --version
   OUTPUT_VARIABLE nvcc_version COMMAND_ERROR_IS_FATAL ANY)
@@ -40,7 +42,11 @@ foreach(architecture ${CMAKE_CUDA_ARCHITECTURES})
     message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES has ${architecture}; it needs 90, 90-real or 90-virtual")
   endif()
   set(number ${CMAKE_MATCH_1})
-  if(CMAKE_MATCH_2 STREQUAL "-real" AND number MATCHES "^[0-9]+$")
+  set(kind "${CMAKE_MATCH_2}")
+  if(number MATCHES "^[1-7][0-9][af]?$")
+    message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES has ${architecture}; the kernels need 80 or newer")
+  endif()
+  if(kind STREQUAL "-real" AND number MATCHES "^[0-9]+$")
     if(number LESS 90)
       list(APPEND reals_before_90 ${number})
     else()
@@ -49,11 +55,11 @@ foreach(architecture ${CMAKE_CUDA_ARCHITECTURES})
     list(APPEND cuda_architectures sm_${number})
     continue()
   endif()
-  if(NOT CMAKE_MATCH_2 STREQUAL "-virtual")
+  if(NOT kind STREQUAL "-virtual")
     list(APPEND generate_code -gencode=arch=compute_${number},code=sm_${number})
     list(APPEND cuda_architectures sm_${number})
   endif()
-  if(NOT CMAKE_MATCH_2 STREQUAL "-real")
+  if(NOT kind STREQUAL "-real")
     list(APPEND generate_code -gencode=arch=compute_${number},code=compute_${number})
     list(APPEND cuda_architectures compute_${number})
   endif()
@@ -68,6 +74,13 @@ foreach(reals IN ITEMS "${reals_before_90}" "${reals_from_90}")
 endforeach()
 list(JOIN cuda_architectures " " cuda_architectures)
 
+# nvcc takes the compiler itself: under CXX="ccache g++" CMake has the first word as the compiler, and
+# the others as its arguments.
+set(host_compiler ${CMAKE_CXX_COMPILER})
+if(CMAKE_CXX_COMPILER_ARG1 MATCHES "^ *([^- ][^ ]*)")
+  set(host_compiler ${CMAKE_MATCH_1})
+endif()
+
 file(GLOB cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cuda/*.cu)
 list(TRANSFORM cuda_includes PREPEND -I OUTPUT_VARIABLE cuda_include_flags)
 set(cuda_objects "")
@@ -78,7 +91,7 @@ foreach(source ${cuda_sources})
   # -fmad=false: every rounding is written down, as on the CPU.
   add_custom_command(OUTPUT ${object} DEPENDS ${source} DEPFILE ${object}.d
     COMMAND ${CMAKE_CUDA_COMPILER} -c ${source} -o ${object} -MD -MF ${object}.d -O3 -std=c++17
-      -fmad=false -ccbin ${CMAKE_CXX_COMPILER} -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off
+      -fmad=false -ccbin ${host_compiler} -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off
       ${cuda_include_flags} ${generate_code} ${GUARD_OPS_NVCC_FLAGS}
     COMMAND_EXPAND_LISTS VERBATIM COMMENT "Compiling ${name}.cu for ${cuda_architectures}")
   list(APPEND cuda_objects ${object})

@@ -1,9 +1,10 @@
-// Operators under torch.ops.guard_ops, and build_info().
+// Operators under torch.ops.guard_ops, and the extension's module.
 #include "bindings.h"
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorUtils.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/CPUAllocator.h>
 #include <omp.h>
 #include <pthread.h>
@@ -20,6 +21,7 @@
 #include <tuple>
 #include <vector>
 
+#include "build_info.h"
 #include "cpu/buffers.h"
 #include "cpu/driver.h"
 
@@ -268,34 +270,26 @@ pybind11::dict layout() {
 }  // namespace
 }  // namespace guard_ops
 
-namespace guard_ops {
-#if defined(GUARD_OPS_CUDA_VERSION)
-void define_cuda(pybind11::module_& m);  // bindings_cuda.cpp
-#endif
-}  // namespace guard_ops
-
 PYBIND11_MODULE(_C, m) {
-#if defined(GUARD_OPS_CUDA_VERSION)
-  guard_ops::define_cuda(m);
-#endif
+  if (guard_ops::build.define_cuda != nullptr) guard_ops::build.define_cuda(m);
   m.doc() = "Compiled kernels of guard_ops; the operators are under torch.ops.guard_ops.";
   m.def(
       "build_info",
       [] {
+        const guard_ops::Build& build = guard_ops::build;
+        std::string isas;
+        for (const char* isa : guard_ops::cpu::isa_names) {
+          isas += (isas.empty() ? "" : " ") + std::string(isa);
+        }
         pybind11::dict info;
-        info["version"] = GUARD_OPS_VERSION;
-        info["torch"] = GUARD_OPS_TORCH_VERSION;
-#if defined(GUARD_OPS_CUDA_VERSION)
-        info["cuda"] = GUARD_OPS_CUDA_VERSION;
-        info["cuda_architectures"] = pybind11::str(GUARD_OPS_CUDA_ARCHITECTURES).attr("split")();
-#else
-        info["cuda"] = pybind11::none();
-        info["cuda_architectures"] = pybind11::list();
-#endif
-        info["cpu_isa_built"] = GUARD_OPS_ISAS;
+        info["version"] = build.version;
+        info["torch"] = build.torch;
+        info["cuda"] = build.cuda;  // a null pointer is None
+        info["cuda_architectures"] = pybind11::str(build.cuda_architectures).attr("split")();
+        info["cpu_isa_built"] = isas;
         info["cpu_isa"] = std::string(guard_ops::cpu::kernels().name);
-        info["compiler"] = GUARD_OPS_COMPILER;
-        info["flags"] = GUARD_OPS_FLAGS;
+        info["compiler"] = build.compiler;
+        info["flags"] = build.flags;
         return info;
       },
       "Versions, architectures, compiler and flags of this build, and the ISA in use.");

@@ -1,8 +1,11 @@
 // What the operators of every device share: torch's tensors as the kernels' operands. Only the
-// files called bindings know torch.
+// files called bindings know torch. They include its operators one by one: the header of all of
+// them takes as long to compile as the rest of a file.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <array>
 #include <limits>

@@ -1,5 +1,7 @@
 // The same operators for CUDA tensors: memory from torch's allocator, work on its current stream,
 // nothing that waits for the device but its first call, for the counters.
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <pybind11/pybind11.h>

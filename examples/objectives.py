@@ -10,6 +10,8 @@ returns a loss []. Ratios are formed as ``1 + expm1(log r)``: near 1 that keeps 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -83,19 +85,37 @@ OBJECTIVES = {
 
 
 def main() -> None:
-    """One gradient of each objective on the same four transitions of eight samples."""
+    """What each objective makes of the same four transitions of eight samples.
+
+    On policy all of them have the policy gradient, that of ``-A log r``. Here the new policy is as
+    far from the old one as their bounds, so some transitions are weighed less, or left out.
+    """
     torch.manual_seed(0)
     coeffs = go.SdeSchedule(torch.linspace(1, 0, 11), noise_level=0.7)[2:6]
     v_old, x, noise = (torch.randn(4, 8, 16, 32, 32) for _ in range(3))
     y = go.sde_step(v_old, x, coeffs, noise=noise).prev_sample
-    v = (v_old + 1e-2 * torch.randn_like(v_old)).requires_grad_()
+    v = (v_old + 4e-2 * torch.randn_like(v_old)).requires_grad_()
     advantages = torch.randn(8)
-    print(f"{'objective':10s} {'loss':>10s} {'gradient':>10s}")
-    for name, objective in OBJECTIVES.items():
+
+    def norms(objective: Callable[..., Tensor]) -> tuple[float, Tensor]:
+        """The loss, and the norm of each transition's gradient [K, B]."""
         t = go.log_ratio(v, coeffs=coeffs, sample=x, prev_sample=y, old_model_output=v_old)
         loss = objective(t, advantages)
         (grad,) = torch.autograd.grad(loss, v)
-        print(f"{name:10s} {loss.item():10.5f} {grad.norm().item():10.2e}")
+        return loss.item(), grad.flatten(2).norm(dim=2)
+
+    _, plain = norms(lambda t, advantages: (-advantages * t.log_ratio).mean())
+    print(
+        f"{'objective':10s} {'loss':>10s} {'gradient':>10s} {'left out':>10s} {'least weight':>13s}"
+    )
+    for name, objective in OBJECTIVES.items():
+        loss, found = norms(objective)
+        weights = found / plain
+        kept = weights[weights > 0]
+        print(
+            f"{name:10s} {loss:10.5f} {found.norm().item():10.2e} "
+            f"{weights.numel() - kept.numel():4d} of {weights.numel()} {kept.min().item():13.5f}"
+        )
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from .ranks import rank_weight
 from .schedule import SdeSchedule, StepCoefficients
 from .statistics import RatioStatistics
 from .transitions import philox_seed
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "GuardConfig",

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ranks
-from .checks import check_choice, check_number, check_plain, check_tensor
+from .checks import check_choice, check_number
 from .objective import masked_std
+from .transitions import check_plain, check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

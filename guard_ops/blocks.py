@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from . import objective
-from .checks import check_tensor
 from .config import RATIO_NORMS, GuardConfig
 from .schedule import StepCoefficients
 from .statistics import RatioStatistics, check_statistics
-from .transitions import check_coefficients, check_config, check_gaussian
+from .transitions import check_coefficients, check_config, check_gaussian, check_tensor
 
 
 def ratio_norm(

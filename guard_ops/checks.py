@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what kernels take
 
 
 def describe(value: object) -> str:
@@ -21,52 +20,11 @@ def describe(value: object) -> str:
     return f"{value!r} ({kind})" if isinstance(value, (int, float, str)) else f"a {kind}"
 
 
-def check_tensor(name: str, value: object) -> Tensor:
-    """Returns ``value`` if it is a plain tensor of a dtype that kernels take; else raises."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
-    if value.dtype not in FLOATING:
-        raise TypeError(
-            f"`{name}` has dtype {value.dtype}; it needs float64, float32, bfloat16 or float16"
-        )
-    if not torch.compiler.is_compiling():
-        check_plain(name, value)
-    return value
-
-
-def check_plain(name: str, value: Tensor) -> None:
-    """Raises for a tensor that is not what a kernel reads: a block of memory with strides."""
+def check_dense(name: str, value: Tensor) -> None:
+    """Raises for a tensor that is no block of memory with strides: sparse, nested, ..."""
     if value.layout is not torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"`{name}` is a {kind} tensor; it needs a dense one, with strides")
-    kind = type(value).__name__
-    if kind == "DTensor":
-        raise TypeError(
-            f"`{name}` is a DTensor, of which each rank holds a part; it needs that part, "
-            "to_local(), of whole latents (process_group= has statistics over the ranks)"
-        )
-    if _is_functorch(value):
-        raise TypeError(
-            f"`{name}` is a tensor of a torch.func transform (grad, vmap, ...); it needs a plain "
-            "one: an op takes a whole batch, and its gradient is backward()'s"
-        )
-    if forward_ad.unpack_dual(value).tangent is not None:
-        raise NotImplementedError(
-            f"`{name}` has a forward-mode tangent (torch.autograd.forward_ad), which no op of "
-            "guard_ops propagates; use backward()"
-        )
-    if kind in _PLAIN and value.numel() and not value.untyped_storage().nbytes():
-        raise ValueError(
-            f"`{name}` has shape {tuple(value.shape)} but its memory was freed (its storage has "
-            "0 bytes, as that of a sharded or offloaded tensor); it needs its values"
-        )
-
-
-_PLAIN = ("Tensor", "Parameter")  # what has memory of its own
-# torch has no public question for this; without this one such a tensor fails inside torch.
-_is_functorch: Callable[[Tensor], bool] = getattr(
-    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
-)
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:

@@ -1,41 +1,82 @@
-"""``guard-ops demo | train | bench | doctor``."""
+"""``guard-ops demo | train | bench | doctor``: the command line is read without importing torch."""
 
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from .version import __version__
 
 OBJECTIVES = ("article", "paper", "flow_grpo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the ``guard-ops`` command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    """Reads the command line and runs the command; returns the exit status."""
+    return run(parse(arguments))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line asks for.
+
+    Raises:
+        SystemExit: it asks for help or the version, which are printed, or has a mistake.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return _parser().parse_args(given, argparse.Namespace(given=given))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command that ``options`` name; returns the exit status."""
     try:
         return int(options.run(options) or 0)
     except (ValueError, ModuleNotFoundError, FloatingPointError) as error:
-        return _fail(error)
+        return _fail(error, options)
     except RuntimeError as error:
-        from .trainer.checkpoint import CheckpointError
+        from .trainer.folder import RunFolderError
 
-        if isinstance(error, CheckpointError):
-            return _fail(error)
+        if isinstance(error, RunFolderError):
+            return _fail(error, options)
         raise
     except KeyboardInterrupt:
+        if options.run in (_demo, _train):
+            print(f"guard-ops: {_how_to_continue(options.out, options.given)}", file=sys.stderr)
         return 130
 
 
-def _fail(error: Exception) -> int:
-    print(f"guard-ops: {error}", file=sys.stderr)
+def _fail(error: Exception, options: argparse.Namespace) -> int:
+    print(f"guard-ops: {_in_words_of(options, str(error))}", file=sys.stderr)
     return 1
+
+
+def _in_words_of(options: argparse.Namespace, message: str) -> str:
+    """``message`` with `config.learning_rate` as `--learning-rate`, where that is an option."""
+
+    def option(name: re.Match[str]) -> str:
+        return f"`--{name[1].replace('_', '-')}`" if name[1] in options else name[0]
+
+    return re.sub(r"`(?:config\.|recipe\.)?(\w+)(?:=True)?`", option, message)
+
+
+def _how_to_continue(out: Path, given: Sequence[str]) -> str:
+    """What an interrupted command has saved, and the command that goes on from there."""
+    found = [*out.rglob("iteration-*[0-9]"), *out.rglob("pretrained.safetensors")]
+    if not found:
+        return "interrupted; nothing was saved yet"
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    resume = ["--resume"] if given[0] == "train" and "--resume" not in given else []
+    command = shlex.join(["guard-ops", *given, *resume])
+    return f"interrupted; saved until now: {newest}. To continue from there:\n  {command}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="guard-ops", description="Fused GRPO ops for flow models, at work, timed and checked."
     )
+    parser.add_argument("--version", action="version", version=f"guard-ops {__version__}")
     commands = parser.add_subparsers(required=True, metavar="demo | train | bench | doctor")
 
     demo = commands.add_parser("demo", help="fine-tune a digits flow with three objectives")
@@ -79,6 +120,8 @@ def _demo(options: argparse.Namespace) -> None:
     from .trainer.demo import run_demo
     from .trainer.report import show, write_page
 
+    if options.report is not None and options.report.is_dir():
+        raise ValueError(f"`report` is {options.report}, which is a folder; it needs a file's name")
     result = run_demo(options.out, options.seed, options.iterations, options.pretrain_steps)
     show(result, options.out)
     if options.report is not None:
@@ -88,10 +131,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from .trainer.config import TrainConfig
-    from .trainer.digits import load_digits, load_or_pretrain
-    from .trainer.jobs import digits_trainer
-    from .trainer.judges import Gold, ProxyReward
-    from .trainer.progress import progress_bar
+    from .trainer.jobs import train_digits
 
     config = TrainConfig(
         iterations=options.iterations,
@@ -100,28 +140,14 @@ def _train(options: argparse.Namespace) -> None:
         checkpoint_every=options.checkpoint_every,
         evaluate_every=options.evaluate_every,
     )
-    digits = load_digits()
-    with progress_bar("pretraining", options.pretrain_steps) as bar:
-        policy = load_or_pretrain(
-            options.out / "pretrained.safetensors",
-            options.seed,
-            options.pretrain_steps,
-            lambda n: bar(n, ""),
-        )
-        bar(options.pretrain_steps, "")
-    judges = ProxyReward(digits), Gold(digits)
-    trainer = digits_trainer(
-        policy, options.objective, config, options.out, judges, resume=options.resume
+    train_digits(
+        options.objective, config, options.pretrain_steps, options.out, resume=options.resume
     )
-    if trainer.iteration:
-        print(f"resuming after iteration {trainer.iteration}")
-    trainer.fit(title=options.objective)
-    trainer.close()
     print(f"metrics, TensorBoard files and checkpoints: {options.out}")
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    from .benchmarks.command import add_arguments
+    from .benchmarks.options import add_arguments
 
     add_arguments(parser)
 

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,14 +17,17 @@ from typing import Any
 import torch
 
 from . import __version__, extension
-from .backends import available_backends, unavailable_backends
+from .backends import asked_for, available_backends, unavailable_backends, why_not
 from .selftest import self_test
 
 PATIENCE = 20.0  # seconds that a program has to print its version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report (``--json``: for programs); return 0 if every available backend is right."""
+    """Print the report (``--json``: for programs); return the exit status.
+
+    It is 0 if every available backend is right, and the one that the environment asks for is there.
+    """
     parser = argparse.ArgumentParser(prog="guard-ops doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same for programs")
     options = parser.parse_args(arguments)
@@ -31,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(report, indent=2))
     else:
-        print(_text(report))
-    return 0 if all(b["self_test"] == "ok" for b in report["backends"] if b["available"]) else 1
+        encoding = sys.stdout.encoding or "utf-8"  # a path may have letters that it lacks
+        print(_text(report).encode(encoding, "backslashreplace").decode(encoding))
+    works = all(b["self_test"] == "ok" for b in report["backends"] if b["available"])
+    return 0 if works and not report["forced_backend_refused"] else 1
 
 
 def examine() -> dict[str, Any]:
@@ -43,8 +49,10 @@ def examine() -> dict[str, Any]:
     ]
     for name, reason in unavailable_backends().items():
         backends.append(
-            {"name": name, "available": False, "reason": reason, "advice": advice(name)}
+            {"name": name, "available": False, "reason": reason, "advice": advice(name, reason)}
         )
+    asked = asked_for()
+    refused = why_not(asked) if asked and asked not in available_backends() else None
     return {
         "guard_ops": __version__,
         "python": platform.python_version(),
@@ -57,27 +65,45 @@ def examine() -> dict[str, Any]:
         "devices": [_device(i) for i in range(torch.cuda.device_count())],
         "compilers": {
             name: _version(name)
-            for name in (os.environ.get("CXX", "c++"), "nvcc", "cmake", "ninja")
+            for name in (os.environ.get("CXX") or "c++", "nvcc", "cmake", "ninja")
         },
-        "compiled_for": extension.build_record(),
-        "forced_backend": os.environ.get("GUARD_OPS_BACKEND"),
+        "compiled_for": _compiled_for(),
+        "forced_backend": asked,
+        "forced_backend_refused": refused,
         "backends": backends,
     }
 
 
-def advice(backend: str) -> str:
-    """What the user can do to get a backend that is not available."""
-    cuda, gpus = torch.version.cuda, torch.cuda.device_count()
-    rebuild = f"install a C++20 compiler and build next to this torch: {extension.REBUILD}"
+def advice(backend: str, reason: str) -> str:
+    """What the user can do to get a backend that is not available for that ``reason``."""
+    if missing := re.match(r"No module named '(\w+)", reason):
+        return f"pip install {missing[1]}"
+    if extension.HIDES in reason:
+        return "start Python in another folder, or compile here: python scripts/compiling.py"
     if backend == "cpu":
-        return rebuild
-    if torch.version.hip is None and cuda is None:
+        return f"install a C++20 compiler and build next to this torch: {extension.REBUILD}"
+    cuda, gpus = torch.version.cuda, torch.cuda.device_count() + torch.xpu.device_count()
+    if not (cuda or torch.version.hip or torch.version.xpu):
         return "this torch has no CUDA: for GPU tensors, install a CUDA build of torch first"
-    if not gpus:
-        return "torch sees no GPU: see `nvidia-smi`, its driver's version, CUDA_VISIBLE_DEVICES"
+    look = "torch sees no GPU: see `nvidia-smi`, its driver's version, CUDA_VISIBLE_DEVICES"
     if backend == "triton":
-        return "pip install triton, of the version that this torch names"
-    return f"build the CUDA kernels next to this torch: GUARD_OPS_CUDA={cuda} {extension.REBUILD}"
+        if reason.startswith("torch sees no GPU"):
+            return look
+        again = "" if reason == "triton is not installed" else " --force-reinstall"
+        return f"pip install{again} triton, of the version that this torch names"
+    if not cuda:
+        return "nothing to do: CUDA kernels are for NVIDIA GPUs, this torch is for others"
+    if reason == "no CUDA device":
+        return look
+    build = f"build the CUDA kernels next to this torch: GUARD_OPS_CUDA={cuda} {extension.REBUILD}"
+    return build if gpus else f"{build}; {look}"
+
+
+def _compiled_for() -> dict[str, Any] | None:
+    try:
+        return extension.build_record()
+    except ValueError:  # damaged: the reason of every backend that would need it says so
+        return None
 
 
 def _build(name: str) -> dict[str, Any]:
@@ -120,10 +146,14 @@ def _size(device: dict[str, Any]) -> str:
 
 
 def _version(command: str) -> str | None:
-    """The line of ``command --version`` that names the version; None if there is no command."""
-    if shutil.which(command) is None:
+    """The line of ``command --version`` that names the version; None if there is no command.
+
+    ``command`` may be several words, such as ``ccache g++``.
+    """
+    words = command.split() if shutil.which(command) is None else [command]
+    if not words or shutil.which(words[0]) is None:
         return None
-    lines = [line for line in _lines(command, "--version") if any(c.isdigit() for c in line)]
+    lines = [line for line in _lines(*words, "--version") if any(c.isdigit() for c in line)]
     release = [line for line in lines if "release" in line]
     return (release or lines or ["found, and does not say its version"])[0].strip()
 
@@ -131,10 +161,10 @@ def _version(command: str) -> str | None:
 def _lines(*command: str) -> list[str]:
     """The lines that a program prints; none if it fails or hangs (nvidia-smi, on a sick driver)."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+        done = subprocess.run(command, capture_output=True, check=True, timeout=PATIENCE)
     except (OSError, subprocess.SubprocessError):
         return []
-    return done.stdout.splitlines()
+    return done.stdout.decode(errors="backslashreplace").splitlines()  # whatever its encoding is
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -155,6 +185,8 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(f"compiled kernels: {kernels}, for torch {record['torch']}")
     if report["forced_backend"]:
         lines.append(f"GUARD_OPS_BACKEND: {report['forced_backend']}")
+        if report["forced_backend_refused"]:
+            lines.append(f"  every op refuses to run: {report['forced_backend_refused']}")
     lines.append("")
     for backend in report["backends"]:
         if not backend["available"]:

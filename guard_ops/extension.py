@@ -11,6 +11,8 @@ import functools
 import importlib
 import importlib.util
 import json
+import shlex
+import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -19,11 +21,13 @@ from typing import Any
 import torch
 
 NOT_BUILT = (
-    "the C++ kernels were not built when guard-ops was installed, for want of a C++ compiler or "
-    "because build isolation hid torch (pip install --no-build-isolation)"
+    "the C++ kernels were not built: guard-ops was installed with GUARD_OPS_PURE=1, or this is a "
+    "checkout in which nothing has been compiled"
 )
-ROOT = Path(__file__).resolve().parents[1]
-SOURCE = str(ROOT) if (ROOT / "setup.py").is_file() else "path/to/guard-ops-source"
+HIDES = "hides the installed"  # said of a copy of this package that has been imported instead
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+SOURCE = shlex.quote(str(ROOT)) if (ROOT / "setup.py").is_file() else "path/to/guard-ops-source"
 REBUILD = f"pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir {SOURCE}"
 
 
@@ -46,13 +50,34 @@ def warned() -> bool:
 
 
 def build_record() -> dict[str, Any] | None:
-    """The versions it was built for, ``{"torch": "2.14.1", "cuda": "13.0" or None}``; else None."""
+    """The versions it was built for, ``{"torch": "2.14.1", "cuda": "13.0" or None}``; else None.
+
+    Raises:
+        ValueError: the build's record is damaged; the message names the file.
+    """
     spec = importlib.util.find_spec("guard_ops._C")
     path = Path(spec.origin).with_suffix(".json") if spec and spec.origin else None
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return None
-    record: dict[str, Any] = json.loads(path.read_text())
-    return record
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        if isinstance(record["torch"], str) and isinstance(record["cuda"], str | None):
+            return record
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"what the compiled kernels were built for cannot be read from {path}")
+
+
+def installed_elsewhere() -> Path | None:
+    """Another copy of the package on the path, with kernels, which this one hides.
+
+    That is what a checkout does as the current folder, after ``pip install .`` in it.
+    """
+    for entry in sys.path:
+        folder = Path(entry or ".", "guard_ops")
+        if any(folder.glob("_C.*.so")) and folder.resolve() != PACKAGE:
+            return folder.resolve()
+    return None
 
 
 def mismatch(record: dict[str, Any], version: str, cuda: str | None) -> str:
@@ -76,9 +101,13 @@ def mismatch(record: dict[str, Any], version: str, cuda: str | None) -> str:
 def _load() -> tuple[ModuleType | None, str, bool]:
     """(the module, why there is none, whether a warning said so); cached, so it warns only once."""
     if importlib.util.find_spec("guard_ops._C") is None:
-        return None, NOT_BUILT, False
-    record = build_record()
-    reason = mismatch(record, torch.__version__, torch.version.cuda) if record else ""
+        return None, _not_built(), False
+    record = None
+    try:
+        record = build_record()
+        reason = mismatch(record, torch.__version__, torch.version.cuda) if record else ""
+    except ValueError as damaged:
+        reason = str(damaged)
     if not reason:
         try:
             return importlib.import_module("guard_ops._C"), "", False
@@ -93,6 +122,13 @@ def _load() -> tuple[ModuleType | None, str, bool]:
         stacklevel=2,
     )
     return None, reason, True
+
+
+def _not_built() -> str:
+    installed = installed_elsewhere()
+    if installed is None:
+        return NOT_BUILT
+    return f"{PACKAGE} has no C++ kernels and {HIDES} {installed}, which has some"
 
 
 def _name(version: str, cuda: str | None) -> str:

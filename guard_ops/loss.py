@@ -11,13 +11,12 @@ from torch import Tensor
 
 from . import autograd, backends, callers, ranks, transitions
 from . import objective as objectives
-from .checks import check_tensor
 from .config import RATIO_NORMS, GuardConfig, Objective, objective_of
 from .objective import Metrics
 from .options import LossOptions, Names, takes
 from .schedule import StepCoefficients
 from .statistics import RatioStatistics, check_statistics
-from .transitions import CallShape, Given, Rows, Transitions
+from .transitions import CallShape, Given, Rows, Transitions, check_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

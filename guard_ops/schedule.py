@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FLOATING, check_choice, check_device, check_number, check_plain, describe
+from .checks import FLOATING, check_choice, check_dense, check_device, check_number, describe
 
 SdeKind = Literal["flow_sde", "dance_sde", "cps"]
 
@@ -95,7 +95,7 @@ class StepCoefficients:
             if not isinstance(value, Tensor) or value.dtype not in FLOATING:
                 raise TypeError(f"`{name}` is {describe(value)}; it needs a floating tensor")
             if not torch.compiler.is_compiling():
-                check_plain(name, value)
+                check_dense(name, value)
             if value.shape != a.shape or value.device != a.device:
                 raise ValueError(
                     f"`{name}` has shape {tuple(value.shape)} on {value.device} but `a` "
@@ -214,7 +214,7 @@ class SdeSchedule:
         device = check_device("device", device)
         if isinstance(sigmas, Tensor):
             device = sigmas.device if device is None else device
-            check_plain("sigmas", sigmas)
+            check_dense("sigmas", sigmas)
             if sigmas.ndim != 1 or sigmas.dtype not in FLOATING or sigmas.device.type == "meta":
                 raise ValueError(
                     f"`sigmas` is {describe(sigmas)} on {sigmas.device}; it needs one dimension of "
@@ -347,7 +347,7 @@ class SdeSchedule:
         if k.dtype != torch.int64:
             raise TypeError(f"`k` is {describe(k)}; it needs dtype torch.int64")
         if not torch.compiler.is_compiling():
-            check_plain("k", k)
+            check_dense("k", k)
         if k.ndim > 2 or k.numel() == 0:
             raise ValueError(f"`k` has shape {tuple(k.shape)}; it needs [], [K] or [K, B]")
         if k.device != self.device and not (k.ndim == 0 and k.device.type == "cpu"):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import ranks
-from .checks import check_device, check_number, check_tensor, describe
+from .checks import check_device, check_number, describe
 from .config import RATIO_NORMS, GuardConfig
 from .objective import largest, masked_mean, masked_std
+from .transitions import check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

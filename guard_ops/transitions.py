@@ -7,13 +7,14 @@ docs/life-of-a-call.md says what else reads the list.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .checks import check_choice, check_device, check_number, check_plain, check_tensor
+from .checks import FLOATING, check_choice, check_dense, check_device, check_number
 from .config import GuardConfig
 from .options import Names
 from .schedule import StepCoefficients
@@ -374,3 +375,50 @@ def check_gaussian(coeffs: StepCoefficients, ratio_norm: str) -> None:
 def check_reduction(reduction: str) -> None:
     """Raises unless ``reduction`` is one of the ways to reduce a log-density over a latent."""
     check_choice("reduction", reduction, ("mean", "sum"))
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """Returns ``value`` if it is a plain tensor of a dtype that kernels take; else raises."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"`{name}` has dtype {value.dtype}; it needs float64, float32, bfloat16 or float16"
+        )
+    if not torch.compiler.is_compiling():
+        check_plain(name, value)
+    return value
+
+
+def check_plain(name: str, value: Tensor) -> None:
+    """Raises for a tensor that is not what a kernel reads: a block of memory with strides."""
+    if value.layout is not torch.strided or value.is_nested:
+        check_dense(name, value)
+    kind = type(value).__name__
+    if kind == "DTensor":
+        raise TypeError(
+            f"`{name}` is a DTensor, of which each rank holds a part; it needs that part, "
+            "to_local(), of whole latents (process_group= has statistics over the ranks)"
+        )
+    if _is_functorch(value):
+        raise TypeError(
+            f"`{name}` is a tensor of a torch.func transform (grad, vmap, ...); it needs a plain "
+            "one: an op takes a whole batch, and its gradient is backward()'s"
+        )
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"`{name}` has a forward-mode tangent (torch.autograd.forward_ad), which no op of "
+            "guard_ops propagates; use backward()"
+        )
+    if kind in _PLAIN and value.numel() and not value.untyped_storage().nbytes():
+        raise ValueError(
+            f"`{name}` has shape {tuple(value.shape)} but its memory was freed (its storage has "
+            "0 bytes, as that of a sharded or offloaded tensor); it needs its values"
+        )
+
+
+_PLAIN = ("Tensor", "Parameter")  # what has memory of its own
+# torch has no public question for this; without this one such a tensor fails inside torch.
+_is_functorch: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
+)

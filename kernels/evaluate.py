@@ -14,12 +14,13 @@ import triton.language as tl
 from ..transitions import Rows
 from .objective import (
     DROP,
+    INVERSE_DT,
     INVERSE_RATIO,
     coefficients_of,
     fits,
     independent_weight,
     inverse_rho,
-    largest_weight,
+    is_finite,
     normalize,
     number,
     ratio_of,
@@ -78,7 +79,7 @@ def unit_of(x, mask):
 
 @triton.jit
 def mean_over(x, mask, WIDE: tl.constexpr):
-    """:func:`over` of ratios. Only those of float64 results (WIDE) can be so large as to overflow."""
+    """:func:`over` of ratios; only those of float64 results (WIDE) can overflow it."""
     if WIDE:
         unit = unit_of(x, mask)
         mean = over(x / unit, mask) * unit
@@ -107,7 +108,8 @@ def ratios(
 ):  # fmt: skip
     """Loads what :func:`ratio_of` needs of transitions (k, i), whose numbers are n, and calls it.
 
-    Also returns what it has loaded of them: the advantage, the step weight (or None), s and kappa.
+    Also returns what it has loaded of them: the advantage, s, kappa, and the weight, or what it is
+    at most where it depends on how many steps are finite.
     """
     s = tl.where(inside, step_coefficient(table, table_strides, 2, k, i), 1.0)
     kappa = step_coefficient(table, table_strides, 3, k, i)
@@ -118,20 +120,23 @@ def ratios(
     old = None
     if given.old_log_prob is not None:
         old = given_at(given.old_log_prob, strides.old_log_prob, k, i, inside)
-    weight = None
+    log_ratio, kl_old, kl, u, finite = ratio_of(
+        s1, s2, ref, advantage, old, s, kappa, numel, numbers, mode, WIDE
+    )
     if given.step_weights is not None:
         weight = given_at(given.step_weights, strides.step_weights, k, i, inside)
-    log_ratio, kl_old, kl, u, finite = ratio_of(
-        s1, s2, ref, advantage, weight, old, s, kappa, numel, numbers, mode, WIDE
-    )
-    return log_ratio, kl_old, kl, u, finite & inside, advantage, weight, s, kappa
+        finite = finite & is_finite(weight)
+    elif mode.balance == INVERSE_DT:
+        weight = 1.0 / tl.abs(step_coefficient(table, table_strides, 4, k, i))
+    else:
+        weight = tl.zeros_like(s1) + 1.0
+    return log_ratio, kl_old, kl, u, finite & inside, advantage, s, kappa, weight
 
 
 @triton.jit
 def consider(
-    log_ratio, kl_old, u, finite, advantage, step_weight, dt, s, mean, std, numbers, mode,
-    WIDE: tl.constexpr,
-):  # fmt: skip
+    log_ratio, kl_old, u, finite, advantage, weight, s, mean, std, numbers, mode, WIDE: tl.constexpr
+):
     """:func:`normalize`; the excess is NaN where a transition is not finite.
 
     Also returns whether it is finite, which takes more than a finite ratio: one may have no finite
@@ -142,8 +147,7 @@ def consider(
         s, mean, std, numbers, mode,
     )  # fmt: skip
     loss, _, _, _, _ = surrogate_of(excess, advantage, numbers)
-    loss = loss * largest_weight(step_weight, dt, mode)
-    finite = finite & fits(excess, WIDE) & fits(loss, WIDE)
+    finite = finite & fits(excess, WIDE) & fits(loss * weight, WIDE)
     return tl.where(finite, excess, float("nan")), outer, inner, by_std, finite
 
 
@@ -171,7 +175,7 @@ def independent_coefficients(
     n = k * batch + i
     width = tl.cast(numel, tl.float64)
     WIDE: tl.constexpr = out.per_row.dtype.element_ty == tl.float64
-    log_ratio, kl_old, _, u, finite, advantage, step_weight, s, kappa = ratios(
+    log_ratio, kl_old, _, u, finite, advantage, s, kappa, weight = ratios(
         sums, table, table_strides, given, strides, k, i, n, n >= 0, rows, width, numbers, mode,
         WIDE,
     )  # fmt: skip
@@ -179,15 +183,11 @@ def independent_coefficients(
     if mode.statistics:
         mean = tl.load(given.mean_std + k)
         std = tl.load(given.mean_std + steps + k)
-    dt = step_coefficient(table, table_strides, 4, k, i)
     excess, outer, inner, _, finite = consider(
-        log_ratio, kl_old, u, finite, advantage, step_weight, dt, s, mean, std, numbers, mode, WIDE
+        log_ratio, kl_old, u, finite, advantage, weight, s, mean, std, numbers, mode, WIDE
     )
-    if step_weight is not None:
-        weight = step_weight
-    elif mode.balance == INVERSE_RATIO:
-        weight = tl.full((), 1.0, tl.float64)  # there is only one step
-    else:
+    if (given.step_weights is None) and (mode.balance != INVERSE_RATIO):  # else it is 1: one step
+        dt = step_coefficient(table, table_strides, 4, k, i)
         weight = independent_weight(dt, tl.cast(steps, tl.float64), mode)
     _, slope, _, _, _ = surrogate_of(excess, advantage, numbers)
     d_excess = weight * slope / tl.cast(batch, tl.float64)
@@ -226,7 +226,7 @@ def evaluate(
         inside = (k < steps) & (i < batch)
         k, i_at = tl.where(inside, k, 0), tl.where(inside, i, 0)
         n = k * batch + i_at
-        log_ratio, kl_old, _, u, finite, advantage, step_weight, s, _ = ratios(
+        log_ratio, kl_old, _, u, finite, advantage, s, _, weight = ratios(
             sums, table, table_strides, given, strides, k, i_at, n, inside, rows, width, numbers,
             mode, WIDE,
         )  # fmt: skip
@@ -240,11 +240,9 @@ def evaluate(
                 std = tl.load(given.mean_std + steps + row, mask=row < steps, other=0.0)
             tl.store(out.spread + row, mean, mask=row < steps)
             tl.store(out.spread + steps + row, std, mask=row < steps)
-        dt = step_coefficient(table, table_strides, 4, k, i_at)
         excess, _, _, _, finite = consider(
-            log_ratio, kl_old, u, finite, advantage, step_weight, dt, s, mean, std, numbers, mode,
-            WIDE,
-        )  # fmt: skip
+            log_ratio, kl_old, u, finite, advantage, weight, s, mean, std, numbers, mode, WIDE
+        )
         tl.store(out.per_row + n, log_ratio.to(out.per_row.dtype.element_ty), mask=inside)
         total += sum_first(tl.where(finite, inverse_rho(excess, numbers), 0.0))
         finite_steps += sum_first(tl.where(finite, 1.0, 0.0).to(tl.float64))
@@ -265,7 +263,7 @@ def evaluate(
         inside = (k < steps) & (i < batch)
         k, i_at = tl.where(inside, k, 0), tl.where(inside, i, 0)
         n = k * batch + i_at
-        log_ratio, kl_old, kl, u, finite, advantage, step_weight, s, kappa = ratios(
+        log_ratio, kl_old, kl, u, finite, advantage, s, kappa, weight = ratios(
             sums, table, table_strides, given, strides, k, i_at, n, inside, rows, width, numbers,
             mode, WIDE,
         )  # fmt: skip
@@ -274,17 +272,15 @@ def evaluate(
         if mode.statistics:
             mean = tl.load(out.spread + row, mask=row < steps, other=0.0)
             std = tl.load(out.spread + steps + row, mask=row < steps, other=1.0)
-        dt = step_coefficient(table, table_strides, 4, k, i_at)
         excess, outer, inner, by_std, finite = consider(
-            log_ratio, kl_old, u, finite, advantage, step_weight, dt, s, mean, std, numbers, mode,
-            WIDE,
-        )  # fmt: skip
-        if step_weight is not None:
-            weight = step_weight
-        elif mode.balance == INVERSE_RATIO:
-            weight = inverse_rho(excess, numbers) / total[None, :]
-        else:
-            weight = independent_weight(dt, finite_steps[None, :], mode)
+            log_ratio, kl_old, u, finite, advantage, weight, s, mean, std, numbers, mode, WIDE
+        )
+        if given.step_weights is None:
+            if mode.balance == INVERSE_RATIO:
+                weight = inverse_rho(excess, numbers) / total[None, :]
+            else:
+                dt = step_coefficient(table, table_strides, 4, k, i_at)
+                weight = independent_weight(dt, finite_steps[None, :], mode)
         weight = tl.where(finite, weight, 0.0)
         surrogate, slope, clipped, high, low = surrogate_of(excess, advantage, numbers)
         loss += sum_first(tl.where(finite, weight * surrogate, 0.0))

@@ -14,13 +14,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
 from triton.runtime import driver
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from ..transitions import Transitions
 from .summation import halve
 from .transition import Operands
 
-INTERPRETED = isinstance(halve, InterpretedFunction)  # TRITON_INTERPRET=1 at import
+# Under TRITON_INTERPRET=1 at import. The interpreter's own class is not asked for, because its
+# module needs numpy, which Triton and torch run without.
+INTERPRETED = not isinstance(halve, JITFunction)
 
 # A program holds one tile of 4096 elements. With 8 warps a thread has 16 of them: two 16-byte loads
 # of a 16-bit operand, four of a float32 one, all in flight at once.

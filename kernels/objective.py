@@ -120,9 +120,8 @@ def normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode):
 
 @triton.jit
 def ratio_of(
-    s1, s2, ref, advantage, step_weight, old_log_prob, s, kappa, numel, numbers, mode,
-    WIDE: tl.constexpr,
-):  # fmt: skip
+    s1, s2, ref, advantage, old_log_prob, s, kappa, numel, numbers, mode, WIDE: tl.constexpr
+):
     """``log r``, ``kl_old``, the reference model's KL, ``u = expm1(log r)``, and whether finite."""
     scale = scale_of(kappa, numel, mode)
     kl = ref / (2 * s * s * numel)
@@ -138,8 +137,6 @@ def ratio_of(
         kl_old = scale * s2
     u = expm1(log_ratio)
     finite = fits(log_ratio, WIDE) & fits(u, WIDE) & is_finite(advantage)
-    if step_weight is not None:
-        finite = finite & is_finite(step_weight)
     if mode.kl:
         finite = finite & fits(kl, WIDE)
     if mode.debiased:
@@ -162,18 +159,6 @@ def independent_weight(dt, finite_steps, mode):
         weight = 1.0 / (finite_steps * tl.abs(dt))
     else:
         weight = 1.0 / finite_steps
-    return weight
-
-
-@triton.jit
-def largest_weight(step_weight, dt, mode):
-    """A transition's weight, or what it is at most: how many steps are finite is not known yet."""
-    if step_weight is not None:
-        weight = step_weight
-    elif mode.balance == INVERSE_DT:
-        weight = 1.0 / tl.abs(dt)
-    else:
-        weight = 1.0
     return weight
 
 

@@ -37,7 +37,7 @@ def run(
     stderr = subprocess.STDOUT if output is not None else None
     process = subprocess.Popen(
         command, cwd=folder, env=dict(environment), stdout=output, stderr=stderr, text=True,
-        start_new_session=True,
+        errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
         text, _ = process.communicate(timeout=seconds)

@@ -211,6 +211,7 @@ def run(*command: object, folder: Path | None = None, environ: dict[str, str] | 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",  # compilers quote source files in whatever encoding these have
         check=True,
     )
     return done.stdout

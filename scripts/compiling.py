@@ -23,7 +23,7 @@ import toolchain  # noqa: E402
 
 def version(chosen: toolchain.Toolchain) -> str:
     """The package's version with what it is compiled for, ``0.1.0+cu130torch2.14``."""
-    source = (ROOT / "guard_ops" / "__init__.py").read_text()
+    source = (ROOT / "guard_ops" / "version.py").read_text()
     (number,) = re.findall(r'^__version__ = "(.+)"', source, re.MULTILINE)
     return str(number) + chosen.local_version
 
@@ -35,13 +35,15 @@ def record(chosen: toolchain.Toolchain) -> str:
     return json.dumps({"torch": chosen.torch.version, "cuda": cuda}) + "\n"
 
 
-def build(definitions: dict[str, str], target: str) -> Path:
-    """Configure and build one target; the folder, which knows what earlier calls defined.
+def build(
+    definitions: dict[str, str], target: str, place: str = str(sys.implementation.cache_tag)
+) -> Path:
+    """Configure and build one target; the folder ``place``, which knows earlier definitions.
 
     It is one for the extension, the one for the tests and the C++ tests, which are mostly the same
     objects, and is kept: another install compiles what changed.
     """
-    folder = ROOT / "build" / str(sys.implementation.cache_tag)
+    folder = ROOT / "build" / place
     folder.mkdir(parents=True, exist_ok=True)
     ninja = toolchain.find_program("ninja", os.environ)
     common = {"CMAKE_BUILD_TYPE": "Release", "CMAKE_MAKE_PROGRAM": str(ninja)}
@@ -56,11 +58,8 @@ def build(definitions: dict[str, str], target: str) -> Path:
     return folder
 
 
-def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
-    """Compiles the extension; returns its file.
-
-    ``emulated``: compile the one whose CUDA kernels a CPU runs.
-    """
+def definitions_of(chosen: toolchain.Toolchain) -> dict[str, str]:
+    """CMake's definitions of an extension."""
     import pybind11
 
     torch, nvcc = chosen.torch, chosen.nvcc
@@ -81,8 +80,16 @@ def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
         definitions["GUARD_OPS_CUDA_VERSION"] = nvcc.version
         definitions["CMAKE_CUDA_COMPILER"] = str(nvcc.path)
         # This is passed even if empty (the default); else the kept folder's last choice would stay.
-        definitions["CMAKE_CUDA_ARCHITECTURES"] = toolchain.architectures(os.environ)
-    folder = build(definitions, "emulated" if emulated else "_C")
+        definitions["CMAKE_CUDA_ARCHITECTURES"] = chosen.architectures
+    return definitions
+
+
+def extension(chosen: toolchain.Toolchain, emulated: bool = False) -> Path:
+    """Compiles the extension; returns its file.
+
+    ``emulated``: compile the one whose CUDA kernels a CPU runs.
+    """
+    folder = build(definitions_of(chosen), "emulated" if emulated else "_C")
     (built,) = (folder / ("emulated" if emulated else "extension")).glob("_C*.so")
     return built
 
@@ -96,7 +103,6 @@ def main() -> int:
         return subprocess.call(command)
     try:
         chosen = toolchain.choose(os.environ)
-        toolchain.architectures(os.environ)
     except toolchain.ToolchainError as refusal:
         print(f"guard-ops: {refusal}", file=sys.stderr)
         return 1

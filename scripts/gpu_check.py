@@ -12,7 +12,6 @@ import datetime
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -63,9 +62,8 @@ class Outcome(NamedTuple):
 
 def no_build() -> str:
     """Why the C++ extension cannot be built here; empty if it can."""
-    compiler = os.environ.get("CXX", "c++").split(" ")[0]
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler ({compiler})"
+    if absent := toolchain.no_compiler(os.environ):
+        return f"no C++ compiler ({absent})"
     missing = toolchain.lacking(os.environ)
     return f"{', '.join(missing)} not found" if missing else ""
 

@@ -58,7 +58,7 @@ def glibc(wheel: Path) -> str:
     """The platform tag that the versioned symbols allow.
 
     libtorch, libc10 and libgomp stay outside, as for every extension of torch; that is why the
-    file's own tag is ``linux_x86_64``.
+    file's own tag is ``linux_x86_64`` or ``linux_aarch64``.
     """
     report = json.loads(_output(sys.executable, "-m", "auditwheel", "show", "--json", str(wheel)))
     return str(report["sym_tag"])

@@ -1,11 +1,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import fresh
 import pytest
 
 import guard_ops
 from guard_ops import cli
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_help_lists_the_commands(capsys):
@@ -14,6 +18,43 @@ def test_help_lists_the_commands(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(command in text for command in ("demo", "train", "bench", "doctor"))
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("--help", "demo | train | bench | doctor"),
+        ("--version", f"guard-ops {guard_ops.__version__}"),
+        ("bench", "--compare FILE"),
+    ],
+)
+def test_what_needs_no_torch_imports_none(word, said):
+    """It takes seconds, and longer from a cold disk."""
+    program = (
+        "import sys, guard_ops_command\n"
+        "try:\n    guard_ops_command.main()\n"
+        "finally:\n    print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    words = [word] if word.startswith("-") else [word, "--help"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.endswith("False False\n")
+    assert said in done.stdout
+
+
+def test_the_command_runs_the_package_before_the_work():
+    """It is the real package then, which every module of it finds complete."""
+    program = """
+import sys, guard_ops_command
+sys.argv = ["guard-ops", "doctor", "--json"]
+status = guard_ops_command.main()
+import guard_ops, guard_ops.cli
+assert guard_ops.guard_loss and guard_ops.cli is sys.modules["guard_ops.cli"]
+assert status == 0
+"""
+    assert json.loads(fresh.run(program, folder=ROOT))["guard_ops"] == guard_ops.__version__
 
 
 def test_it_runs_as_a_module():
@@ -70,7 +111,7 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
     assert cli.main(["train", "--out", str(tmp_path)]) == 1
-    assert "pip install guard-ops[demo]" in capsys.readouterr().err
+    assert 'pip install "guard-ops[demo]"' in capsys.readouterr().err
 
 
 def test_doctor_takes_json(capsys):

@@ -118,7 +118,7 @@ def by_isa(tmp_path_factory):
     folder = tmp_path_factory.mktemp("isa")
     env = os.environ | {"GUARD_OPS_BACKEND": "cpu"}
     out = {}
-    for isa in ("baseline", "avx2", "avx512"):
+    for isa in go.backends.cpu.build_info()["cpu_isa_built"].split():
         environment = env | {"GUARD_OPS_CPU_ISA": isa}
         fresh.run(PROGRAM, str(folder / isa), str(Path(__file__).parent), environment=environment)
         result = torch.load(folder / isa)
@@ -129,7 +129,7 @@ def by_isa(tmp_path_factory):
 
 @pytest.mark.skipif("cpu" not in go.available_backends(), reason="needs the compiled extension")
 def test_avx2_and_avx512_give_the_same_bits(by_isa):
-    if len(by_isa) < 3:
+    if not {"avx2", "avx512"} <= by_isa.keys():
         pytest.skip(f"this processor has {', '.join(by_isa)} only")
     for key, expected in by_isa["avx512"].items():
         assert same_bits(by_isa["avx2"][key], expected), key
@@ -139,7 +139,8 @@ def test_avx2_and_avx512_give_the_same_bits(by_isa):
 # (float64) rounding of an element, of which a sum or a 16-bit gradient sees little.
 @pytest.mark.skipif("cpu" not in go.available_backends(), reason="needs the compiled extension")
 def test_the_baseline_is_close_to_the_fast_instruction_sets(by_isa):
-    assert "baseline" in by_isa
+    if "baseline" not in by_isa:
+        pytest.skip("64-bit Arm has one instruction set")
     *_, fastest = by_isa.values()
     for key, expected in fastest.items():
         rounding = {"float64": 1e-11, "float32": 2e-6, "bfloat16": 1e-5, "float16": 1e-5}

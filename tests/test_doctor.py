@@ -1,5 +1,6 @@
 """What ``guard-ops doctor`` finds, says and advises."""
 
+import io
 import json
 import os
 import subprocess
@@ -38,7 +39,8 @@ def test_doctor_reports_for_programs(capsys):
         assert found[name]["available"]
         assert found[name]["self_test"] == "ok"
     if "cpu" in found and found["cpu"]["available"]:
-        assert found["cpu"]["build"]["cpu_isa"] in ("baseline", "avx2", "avx512")
+        build = found["cpu"]["build"]
+        assert build["cpu_isa"] in build["cpu_isa_built"].split()
 
 
 @pytest.mark.skipif("cpu" not in go.available_backends(), reason="needs the compiled extension")
@@ -101,20 +103,36 @@ def test_the_self_test_in_single_precision(name, monkeypatch):
     assert selftest.self_test(name).startswith("off by ")
 
 
+NO_KERNELS = "this build of guard-ops has no CUDA kernels"
+
+
 @pytest.mark.parametrize(
-    "backend, cuda, gpus, said",
+    "backend, reason, cuda, gpus, said",
     [
-        ("cpu", None, 0, "--no-build-isolation"),
-        ("triton", None, 0, "this torch has no CUDA"),
-        ("cuda", "13.0", 0, "torch sees no GPU"),
-        ("triton", "13.0", 1, "pip install triton"),
-        ("cuda", "13.0", 1, "GUARD_OPS_CUDA=13.0 pip install"),
+        ("cpu", extension.NOT_BUILT, None, 0, "--no-build-isolation"),
+        ("triton", "torch sees no GPU", None, 0, "this torch has no CUDA"),
+        ("triton", "torch sees no GPU", "13.0", 0, "see `nvidia-smi`"),
+        ("triton", "triton is not installed", "13.0", 1, "pip install triton, of the version"),
+        ("triton", "No module named 'numpy'", "13.0", 1, "pip install numpy"),
+        ("triton", "No module named 'numpy'", None, 0, "pip install numpy"),
+        ("triton", "libtriton.so: file too short", "13.0", 1, "--force-reinstall triton"),
+        ("cuda", NO_KERNELS, None, 0, "this torch has no CUDA"),
+        ("cuda", NO_KERNELS, "13.0", 1, "GUARD_OPS_CUDA=13.0 pip install"),
+        ("cuda", NO_KERNELS, "13.0", 0, "GUARD_OPS_CUDA=13.0 pip install"),
+        ("cuda", "no CUDA device", "13.0", 0, "torch sees no GPU: see `nvidia-smi`"),
     ],
 )
-def test_advice_is_for_what_is_missing(backend, cuda, gpus, said, monkeypatch):
+def test_advice_is_for_the_reason(backend, reason, cuda, gpus, said, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert said in doctor.advice(backend)
+    assert said in doctor.advice(backend, reason)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_torch_for_other_gpus_is_not_told_to_get_cuda(backend, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "CUDA build of torch" not in doctor.advice(backend, "triton is not installed")
 
 
 def test_what_the_kernels_were_compiled_for_is_said(monkeypatch, capsys):
@@ -148,6 +166,50 @@ def test_a_program_that_hangs_or_fails_is_not_waited_for(monkeypatch, tmp_path, 
     assert report["compilers"]["nvcc"] == "found, and does not say its version"
     assert doctor.main([]) == 0
     assert "nvcc: found, and does not say its version" in capsys.readouterr().out
+
+
+def test_a_program_may_print_what_is_no_text(monkeypatch, tmp_path, capsys):
+    program = tmp_path / "nvcc"
+    program.write_bytes(b"#!/bin/sh\nprintf 'release 13.0 \\344\\n'\n")  # latin-1
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert doctor.main([]) == 0
+    assert r"nvcc: release 13.0 \xe4" in capsys.readouterr().out
+
+
+def test_letters_that_the_terminal_lacks_are_spelled(monkeypatch):
+    report = doctor.examine() | {"platform": "Linux-\u017b"}
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert doctor.main([]) == 0
+    terminal.flush()
+    assert rb"Linux-\u017b" in terminal.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "words, found", [("ccache g++", True), ("no-such-cache g++", False), (" ", False)]
+)
+def test_a_compiler_of_several_words_is_found(words, found, monkeypatch, tmp_path):
+    cache = tmp_path / "ccache"
+    cache.write_text('#!/bin/sh\necho "$@ 12.2"\n')
+    cache.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", words)
+    assert doctor.examine()["compilers"][words] == ("g++ --version 12.2" if found else None)
+
+
+@pytest.mark.parametrize("name", ["tpu", "triton"])
+def test_a_backend_that_the_environment_cannot_have_is_said(name, monkeypatch, capsys):
+    if name in backends._loaded:
+        monkeypatch.delitem(backends._loaded, name)
+    monkeypatch.setenv("GUARD_OPS_BACKEND", name)
+    assert doctor.main([]) == 1
+    assert f"GUARD_OPS_BACKEND: {name}\n  every op refuses to run: " in capsys.readouterr().out
+    assert doctor.main(["--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["forced_backend"] == name
+    assert report["forced_backend_refused"] == backends.why_not(name)
 
 
 def test_a_device_that_does_not_start_is_named_with_its_error(monkeypatch, capsys):

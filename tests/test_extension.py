@@ -143,3 +143,41 @@ def test_an_extension_that_fits_is_used_without_a_word(copy):
     seen = imported(copy)
     assert "cpu" in seen["backends"]
     assert seen["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b'{"torch": "2.1',  # cut off
+        b"[]",
+        b"null",
+        b'{"torch": 2.13, "cuda": null}',
+        b'{"torch": "2.13.0"}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_record_is_one_warning_and_no_load(record, copy):
+    path = (copy / f"_C{SUFFIX}").with_suffix(".json")
+    (copy / f"_C{SUFFIX}").write_bytes(b"\x7fELF of an unknown torch")
+    path.write_bytes(record)
+    seen = imported(copy)
+    assert not seen["loaded"]
+    (warning,) = seen["warnings"]
+    assert f"what the compiled kernels were built for cannot be read from {path}" in warning
+
+
+def test_a_checkout_that_hides_an_installed_copy_says_so(copy, tmp_path):
+    """``pip install .``, then Python in the checkout: no compiler is missing."""
+    installed = tmp_path / "site" / "guard_ops"
+    installed.mkdir(parents=True)
+    (installed / f"_C{SUFFIX}").touch()
+    program = f"import sys; sys.path.insert(0, sys.argv[2]){PROBE}" + (
+        "from guard_ops import doctor\n"
+        "print(doctor.advice('cpu', backends.unavailable_backends()['cpu']))"
+    )
+    text = fresh.run(program, str(copy.parent), str(installed.parent), folder=copy.parent)
+    seen, advice = text.splitlines()
+    reason = f"{copy} has no C++ kernels and hides the installed {installed}, which has some"
+    assert json.loads(seen)["reason"] == reason
+    assert advice.startswith("start Python in another folder")

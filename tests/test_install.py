@@ -1,5 +1,6 @@
-"""The source distribution, and the package as a machine without a C++ compiler installs it."""
+"""The source distribution, the package without compiled kernels, and installs that are refused."""
 
+import functools
 import json
 import os
 import shutil
@@ -39,7 +40,10 @@ print(json.dumps({
 
 
 # What a build, its tests and its readers need; what is generated there is not.
-PUBLISHED = ("csrc", "docs", "guard_ops", "kernels", "scripts", "tests", "benchmarks")
+PUBLISHED = (
+    ".ci", "benchmarks", "cmake", "csrc", "docs", "examples", "guard_ops", "kernels", "scripts",
+    "tests",
+)  # fmt: skip
 GENERATED = {".so", ".json", ".pyc"}
 
 
@@ -55,12 +59,12 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(sdist, tmp_path_factory):
-    """(what pip printed, the folder it installed into): from the sdist, offline, no compiler."""
+    """(what pip printed, the folder it installed into): from the sdist, offline, as asked: pure."""
     folder = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v"]
     done = subprocess.run(
         [*pip, "--no-index", "--no-cache-dir", "--target", str(folder), str(sdist)],
-        env={**os.environ, "CXX": "no-such-compiler", "GUARD_OPS_CUDA": ""},
+        env={**os.environ, "CXX": "no-such-compiler", "GUARD_OPS_PURE": "1", "GUARD_OPS_CUDA": ""},
         capture_output=True,
         text=True,
         check=True,
@@ -78,15 +82,18 @@ def test_the_source_distribution_is_complete(sdist):
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix not in GENERATED and "results" not in path.parts
     }
-    roots = {"CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
+    roots = {
+        ".clang-format", ".pre-commit-config.yaml", "CHANGELOG.md", "CMakeLists.txt",
+        "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md",
+        "guard_ops_command.py", "pyproject.toml", "setup.py",
+    }  # fmt: skip
     assert (here | roots) - names == set()
     assert [name for name in names if name.endswith((".so", ".pyc")) or "/_C.cpy" in name] == []
 
 
-def test_the_build_says_once_what_is_missing(installed):
+def test_a_pure_install_has_no_kernels_and_says_so_once(installed):
     text, folder = installed
-    warning = "guard-ops: WARNING: no compiled kernels, no C++ compiler found (no-such-compiler)"
-    assert text.count(warning) == 1
+    assert text.count("guard-ops: no compiled kernels, as asked (GUARD_OPS_PURE=1)") == 1
     assert [path.name for path in folder.glob("guard_ops/_C*")] == ["_C.pyi"]
     (metadata,) = folder.glob("guard_ops-*.dist-info")
     assert metadata.name == f"guard_ops-{guard_ops.__version__}.dist-info"
@@ -122,7 +129,7 @@ def test_an_editable_build_without_kernels_leaves_none_of_an_earlier_build(sdist
     earlier.with_suffix(".json").touch()
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        env={**os.environ, "CXX": "no-such-compiler", "GUARD_OPS_CUDA": ""},
+        env={**os.environ, "GUARD_OPS_PURE": "1", "GUARD_OPS_CUDA": ""},
         cwd=source,
         capture_output=True,
         check=True,
@@ -130,28 +137,57 @@ def test_an_editable_build_without_kernels_leaves_none_of_an_earlier_build(sdist
     assert [path.name for path in (source / "guard_ops").glob("_C*")] == ["_C.pyi"]
 
 
-@pytest.mark.parametrize("request_", ["12.8", "x"])
-def test_a_request_that_does_not_fit_is_refused_before_anything_is_compiled(
-    request_, sdist, tmp_path
-):
-    if request_ == torch.version.cuda:
-        pytest.skip(f"torch is built with CUDA {request_}")
+REFUSED = {
+    "another CUDA": (
+        {"GUARD_OPS_CUDA": "12.8", "CUDA_HOME": "/nowhere"},
+        ["GUARD_OPS_CUDA=12.8: torch, nvcc", "needed: torch built with CUDA 12.8, and nvcc 12.8"],
+    ),
+    "no compiler": (
+        {"GUARD_OPS_CUDA": "", "CXX": "no-such-compiler"},
+        ["no C++ compiler found (no-such-compiler). Install one", "GUARD_OPS_PURE=1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_build_that_lacks_something_fails_and_says_what(case, sdist, tmp_path):
+    """An install without kernels looks like any other: nobody reads a warning among pip's lines."""
+    environment, said = REFUSED[case]
+    if environment["GUARD_OPS_CUDA"] == torch.version.cuda:
+        pytest.skip(f"torch is built with CUDA {torch.version.cuda}")
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     done = subprocess.run(
         [*pip, "--no-index", "--target", str(tmp_path), str(sdist)],
-        env={**os.environ, "GUARD_OPS_CUDA": request_, "CUDA_HOME": "/nowhere"},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode != 0
     text = done.stdout + done.stderr
-    assert f"guard-ops: GUARD_OPS_CUDA={request_}: torch, nvcc" in text or (
-        f"guard-ops: GUARD_OPS_CUDA is {request_!r}; it needs a version (13.0) or cpu" in text
-    )
-    assert "needed: torch built with CUDA 12.8, and nvcc 12.8" in text or request_ == "x"
+    assert f"guard-ops: {said[0]}" in text
+    assert said[-1] in text
     assert "cmake" not in text.lower()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_isolation_hides_torch_from_is_refused_with_the_option(sdist, tmp_path):
+    """A backend's hooks, as pip calls them in the environment that it makes for a build."""
+    shutil.unpack_archive(sdist, tmp_path)
+    (source,) = tmp_path.iterdir()
+    hide = "import sys; sys.modules['torch'] = None; from setuptools import build_meta; "
+    hook = [sys.executable, "-c", f"{hide}print(build_meta.get_requires_for_build_wheel())"]
+    environment = {**os.environ, "GUARD_OPS_PURE": "", "GUARD_OPS_CUDA": ""}
+    run = functools.partial(
+        subprocess.run, cwd=source, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run(hook).returncode == 0  # pip asks this before it can have made the environment
+    build = f"{hide}build_meta.build_wheel({str(tmp_path)!r})"
+    done = run([sys.executable, "-c", build])
+    assert done.returncode != 0
+    assert "guard-ops: no torch here to build for" in done.stderr
+    assert "`pip install --no-build-isolation`" in done.stderr
+    assert list(tmp_path.glob("*.whl")) == []
 
 
 def test_the_benchmarks_are_installed_without_pytests_files(installed):
@@ -166,7 +202,7 @@ def test_the_installed_command_benches(installed, tmp_path):
     """On the reference backend, which is what there is without a compiler."""
     _, folder = installed
     program = PROBE.split("import guard_ops,")[0] + (
-        "from guard_ops import benchmarks, cli\nsys.exit(cli.main(sys.argv[1:]))"
+        "import guard_ops_command\nsys.exit(guard_ops_command.main())"
     )
     numbers = tmp_path / "numbers.json"
     options = ["--workload", "flux_512", "--elements", "1", "--suite", "accuracy"]

@@ -132,7 +132,7 @@ def test_guard_ops_kernels_is_the_repositorys_folder():
 
     (path,) = {Path(p).resolve() for p in guard_ops.kernels.__path__}
     assert (path / "README.md").is_file()
-    if (ROOT / "kernels").is_dir():  # a checkout, not an installed wheel
+    if (ROOT / "guard_ops" / "kernels").is_symlink():  # an sdist has a copy
         assert path == ROOT / "kernels"
 
 
@@ -202,19 +202,69 @@ import torch
 from guard_ops import backends
 print(backends.select(torch.device("cpu")).NAME)
 """
-    assert python(program, GUARD_OPS_BACKEND="reference").strip() == "reference"
+    for name in ("reference", "REFERENCE", " reference "):
+        assert python(program, GUARD_OPS_BACKEND=name).strip() == "reference"
     assert python(program, GUARD_OPS_BACKEND="").strip() == go.available_backends()[0]
 
 
-def test_an_unknown_name_in_the_environment_is_an_error():
+def test_an_unknown_name_in_the_environment_is_refused_by_the_first_op():
+    """Not at import: ``guard-ops doctor`` has to start, to say what is wrong."""
     program = """
+import torch
+import guard_ops as go
+from guard_ops import doctor
+x = torch.zeros(1, 2)
 try:
-    import guard_ops
+    go.sde_step(x, x, go.SdeSchedule([1.0, 0.5, 0.0])[0], noise=x)
 except ValueError as error:
     print(error)
+with go.use_backend("reference"):
+    go.sde_step(x, x, go.SdeSchedule([1.0, 0.5, 0.0])[0], noise=x)
 """
-    message = "`name` is 'fast': there is no such backend; available: "
+    message = "GUARD_OPS_BACKEND is 'fast': there is no such backend; available: "
     assert python(program, GUARD_OPS_BACKEND="fast").startswith(message)
+
+
+def test_a_package_that_breaks_as_it_is_imported_is_a_reason():
+    program = """
+import sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "guard_ops.kernels.launch":
+            raise AttributeError("module 'triton' has no attribute 'jit'")
+sys.meta_path.insert(0, Broken())
+from guard_ops import backends
+print(backends.unavailable_backends()["triton"])
+"""
+    assert python(program) == "AttributeError: module 'triton' has no attribute 'jit'\n"
+
+
+def test_more_memory_than_there_is_may_be_kept():
+    program = "from guard_ops import backends; print(backends.unavailable_backends().get('cpu'))"
+    reason = None if "cpu" in go.available_backends() else backends._unavailable["cpu"]
+    assert python(program, GUARD_OPS_CPU_CACHE_MB="9" * 30) == f"{reason}\n"
+
+
+NEEDED = """
+import sys
+optional = {"numpy", "rich", "safetensors", "tensorboard", "matplotlib", "sklearn", "diffusers"}
+for name in [*optional, *(n for n in sys.modules if n.partition(".")[0] in optional)]:
+    sys.modules[name] = None
+import torch
+torch.cuda.device_count = lambda: 1
+from guard_ops import backends, doctor, selftest
+import guard_ops.benchmarks.command, guard_ops.integrations, guard_ops.trainer
+print(*backends.available_backends())
+torch.cuda.device_count = lambda: 0
+print(*(selftest.self_test(name) for name in ("cpu", "reference") if name in backends._loaded))
+"""
+
+
+def test_nothing_optional_is_imported_on_the_way_to_a_kernel():
+    """torch brings Triton and no numpy; a GPU user without it would run on ``reference``."""
+    available, tested = python(NEEDED, TRITON_INTERPRET="0").splitlines()
+    assert "triton" in available.split()
+    assert set(tested.split()) == {"ok"}
 
 
 def test_without_the_extension_the_reference_runs_and_one_warning_says_so():

@@ -298,7 +298,7 @@ def test_rounding_of_the_first_sigma_changes_nothing():
         assert torch.allclose(
             step.table[:3], exact.table[:3], rtol=1e-5, atol=0
         )  # 6e-8 of a dt of 0.05
-        assert step.s.item() == pytest.approx(0.7, rel=1e-6)
+        assert step.s.item() == pytest.approx(0.7, rel=1e-5)
     assert min(first) < 1 < max(first)  # else this tests nothing
 
 

@@ -47,7 +47,7 @@ def configured(folder, **environment):
 @pytest.mark.parametrize(
     "environment, expected",
     [
-        ({"TORCH_CUDA_ARCH_LIST": "9.0 12.0+PTX"}, "90-real;120"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5 9.0 12.0+PTX"}, "90-real;120"),
         ({"CMAKE_CUDA_ARCHITECTURES": "80", "TORCH_CUDA_ARCH_LIST": "9.0"}, "80"),
         # Said, not left out: the build folder is kept, and CMake would remember the last choice.
         ({}, ""),

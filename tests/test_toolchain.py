@@ -136,17 +136,68 @@ def test_a_version_that_does_not_fit_is_refused_with_what_is_there_and_how(
 
 def test_an_nvcc_that_the_index_has_is_named(toolchain, machine):
     environ = {**machine(), "GUARD_OPS_CUDA": "13.0"}
-    with pytest.raises(toolchain.ToolchainError, match=r"pip install nvidia-cuda-nvcc==13\.0\.\* "):
+    with pytest.raises(
+        toolchain.ToolchainError, match=r'pip install "nvidia-cuda-nvcc==13\.0\.\*" '
+    ):
         toolchain.choose(environ)
 
 
-def test_an_explicit_request_never_becomes_less(toolchain, machine):
-    environ = {**machine(), "CXX": "no-such-compiler"}
-    assert toolchain.choose(environ).torch is None
-    with pytest.raises(
-        toolchain.ToolchainError, match=r"no C\+\+ compiler found \(no-such-compiler"
-    ):
-        toolchain.choose({**environ, "GUARD_OPS_CUDA": "cpu"})
+@pytest.mark.parametrize("request_", ["", "cpu", "13.0"])
+def test_a_build_never_becomes_less_than_was_asked_for(request_, toolchain, machine):
+    environ = {**machine(nvccs=["13.0"]), "CXX": "no-such-compiler", "GUARD_OPS_CUDA": request_}
+    with pytest.raises(toolchain.ToolchainError) as refusal:
+        toolchain.choose(environ)
+    assert str(refusal.value).startswith("no C++ compiler found (no-such-compiler). Install one")
+    assert str(refusal.value).endswith("GUARD_OPS_PURE=1")
+
+
+def test_without_torch_the_way_around_build_isolation_is_said(toolchain, monkeypatch):
+    monkeypatch.setattr(toolchain, "find_torch", lambda: None)
+    with pytest.raises(toolchain.ToolchainError) as refusal:
+        toolchain.choose({"PATH": "/usr/bin"})
+    assert "`pip install --no-build-isolation`, because build isolation hides" in str(refusal.value)
+    assert str(refusal.value).endswith("GUARD_OPS_PURE=1")
+
+
+def test_no_kernels_are_to_be_asked_for(toolchain, monkeypatch):
+    """Whatever is missing: neither torch nor a compiler is looked for."""
+    monkeypatch.setattr(toolchain, "find_torch", lambda: None)
+    pure = toolchain.choose({"GUARD_OPS_PURE": "1", "CXX": "no-such-compiler"})
+    assert (pure.torch, pure.nvcc, pure.local_version) == (None, None, "")
+    assert pure.line == "no compiled kernels, as asked (GUARD_OPS_PURE=1)"
+    with pytest.raises(toolchain.ToolchainError, match="no torch here"):
+        toolchain.choose({"GUARD_OPS_PURE": "0"})
+    with pytest.raises(toolchain.ToolchainError, match="GUARD_OPS_PURE is 'yes'; it needs 1"):
+        toolchain.choose({"GUARD_OPS_PURE": "yes"})
+    with pytest.raises(toolchain.ToolchainError, match=r"GUARD_OPS_CUDA=cpu for some; unset one"):
+        toolchain.choose({"GUARD_OPS_PURE": "1", "GUARD_OPS_CUDA": "cpu"})
+
+
+@pytest.mark.parametrize(
+    "words, missing",
+    [
+        ("cache compiler", ""),
+        ("cache compiler -m64 -pipe", ""),
+        ("compiler -m64", ""),
+        ("cache no-such", "no-such"),
+        ("no-such compiler", "no-such"),
+        ("my compiler", ""),  # one file, as CMake takes it too
+        ("", "c++, g++, clang++"),
+    ],
+)
+def test_every_program_in_the_compilers_name_is_looked_for(words, missing, toolchain, tmp_path):
+    for name in ("cache", "compiler", "my compiler"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    assert toolchain.no_compiler({"PATH": str(tmp_path), "CXX": words}) == missing
+
+
+def test_an_nvcc_that_prints_no_text_has_a_version(toolchain, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_bytes(b"#!/bin/sh\nprintf '\\344 release 13.0, V13.0.88\\n'\n")
+    nvcc.chmod(0o755)
+    (found,) = toolchain.find_nvcc({"CUDACXX": str(nvcc)})
+    assert found.version == "13.0"
 
 
 def test_a_word_that_is_no_version_is_refused(toolchain, machine):
@@ -163,20 +214,57 @@ def test_the_nvcc_that_the_environment_names_is_the_only_one(toolchain, machine,
     assert list(toolchain.find_nvcc(environ)) == []
 
 
+CONTAINER = "7.5 8.0 8.6 9.0 10.0 12.0+PTX"  # as NVIDIA's containers set it
+
+
 @pytest.mark.parametrize(
-    "environ, expected",
+    "listed, expected, left_out",
     [
-        ({}, ""),
-        ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0a;12.0+PTX"}, "80-real;90a-real;120"),
-        ({"CMAKE_CUDA_ARCHITECTURES": "90-real", "TORCH_CUDA_ARCH_LIST": "8.0"}, "90-real"),
+        ("", "", []),
+        (" ; ", "", []),
+        ("8.0 9.0a;12.0+PTX", "80-real;90a-real;120", []),
+        (CONTAINER, "80-real;86-real;90-real;100-real;120", ["7.5"]),
+        ("5.2;7.0+PTX;9.0", "90-real", ["5.2", "7.0+PTX"]),
+        ("Ampere", "80-real;86", []),
+        ("Ampere;8.6;Hopper", "80-real;86;90", []),  # each architecture once
+        ("Turing Ada", "89", ["7.5+PTX"]),
+        ("Blackwell", "100-real;103-real;120-real;121", []),
+        ("Blackwell+Tegra", "110-real", []),
+        ("All", "", []),  # the default of cmake/cuda.cmake
+        ("Common 7.5", "", ["7.5"]),
     ],
 )
-def test_architectures(environ, expected, toolchain):
-    assert toolchain.architectures(environ) == expected
+def test_architectures(listed, expected, left_out, toolchain):
+    assert toolchain.architectures({"TORCH_CUDA_ARCH_LIST": listed}) == (expected, left_out)
 
 
-def test_an_architecture_that_is_none_is_refused(toolchain):
-    with pytest.raises(
-        toolchain.ToolchainError, match="TORCH_CUDA_ARCH_LIST has 'Hopper'; it needs"
-    ):
-        toolchain.architectures({"TORCH_CUDA_ARCH_LIST": "8.0;Hopper"})
+def test_cmakes_list_comes_before_torchs(toolchain):
+    environ = {"CMAKE_CUDA_ARCHITECTURES": "90-real", "TORCH_CUDA_ARCH_LIST": "8.0"}
+    assert toolchain.architectures(environ) == ("90-real", [])
+
+
+def test_what_is_left_out_is_said_in_the_builds_one_line(toolchain, machine):
+    chosen = toolchain.choose({**machine(nvccs=["13.0"]), "TORCH_CUDA_ARCH_LIST": CONTAINER})
+    assert chosen.architectures == "80-real;86-real;90-real;100-real;120"
+    assert chosen.line.endswith("; TORCH_CUDA_ARCH_LIST without 7.5: they need 8.0 or newer")
+    assert "\n" not in chosen.line
+
+
+@pytest.mark.parametrize("entry", ["hopper", "9", "sm_90", "native", "9.0+ptx"])
+def test_an_architecture_that_is_none_is_refused(entry, toolchain):
+    with pytest.raises(toolchain.ToolchainError) as refusal:
+        toolchain.architectures({"TORCH_CUDA_ARCH_LIST": f"8.0;{entry}"})
+    assert str(refusal.value).startswith(f"TORCH_CUDA_ARCH_LIST has {entry!r}; it needs entries")
+
+
+def test_architectures_that_are_all_too_old_are_refused(toolchain, machine):
+    environ = {**machine(nvccs=["13.0"]), "TORCH_CUDA_ARCH_LIST": "7.0;Turing"}
+    with pytest.raises(toolchain.ToolchainError, match=r"has only 7\.0 7\.5\+PTX; the CUDA"):
+        toolchain.choose(environ)
+
+
+@pytest.mark.parametrize("asked", [{"GUARD_OPS_CUDA": "cpu"}, {"GUARD_OPS_PURE": "1"}, {}])
+def test_architectures_are_nothing_to_a_build_without_cuda(asked, toolchain, machine):
+    environ = {**machine(cuda=None), "TORCH_CUDA_ARCH_LIST": "hopper", **asked}
+    assert toolchain.choose(environ).nvcc is None
+    assert "hopper" not in toolchain.choose(environ).line

@@ -1,6 +1,7 @@
 #include "buffers.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <iterator>
@@ -8,7 +9,8 @@
 namespace guard_ops::cpu {
 namespace {
 
-constexpr size_t page = size_t(4) << 10, large_page = size_t(2) << 20;
+const size_t page = size_t(sysconf(_SC_PAGESIZE));  // 64 KiB on many Arm machines
+constexpr size_t large_page = size_t(2) << 20;
 
 constexpr size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 

@@ -6,27 +6,32 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 #include <vector>
 
 namespace guard_ops::cpu {
 
 // ---- the instruction set: chosen once, from what the processor has ------------------------------
 
+#if defined(__x86_64__)
 namespace baseline {
 extern const Kernels table;
 }
-#if defined(__x86_64__)
 namespace avx2 {
 extern const Kernels table;
 }
 namespace avx512 {
 extern const Kernels table;
 }
+#else
+namespace neon {
+extern const Kernels table;
+}
 #endif
 
 const Kernels* kernels(const char* name) {
-  if (std::strcmp(name, "baseline") == 0) return &baseline::table;
 #if defined(__x86_64__)
+  if (std::strcmp(name, "baseline") == 0) return &baseline::table;
   if (std::strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") &&
       __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     return &avx2::table;
@@ -36,6 +41,8 @@ const Kernels* kernels(const char* name) {
       __builtin_cpu_supports("avx512vl")) {
     return &avx512::table;
   }
+#else
+  if (std::strcmp(name, "neon") == 0) return &neon::table;
 #endif
   return nullptr;
 }
@@ -45,10 +52,10 @@ const Kernels& kernels() {
     if (const char* asked = std::getenv("GUARD_OPS_CPU_ISA")) {
       if (const Kernels* found = kernels(asked)) return *found;
     }
-    for (const char* name : {"avx512", "avx2"}) {
-      if (const Kernels* found = kernels(name)) return *found;
+    for (size_t n = std::size(isa_names); n-- > 1;) {
+      if (const Kernels* found = kernels(isa_names[n])) return *found;
     }
-    return baseline::table;
+    return *kernels(isa_names[0]);
   }();
   return chosen;
 }

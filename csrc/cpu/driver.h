@@ -14,8 +14,16 @@ using guard_ops::Doubles;
 using guard_ops::metric_count;
 using guard_ops::Problem;
 
+// The instruction sets that this build has kernels for. Every processor that it is for has the
+// first; the last that this one has is the best.
+#if defined(__x86_64__)
+inline constexpr const char* isa_names[] = {"baseline", "avx2", "avx512"};
+#else
+inline constexpr const char* isa_names[] = {"neon"};
+#endif
+
 // The kernels of the best instruction set that this processor has, or of the one that the
-// environment asks for: GUARD_OPS_CPU_ISA=baseline|avx2|avx512.
+// environment asks for by its name: GUARD_OPS_CPU_ISA=baseline.
 const Kernels& kernels();
 // Those of a named instruction set, or null when this processor lacks it.
 const Kernels* kernels(const char* name);

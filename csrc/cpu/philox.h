@@ -7,39 +7,6 @@ namespace guard_ops::cpu::GUARD_OPS_ISA {
 
 typedef uint32_t vu __attribute__((vector_size(GUARD_OPS_VECTOR)));
 typedef int32_t vi __attribute__((vector_size(GUARD_OPS_VECTOR)));
-typedef uint64_t vq __attribute__((vector_size(GUARD_OPS_VECTOR)));
-
-#if GUARD_OPS_VECTOR == 64
-#define GUARD_OPS_MM(op) _mm512_##op
-typedef __m512 mm_ps;
-typedef __m512d mm_pd;
-typedef __m512i mm_si;
-#elif GUARD_OPS_VECTOR == 32
-#define GUARD_OPS_MM(op) _mm256_##op
-typedef __m256 mm_ps;
-typedef __m256d mm_pd;
-typedef __m256i mm_si;
-#else
-#define GUARD_OPS_MM(op) _mm_##op
-typedef __m128 mm_ps;
-typedef __m128d mm_pd;
-typedef __m128i mm_si;
-#endif
-
-// Stores lane 4 b + i of z[q] as out[i w + 4 b + q]. That transposes every four lanes and gives the
-// order of the elements, because of how `counters` numbers the lanes.
-GUARD_OPS_HD void store_transposed(const vf z[4], float* out) {
-  constexpr int w = width<float>;
-  const mm_ps z0 = (mm_ps)z[0], z1 = (mm_ps)z[1], z2 = (mm_ps)z[2], z3 = (mm_ps)z[3];
-  const mm_pd low01 = (mm_pd)GUARD_OPS_MM(unpacklo_ps)(z0, z1);
-  const mm_pd low23 = (mm_pd)GUARD_OPS_MM(unpacklo_ps)(z2, z3);
-  const mm_pd high01 = (mm_pd)GUARD_OPS_MM(unpackhi_ps)(z0, z1);
-  const mm_pd high23 = (mm_pd)GUARD_OPS_MM(unpackhi_ps)(z2, z3);
-  store(out, (vf)GUARD_OPS_MM(unpacklo_pd)(low01, low23));
-  store(out + w, (vf)GUARD_OPS_MM(unpackhi_pd)(low01, low23));
-  store(out + 2 * w, (vf)GUARD_OPS_MM(unpacklo_pd)(high01, high23));
-  store(out + 3 * w, (vf)GUARD_OPS_MM(unpackhi_pd)(high01, high23));
-}
 
 // Gives each lane one of the `width<float>` counters from `first` on: lane 4 b + i gets number
 // i (w / 4) + b.
@@ -77,20 +44,10 @@ GUARD_OPS_HD vf log_of_word(vf x) {
   return fma(e, splat(0.693359375f), m + y);
 }
 
-GUARD_OPS_HD vf square_root(vf x) {
-#if GUARD_OPS_VECTOR == 64
-  return (vf)_mm512_sqrt_ps((__m512)x);
-#elif GUARD_OPS_VECTOR == 32
-  return (vf)_mm256_sqrt_ps((__m256)x);
-#else
-  return (vf)_mm_sqrt_ps((__m128)x);
-#endif
-}
-
 // philox::box_muller on vectors. Sine and cosine are Cephes' polynomials.
 GUARD_OPS_HD void box_muller(vu radius_word, vu angle_word, vf* first, vf* second) {
   const vf word = __builtin_convertvector(radius_word, vf);
-  const vf positive = (vf)GUARD_OPS_MM(max_ps)((mm_ps)word, (mm_ps)splat(0.5f));
+  const vf positive = larger(word, splat(0.5f));
   const vf radius = square_root(-2.0f * log_of_word(positive));
   const vi quadrant = (vi)(angle_word >> 30);
   const vi rest = (vi)(angle_word & 0x3FFFFFFFu) - 0x20000000;
@@ -116,7 +73,7 @@ struct Half {
   vq c0, c1, c2, c3;
 
   GUARD_OPS_HD static vq product(uint32_t m, vq x) {
-    return (vq)GUARD_OPS_MM(mul_epu32)((mm_si)(vu{} + m), (mm_si)x);
+    return product_of_low_halves((vq)(vu{} + m), x);
   }
   GUARD_OPS_HD void round(uint32_t k0, uint32_t k1) {
     const vq p0 = product(philox::multiplier0, c0), p1 = product(philox::multiplier1, c2);
@@ -177,10 +134,11 @@ inline void normals(uint64_t key, uint64_t transition, int64_t begin, int64_t n,
     vu word[4];
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) word[q] = (vu)load(out + j + q * w);
-    vf z[4];
+    vf z[4], elements[4];
     box_muller(word[0], word[2], &z[0], &z[1]);
     box_muller(word[1], word[3], &z[2], &z[3]);
-    store_transposed(z, out + j);
+    transpose_fours(z, elements);  // into their order, because of how `counters` numbers the lanes
+    for (int q = 0; q < 4; ++q) store(out + j + q * w, elements[q]);
   }
 }
 

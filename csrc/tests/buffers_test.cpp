@@ -58,11 +58,12 @@ void check_limits() {
 // Memory is writable from its first byte to its last, and starts on a page; on a large page if it
 // holds one.
 void check_memory() {
+  const auto page = size_t(sysconf(_SC_PAGESIZE));
   Buffers buffers(0);
   for (const size_t bytes : {Buffers::smallest, 2 * MiB - 1, 2 * MiB, 5 * MiB + 1, 33 * MiB}) {
     CONTEXT("%zu bytes", bytes);
     auto* memory = static_cast<char*>(buffers.take(bytes));
-    CHECK(reinterpret_cast<uintptr_t>(memory) % (bytes >= 2 * MiB ? 2 * MiB : 4096) == 0);
+    CHECK(reinterpret_cast<uintptr_t>(memory) % (bytes >= 2 * MiB ? 2 * MiB : page) == 0);
     std::memset(memory, 7, bytes);
     CHECK(memory[0] == 7 && memory[bytes - 1] == 7);
     buffers.give(memory, bytes);

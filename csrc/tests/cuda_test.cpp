@@ -49,9 +49,9 @@ void test_guard_loss() {
   }
 }
 
-// Tests rows that have more chunks than a cluster has blocks, and several tiles a chunk.
+// Tests rows that have more chunks than the largest cluster has blocks.
 void test_long_rows() {
-  constexpr int64_t numel = 256 * 128 * 2 - 1000;
+  constexpr int64_t numel = 40 * cuda::tile - 100;
   for (const int d : {1, 2}) {
     Operands in(dtypes[d], steps, batch, numel, true);
     for (const Form form : {Form::velocity, Form::seeded}) {
@@ -63,7 +63,7 @@ void test_long_rows() {
         const Result expected = run(a.t, problem, Path::two_launches, true);
         check_against_cpu(expected, a.t, problem);
         check_same(run(a.t, problem, Path::cooperative, true), expected, a.t);
-        become({.multiprocessors = 8, .shared_bytes = 1 << 18});
+        become({.multiprocessors = 8, .shared_bytes = 1 << 15});  // holds a few of the 40 tiles
         if (independent) {
           check_same(run(a.t, problem, Path::cluster, true), expected, a.t);
           CHECK(run(a.t, problem, Path::automatic, true).path == Path::cluster);
@@ -96,8 +96,11 @@ void check_one_step(int64_t numel, int shared_bytes) {
   });
 }
 
-// Tests rows whose chunks are added up by several warps.
-void test_rows_of_parts() { check_one_step(256 * 4 * (2 * 256 + 9) - 11, 1 << 20); }
+// Tests rows whose chunks have two tiles, and rows of chunks of four that several warps add up.
+void test_chunks_of_tiles() { check_one_step(300 * cuda::tile - 11, 1 << 18); }
+void test_rows_of_parts() {
+  check_one_step(cuda::tile * cuda::most_chunk_tiles * (2 * cuda::part_chunks + 9) - 11, 1 << 20);
+}
 
 // Tests so few rows that one block adds all of them up, in its shared memory.
 void test_few_rows() { check_one_step(601, 1 << 16); }
@@ -415,6 +418,7 @@ int main() {
     test_refusals();
     test_not_finite();
     test_long_rows();
+    test_chunks_of_tiles();
     test_rows_of_parts();
     test_few_rows();
   }

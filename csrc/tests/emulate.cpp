@@ -1,6 +1,5 @@
 #include "emulate.h"
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -38,9 +37,13 @@ struct Block {
 using Copies = std::vector<std::pair<void*, const void*>>;
 struct Grid;
 
+// Where a jump leads: the compiler's jump buffer. The C library's longjmp also looks for cleanups,
+// which costs a tenth of a test, and swapcontext asks the kernel for the signal mask every time.
+using Place = void* [5];
+
 struct Fiber {
   ucontext_t context;  // where it begins; afterwards it goes on at `resume`
-  jmp_buf resume;
+  Place resume;
   bool begun = false;
   Position position;
   Grid* grid;
@@ -68,7 +71,7 @@ struct Grid {
 
 std::vector<std::unique_ptr<char[]>> stacks;  // kept, as fresh memory costs a page fault a page
 ucontext_t scheduler;
-jmp_buf back;
+Place back;
 Fiber* current;
 std::deque<std::unique_ptr<Grid>> chain;
 
@@ -83,18 +86,20 @@ void begin() {
   if (--block.left == 0) std::fill(block.shared.begin(), block.shared.end(), char(0xFF));
   let_go(*current);
   current->done = true;
-  _longjmp(back, 1);
+  __builtin_longjmp(back, 1);
 }
 
-// This uses _setjmp and _longjmp, as swapcontext asks the kernel for the signal mask every time.
-void yield() {
-  if (_setjmp(current->resume) == 0) _longjmp(back, 1);
+// A jump must not be in the function that it leads to.
+[[noreturn, gnu::noinline]] void jump(Place& to) { __builtin_longjmp(to, 1); }
+
+[[gnu::noinline]] void yield() {
+  if (__builtin_setjmp(current->resume) == 0) jump(back);
 }
 
-void resume(Fiber& fiber) {
+[[gnu::noinline]] void resume(Fiber& fiber) {
   current = &fiber;
-  if (_setjmp(back) != 0) return;
-  if (fiber.begun) _longjmp(fiber.resume, 1);
+  if (__builtin_setjmp(back) != 0) return;
+  if (fiber.begun) jump(fiber.resume);
   fiber.begun = true;
   swapcontext(&scheduler, &fiber.context);
 }

@@ -194,7 +194,7 @@ int main() {
   for (const std::string& name : names) {
     const test::Case in(file, name);
     for (const auto& variant : test::variants(name.substr(0, 3) != "cps")) {
-      for (const char* isa : {"baseline", "avx2", "avx512"}) {
+      for (const char* isa : cpu::isa_names) {
         const cpu::Kernels* kernels = cpu::kernels(isa);
         if (kernels == nullptr) continue;
         for (const Form form : {Form::mean, Form::velocity, Form::noise}) {

@@ -10,7 +10,6 @@ namespace guard_ops::test {
 
 using cpu::Batch;
 
-constexpr const char* isa_names[] = {"baseline", "avx2", "avx512"};
 constexpr Form forms[] = {Form::mean, Form::velocity, Form::noise, Form::seeded, Form::log_prob};
 constexpr const char* form_names[] = {"mean", "velocity", "noise", "seeded", "log_prob"};
 

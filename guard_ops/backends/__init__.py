@@ -32,8 +32,9 @@ def _load() -> None:
     for name in ORDER:
         try:
             _loaded[name] = importlib.import_module(f".{name}", __name__)
-        except (ImportError, OSError) as error:
-            _unavailable[name] = str(error)
+        except Exception as error:  # importing Triton, or what is left of it, may raise anything
+            ours = isinstance(error, ImportError | OSError)
+            _unavailable[name] = str(error) if ours else f"{type(error).__name__}: {error}"
 
 
 def available_backends() -> tuple[str, ...]:
@@ -46,6 +47,20 @@ def unavailable_backends() -> dict[str, str]:
     return dict(_unavailable)
 
 
+def asked_for() -> str | None:
+    """The backend that the environment names.
+
+    It is not checked at import, because the doctor has to start where the name is wrong.
+    """
+    return os.environ.get("GUARD_OPS_BACKEND", "").strip().lower() or None
+
+
+def why_not(name: str) -> str:
+    """Why there is no backend of that name here, and which there are."""
+    reason = _unavailable.get(name, "there is no such backend")
+    return f"{reason}; available: {', '.join(available_backends())}"
+
+
 class use_backend:
     """Run every op on one backend, from now on or for a ``with`` block.
 
@@ -54,7 +69,8 @@ class use_backend:
 
     Args:
         name: one of :func:`available_backends`, or None to choose by device again. The environment
-            variable ``GUARD_OPS_BACKEND`` sets it for all threads, at import.
+            variable ``GUARD_OPS_BACKEND`` sets it for all threads, at import, in any case of letters;
+            a name that it cannot have is refused by the first call of an op.
 
     Raises:
         ValueError: this installation lacks the backend; the message says why.
@@ -62,10 +78,7 @@ class use_backend:
 
     def __init__(self, name: str | None) -> None:
         if name is not None and (not isinstance(name, str) or name not in _loaded):
-            reason = _unavailable.get(str(name), "there is no such backend")
-            raise ValueError(
-                f"`name` is {name!r}: {reason}; available: {', '.join(available_backends())}"
-            )
+            raise ValueError(f"`name` is {name!r}: {why_not(str(name))}")
         self._previous = _forced.get()
         _force(name)
 
@@ -110,6 +123,8 @@ def select(device: torch.device) -> ModuleType:
 
 def _find(forced: str | None, device: torch.device) -> ModuleType:
     if forced is not None:
+        if forced not in _loaded:  # only the environment may name one that is not there
+            raise ValueError(f"GUARD_OPS_BACKEND is {forced!r}: {why_not(forced)}")
         module = _loaded[forced]
         if not module.supports(device):
             raise ValueError(f"backend {forced!r} does not run on {device}; use_backend(None)")
@@ -146,6 +161,5 @@ def _warn_slow(device: torch.device) -> None:
 
 
 _load()
-_forced: ContextVar[str | None] = ContextVar("guard_ops_backend", default=None)
-if name := os.environ.get("GUARD_OPS_BACKEND"):
-    use_backend(name)
+_for_all_threads = asked_for()
+_forced: ContextVar[str | None] = ContextVar("guard_ops_backend", default=_for_all_threads)

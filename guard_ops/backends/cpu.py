@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 
 import torch
@@ -24,7 +25,7 @@ if _isa and _isa != build_info()["cpu_isa"]:
     )
 if _keep := os.environ.get("GUARD_OPS_CPU_CACHE_MB"):
     if _keep.isdecimal():
-        extension.load().keep_buffers(int(_keep) * 2**20)
+        extension.load().keep_buffers(min(int(_keep) * 2**20, sys.maxsize))
     else:
         warnings.warn(
             f"guard_ops: GUARD_OPS_CPU_CACHE_MB is {_keep!r}; it needs a whole number; keeping 256",

@@ -3,6 +3,7 @@
 from .checkpoint import CheckpointError
 from .config import TrainConfig
 from .ema import Ema
+from .folder import RunFolderError
 from .loop import Rollout, Trainer
 from .policy import FlowPolicy, Reward
 
@@ -12,6 +13,7 @@ __all__ = [
     "FlowPolicy",
     "Reward",
     "Rollout",
+    "RunFolderError",
     "TrainConfig",
     "Trainer",
 ]

@@ -2,9 +2,10 @@
 
 ``checkpoints/iteration-000120/`` holds one safetensors file per kind of tensors (``model``,
 ``ema``, ``optimizer``, ``rng``), ``state.json`` (everything that is not a tensor) and
-``manifest.json`` (size and SHA-256 of the other files). It is written under a temporary name,
-synced, and renamed: under its real name it is complete. A checkpoint that does not match its
-manifest is set aside as ``iteration-000120.corrupt``, never deleted or written over.
+``manifest.json`` (the iteration, size and SHA-256 of every other file, and its own SHA-256). It is
+written under a temporary name, synced, and renamed: under its real name it is complete. Whatever is
+wrong with a checkpoint makes it unusable, and the one before it is used: it is set aside as
+``iteration-000120.corrupt``, never deleted or written over.
 """
 
 from __future__ import annotations
@@ -12,32 +13,48 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from .extras import require
+from .folder import RunFolderError, writing
 
-VERSION = 1
+VERSION = 2
 _PREFIX, _TEMPORARY = "iteration-", ".writing-"
+_MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", ".safetensors"
+
+T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunFolderError):
     """No usable checkpoint; the message names the files and what is wrong with each."""
 
+    suffix = "corrupt"  # of the name under which such a checkpoint is set aside
 
-class _CorruptError(CheckpointError):
-    """The checkpoint is corrupt and can be set aside; one of another format version cannot."""
+
+class _OtherVersionError(CheckpointError):
+    suffix = "other-version"
 
 
 class Checkpoint(NamedTuple):
     iteration: int
     tensors: dict[str, dict[str, Tensor]]  # file name without suffix -> name -> tensor
     state: dict[str, Any]  # JSON
+
+
+class Unusable(NamedTuple):
+    """A checkpoint with something wrong."""
+
+    path: Path
+    reason: str  # names the file
+    suffix: str
 
 
 def save(
@@ -53,65 +70,91 @@ def save(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        RunFolderError: the disk is full, the folder read-only ...; or there is a checkpoint of
+            this iteration, which is never written over.
     """
     safetensors = require("safetensors.torch", "train")
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(f"{_TEMPORARY}*"):  # a run was killed while it wrote this
-        shutil.rmtree(leftover)
-    temporary = root / f"{_TEMPORARY}{iteration:06d}"
-    temporary.mkdir()
-    for name, group in tensors.items():
-        copies = {key: value.detach().cpu().clone().contiguous() for key, value in group.items()}
-        safetensors.save_file(copies, temporary / f"{name}.safetensors")
-    _write_json(temporary / "state.json", dict(state))
-    manifest = {
-        "version": VERSION,
-        "iteration": iteration,
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(temporary.iterdir())
-        },
-    }
-    _write_json(temporary / "manifest.json", manifest)
-    for path in (*temporary.iterdir(), temporary):
-        _sync(path)
+    failure = require("safetensors", "train").SafetensorError
     final = root / f"{_PREFIX}{iteration:06d}"
-    temporary.rename(final)
-    _sync(root)
-    for path in _folders(root)[keep:]:
-        # renamed first, so that a checkpoint is never half deleted under its own name
-        shutil.rmtree(path.rename(root / f"{_TEMPORARY}deleting-{path.name}"))
+    if final.exists():
+        raise RunFolderError(
+            f"{final} exists: iteration {iteration} is saved, and never written over"
+        )
+    temporary = root / f"{_TEMPORARY}{iteration:06d}"
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(f"{_TEMPORARY}*"):  # a run was killed while it wrote this
+            _delete(leftover)
+        temporary.mkdir()
+    try:
+        with writing(temporary):
+            for name, group in tensors.items():
+                copies = {
+                    k: value.detach().cpu().clone().contiguous() for k, value in group.items()
+                }
+                safetensors.save_file(copies, temporary / f"{name}{_TENSORS}")
+            (temporary / _STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
+            (temporary / _MANIFEST).write_text(_manifest_of(temporary, iteration))
+            for path in (*temporary.iterdir(), temporary):
+                _sync(path)
+            temporary.rename(final)
+            _sync(root)
+    except failure as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFolderError(
+            f"cannot write {temporary}: {error}; what was saved before is whole"
+        ) from error
+    except RunFolderError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has use for the space
+        raise
+    with writing(root):
+        for path in _folders(root)[keep:]:
+            # renamed first, so that a checkpoint is never half deleted under its own name
+            _delete(path.rename(root / f"{_TEMPORARY}deleting-{path.name}"))
     return final
 
 
-def load_latest(root: Path) -> Checkpoint | None:
-    """The newest intact checkpoint in ``root``; None if there is none at all.
+def newest(root: Path, understand: Callable[[Checkpoint], T]) -> tuple[T | None, list[Unusable]]:
+    """The newest checkpoint in ``root`` that can be used, and those newer that cannot.
 
-    Corrupt ones that are newer are set aside with a RuntimeWarning naming file and reason.
+    Reads only: what is to be done with the unusable ones is the caller's (:func:`set_aside`).
 
-    Raises:
-        CheckpointError: there are checkpoints and every one is corrupt; nothing is touched.
+    Args:
+        understand: makes of a checkpoint what the caller uses. What it raises because something
+            is not there or of another type makes that checkpoint unusable.
     """
-    corrupt: list[tuple[Path, str]] = []
-    found = None
+    unusable: list[Unusable] = []
     for path in _folders(root):
         try:
-            found = load(path)
-            break
-        except _CorruptError as error:
-            corrupt.append((path, str(error)))
-    if corrupt and found is None:
-        raise CheckpointError(
-            "no intact checkpoint to resume from: " + "; ".join(reason for _, reason in corrupt)
-        )
-    for path, reason in corrupt:
-        aside = _set_aside(path)
+            return understand(load(path)), unusable
+        except CheckpointError as error:
+            unusable.append(Unusable(path, str(error), error.suffix))
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{path} does not hold the state of a run: {type(error).__name__}: {error}"
+            unusable.append(Unusable(path, reason, CheckpointError.suffix))
+    return None, unusable
+
+
+def set_aside(unusable: Sequence[Unusable], instead: str) -> None:
+    """Rename checkpoints which :func:`newest` could not use, with a RuntimeWarning for each.
+
+    Args:
+        instead: the warnings' last words, "using the previous checkpoint".
+    """
+    for path, reason, suffix in unusable:
+        aside, n = path.with_name(f"{path.name}.{suffix}"), 1
+        while os.path.lexists(aside):
+            n += 1
+            aside = path.with_name(f"{path.name}.{suffix}-{n}")
+        with writing(path):
+            path.rename(aside)
         warnings.warn(
-            f"guard_ops: {reason}; kept as {aside.name}, using the previous checkpoint",
+            f"guard_ops: {reason}; kept as {aside.name}, {instead}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return found
 
 
 def load(path: Path) -> Checkpoint:
@@ -120,38 +163,24 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: the message names the file and the reason.
     """
-    manifest = _read_json(path / "manifest.json")
     try:
-        version, iteration, files = (manifest[x] for x in ("version", "iteration", "files"))
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _CorruptError(f"{path / 'manifest.json'} is corrupt: {error!r}") from error
-    if version != VERSION:
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            raise CheckpointError(f"{path} is not a folder")
+        iteration, files = _read_manifest(path)
+        _check_files(path, files)
+        tensors = {
+            name.removesuffix(_TENSORS): _read_tensors(path / name)
+            for name in files
+            if name != _STATE
+        }
+        state = _read_json(path / _STATE)
+    except OSError as error:
         raise CheckpointError(
-            f"{path / 'manifest.json'} has format version {version!r}; this guard_ops reads "
-            f"{VERSION}"
-        )
-    for name, (size, digest) in expected.items():
-        file = path / name
-        if not file.is_file():
-            raise _CorruptError(f"{file} is missing")
-        if file.stat().st_size != size:
-            raise _CorruptError(
-                f"{file} is truncated: {file.stat().st_size} bytes of {size}"
-                if file.stat().st_size < size
-                else f"{file} is corrupt: {file.stat().st_size} bytes, written as {size}"
-            )
-        if _sha256(file) != digest:
-            raise _CorruptError(
-                f"{file} is corrupt: its SHA-256 is not the one it was written with"
-            )
-    load_file = require("safetensors.torch", "train").load_file
-    tensors = {
-        Path(name).stem: load_file(path / name)
-        for name in expected
-        if name.endswith(".safetensors")
-    }
-    return Checkpoint(iteration, tensors, _read_json(path / "state.json"))
+            f"{error.filename or path} cannot be read: {error.strerror or error}"
+        ) from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path / _MANIFEST} is corrupt: {error}") from error
+    return Checkpoint(iteration, tensors, state)
 
 
 def exist(root: Path) -> bool:
@@ -161,30 +190,101 @@ def exist(root: Path) -> bool:
 
 def _folders(root: Path) -> list[Path]:
     """The checkpoints under their real names, newest first."""
-    found = [p for p in root.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)), reverse=True)
+    name = re.compile(rf"{_PREFIX}([0-9]+)")
+    found = [(int(m[1]), p) for p in root.glob(f"{_PREFIX}*") if (m := name.fullmatch(p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
-def _set_aside(path: Path) -> Path:
-    aside, n = path.with_name(f"{path.name}.corrupt"), 1
-    while aside.exists():
-        n += 1
-        aside = path.with_name(f"{path.name}.corrupt-{n}")
-    return path.rename(aside)
+def _manifest_of(folder: Path, iteration: int) -> str:
+    """The text of ``manifest.json`` for the files in ``folder``."""
+    manifest = {
+        "version": VERSION,
+        "iteration": iteration,
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(folder.iterdir())
+        },
+    }
+    return json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1) + "\n"
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+def _read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """The iteration, and size and SHA-256 of each file."""
+    path = folder / _MANIFEST
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise CheckpointError(f"{path} is not a file")
+    manifest = _read_json(path)
+    written = manifest.pop("sha256", None)
+    if written is not None and written != _digest(manifest):
+        raise CheckpointError(f"{path} is corrupt: its own SHA-256 is not what it was written with")
+    if manifest.get("version") != VERSION:
+        raise _OtherVersionError(
+            f"{path} has format version {manifest.get('version')!r}; this guard_ops reads {VERSION}"
+        )
+    if written is None:
+        raise CheckpointError(f"{path} is corrupt: it has no SHA-256 of its own")
+    iteration, entries = manifest.get("iteration"), manifest.get("files")
+    if type(iteration) is not int or folder.name != f"{_PREFIX}{iteration:06d}":
+        raise CheckpointError(f"{path} is of iteration {iteration!r}, not of {folder.name}")
+    if not isinstance(entries, dict) or _STATE not in entries:
+        raise CheckpointError(f"{path} is corrupt: it does not list {_STATE}")
+    files = {}
+    for name, entry in entries.items():
+        plain = name == _STATE or re.fullmatch(rf"[\w-]+{re.escape(_TENSORS)}", name)
+        match entry:
+            case {"bytes": int(size), "sha256": str(digest)} if plain:
+                files[name] = size, digest
+            case _:
+                raise CheckpointError(f"{path} is corrupt: it lists {name!r} as {entry!r}")
+    return iteration, files
+
+
+def _check_files(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
+    """That there are exactly these files, with these contents."""
+    there = {path.name for path in folder.iterdir()} - {_MANIFEST}
+    for name in sorted(there - files.keys()):
+        raise CheckpointError(f"{folder / name} is not of this checkpoint: its manifest lacks it")
+    for name, (size, digest) in files.items():
+        file = folder / name
+        if name not in there:
+            raise CheckpointError(f"{file} is missing")
+        found = file.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{file} is not a file")
+        if found.st_size < size:
+            raise CheckpointError(f"{file} is truncated: {found.st_size} bytes of {size}")
+        if found.st_size > size:
+            raise CheckpointError(f"{file} is corrupt: {found.st_size} bytes, written as {size}")
+        if _sha256(file) != digest:
+            raise CheckpointError(
+                f"{file} is corrupt: its SHA-256 is not the one it was written with"
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    failure = require("safetensors", "train").SafetensorError
+    try:
+        tensors: dict[str, Tensor] = require("safetensors.torch", "train").load_file(path)
+    except (failure, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is corrupt: {error}") from error
+    return tensors
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise _CorruptError(f"{path} is missing") from error
-    except ValueError as error:  # not JSON, not UTF-8
-        raise _CorruptError(f"{path} is corrupt: {error}") from error
+        raise CheckpointError(f"{path} is missing") from error
+    except (RecursionError, ValueError) as error:  # too deep; not JSON; not UTF-8
+        raise CheckpointError(f"{path} is corrupt: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is corrupt: it holds no JSON object")
     return value
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a manifest without its own SHA-256."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -193,6 +293,14 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, or the file or link that stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync(path: Path) -> None:

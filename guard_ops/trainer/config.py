@@ -21,8 +21,8 @@ class TrainConfig:
             each.
         inner_epochs: passes over a rollout. The first update is on policy: with one epoch of one
             minibatch the ratio is always 1 and nothing is ever clipped.
-        minibatches: optimizer steps of a pass; the samples are split evenly, without regard to
-            groups (advantages are computed before).
+        minibatches: optimizer steps of a pass; the samples are split as evenly as they can be,
+            without regard to groups (advantages are computed before).
         learning_rate, weight_decay: of AdamW, when the trainer makes the optimizer.
         max_grad_norm: the gradient is scaled down to this norm; ``inf`` for never.
         ema_decay: decay of the average of the weights, 0 <= d < 1; at 0 it is the weights.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -96,61 +94,6 @@ def flow_matching_loss(
     level = sigma.reshape(-1, 1, 1, 1)
     velocity = policy.velocity((1 - level) * images + level * noise, sigma, digits.labels[rows])
     return F.mse_loss(velocity, noise - images)
-
-
-def pretrain(
-    seed: int, steps: int = 3000, batch: int = 256, tick: Callable[[int], object] | None = None
-) -> DigitPolicy:
-    """A policy trained by flow matching: AdamW, learning rate 1e-3 to 1e-5 on a cosine.
-
-    Args:
-        seed: of the initial weights and of the batches.
-        tick: called after every step with the number of steps done.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        policy = DigitPolicy()
-    digits = load_digits()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1), eta_min=1e-5)
-    for step in range(steps):
-        loss = flow_matching_loss(policy, digits, batch, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if tick is not None:
-            tick(step + 1)
-    return policy
-
-
-def load_or_pretrain(
-    path: Path, seed: int, steps: int, tick: Callable[[int], object] | None = None
-) -> DigitPolicy:
-    """:func:`pretrain`, kept in the safetensors file ``path`` and read from there next time.
-
-    The file says with which settings it was made; it is made again if they differ, or if it is
-    damaged.
-    """
-    safetensors = require("safetensors", "train")
-    torch_safetensors = require("safetensors.torch", "train")
-    made_with = {"seed": str(seed), "steps": str(steps), "torch": torch.__version__}
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            found = file.metadata() == made_with
-        if found:
-            policy = DigitPolicy()
-            policy.load_state_dict(torch_safetensors.load_file(path))
-            return policy
-    except (FileNotFoundError, safetensors.SafetensorError):
-        pass
-    policy = pretrain(seed, steps, tick=tick)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    torch_safetensors.save_file(policy.state_dict(), temporary, made_with)
-    temporary.replace(path)  # complete or not there, whenever the process is killed
-    return policy
 
 
 @torch.no_grad()

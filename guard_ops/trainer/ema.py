@@ -19,6 +19,7 @@ class Ema:
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.parameters, self.decay, self.updates = parameters, decay, 0
+        self._trained: dict[str, Tensor] | None = None  # the weights while `applied`
         self.average = {
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
             for name, p in parameters.items()
@@ -26,20 +27,47 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        self.refuse_if_applied()
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for average, p in zip(self.average.values(), self.parameters.values(), strict=True):
             average.lerp_(p.to(average.dtype), 1 - decay)
 
+    def weights(self) -> Mapping[str, Tensor]:
+        """The trained weights, also inside ``applied``."""
+        return self.parameters if self._trained is None else self._trained
+
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the averaged weights inside the ``with`` block."""
-        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        """The model holds the averaged weights inside the ``with`` block, to read only.
+
+        Raises:
+            RuntimeError: at the block's end, when something has written to a weight in it, which
+                is lost; or the model holds the average already.
+        """
+        self.refuse_if_applied()
+        self._trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._assign(self.average)
+        versions = {name: p._version for name, p in self.parameters.items()}
         try:
             yield
+            changed = [n for n, p in self.parameters.items() if p._version != versions[n]]
         finally:
-            self._assign(trained)
+            self._assign(self._trained)
+            self._trained = None
+        if changed:
+            raise RuntimeError(
+                f"parameter {changed[0]!r} was written to inside `ema.applied()`, where the model "
+                "holds the average; that is lost, and the weights are those from before the block"
+            )
+
+    def refuse_if_applied(self) -> None:
+        """RuntimeError inside ``applied``: what is trained there would be lost."""
+        if self._trained is not None:
+            raise RuntimeError(
+                "the model holds the average of the weights (`ema.applied()`); train outside of "
+                "that block"
+            )
 
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:

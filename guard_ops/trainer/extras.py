@@ -20,6 +20,6 @@ def require(module: str, extra: str) -> Any:
         package = {"sklearn": "scikit-learn"}.get(error.name, error.name)
         raise ModuleNotFoundError(
             f"{package} is not installed; this part of guard_ops needs "
-            f"`pip install guard-ops[{extra}]`",
+            f'`pip install "guard-ops[{extra}]"`',
             name=error.name,
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ import torch
 import guard_ops as go
 
 from .config import TrainConfig
-from .digits import CLASSES, DigitPolicy, sample, sigmas
+from .digits import CLASSES, DigitPolicy, load_digits, sample, sigmas
 from .judges import Gold, ProxyReward
 from .loop import Trainer
+from .pretraining import load_or_pretrain
+from .progress import progress_bar
 
 OBJECTIVES: dict[str, go.GuardConfig] = {
     "flow_grpo": go.GuardConfig.flow_grpo(clip_low=1e-3, clip_high=1e-3),
@@ -34,14 +37,26 @@ def judge(policy: DigitPolicy, proxy: ProxyReward, gold: Gold) -> dict[str, floa
     return {"proxy": float(proxy(samples, condition).mean()), **gold(samples, condition)}
 
 
+def pretrained(folder: Path, seed: int, steps: int, title: str = "") -> DigitPolicy:
+    """The pretrained policy of ``folder``, made if it is not there yet, with progress shown."""
+    with progress_bar(f"{title}pretraining", steps) as bar:
+        policy = load_or_pretrain(
+            folder / "pretrained.safetensors", seed, steps, lambda n: bar(n, "")
+        )
+        bar(steps, "")
+    return policy
+
+
 def digits_trainer(
     policy: DigitPolicy,
     objective: str,
     config: TrainConfig,
+    pretrain_steps: int,
     out: Path,
     judges: tuple[ProxyReward, Gold],
     *,
     resume: bool = False,
+    initialize: Callable[[], object] | None = None,
 ) -> Trainer:
     """A trainer of ``policy`` with ``OBJECTIVES[objective]``, evaluated by :func:`judge`."""
     proxy, gold = judges
@@ -61,4 +76,30 @@ def digits_trainer(
             fused=True,
         ),
         evaluate=lambda: judge(policy, proxy, gold),
+        initialize=initialize,
+        recipe={"objective": objective, "pretrain_steps": pretrain_steps},
     )
+
+
+def train_digits(
+    objective: str, config: TrainConfig, pretrain_steps: int, out: Path, *, resume: bool
+) -> None:
+    """``guard-ops train``: pretrain, and fine-tune with one objective."""
+    digits, policy = load_digits(), DigitPolicy()
+
+    def initialize() -> None:
+        policy.load_state_dict(pretrained(out, config.seed, pretrain_steps).state_dict())
+
+    judges = ProxyReward(digits), Gold(digits)
+    trainer = digits_trainer(
+        policy, objective, config, pretrain_steps, out, judges, resume=resume, initialize=initialize
+    )
+    if trainer.iteration >= config.iterations:
+        print(
+            f"the run in {out} is at iteration {trainer.iteration} already; it goes on with "
+            f"`--iterations` above that, not {config.iterations}"
+        )
+    elif trainer.iteration:
+        print(f"resuming after iteration {trainer.iteration}", flush=True)
+    trainer.fit(title=objective)
+    trainer.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +14,10 @@ from torch import Tensor
 
 import guard_ops as go
 
-from . import checkpoint, state
+from . import state
 from .config import TrainConfig
 from .ema import Ema
+from .folder import FolderLock
 from .metrics import MetricsWriter
 from .policy import FlowPolicy, Reward, trainable
 from .progress import progress_bar
@@ -46,11 +47,20 @@ class Trainer:
         optimizer: over the policy's trainable parameters; default AdamW.
         evaluate: called every ``config.evaluate_every`` iterations; its numbers join that line of
             the metrics. It must draw from a generator of its own.
+        initialize: called when a run begins, before its first checkpoint, to give the policy its
+            first weights; those of a resumed run come from its checkpoint.
+        recipe: numbers and text that a continuation must share with its run, beside what the
+            trainer compares itself: where the policy or the reward came from.
 
     Raises:
-        ValueError: ``out`` has checkpoints and ``resume`` is False; the policy has nothing to
-            train. CheckpointError: see :mod:`guard_ops.trainer.checkpoint`.
+        ValueError: ``out`` has checkpoints and ``resume`` is False, or is of a run with other
+            settings; the policy has nothing to train. RunFolderError: another process trains in
+            ``out``, or it cannot be written. CheckpointError: all checkpoints are damaged. What
+            is refused leaves the files as they were.
     """
+
+    ema: Ema
+    settings: dict[str, Any]  # what a continuation must share
 
     def __init__(
         self,
@@ -65,10 +75,12 @@ class Trainer:
         resume: bool = False,
         optimizer: torch.optim.Optimizer | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
+        initialize: Callable[[], object] | None = None,
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
         self.policy, self.reward, self.prompts = policy, reward, prompts
         self.guard, self.config, self.out = guard, config, Path(out)
-        self.evaluate = evaluate
+        self.evaluate, self.recipe = evaluate, recipe or {}
         self.parameters = trainable(policy)
         if not self.parameters:
             raise ValueError(
@@ -91,12 +103,16 @@ class Trainer:
         self.optimizer = optimizer or torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.ema = Ema(self.parameters, config.ema_decay)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.iteration = 0
         self.checkpoints = self.out / "checkpoints"
         self.writer = MetricsWriter(self.out, tensorboard=config.tensorboard)
-        self._start(resume)
+        self._lock = FolderLock(self.out)
+        try:
+            state.start(self, resume, initialize)
+        except BaseException:
+            self._lock.release()
+            raise
 
     # --- the algorithm -----------------------------------------------------------------------
 
@@ -114,7 +130,7 @@ class Trainer:
         for _ in range(c.inner_epochs):
             updates = [
                 self.update(rollout, advantages, chunk.to(self.device))
-                for chunk in rows.chunk(c.minibatches)
+                for chunk in rows.tensor_split(c.minibatches)
             ]
             rows = torch.randperm(len(groups), generator=self.generator)
         last_epoch = {name: torch.stack([u[name] for u in updates]).mean(0) for name in updates[0]}
@@ -134,7 +150,8 @@ class Trainer:
         shape = (len(condition), *self.policy.latent_shape)
         noise = torch.randn(shape, generator=self.generator).to(self.device)
         parts = []
-        for rows in torch.arange(len(condition)).chunk(self.config.minibatches):
+        chunks = min(self.config.minibatches, len(condition))
+        for rows in torch.arange(len(condition)).tensor_split(chunks):
             latents, velocities = [noise[rows]], []
             for k, coeffs in enumerate(self.schedule):
                 velocities.append(self._velocity(k, latents[k], condition[rows]))
@@ -146,6 +163,7 @@ class Trainer:
 
     def update(self, rollout: Rollout, advantages: Tensor, rows: Tensor) -> dict[str, Tensor]:
         """One optimizer step on the trajectories ``rows``, all their trained steps at once."""
+        self.ema.refuse_if_applied()
         condition = rollout.condition[rows]
         steps = range(*self.trained.indices(len(self.schedule)))
         velocity = torch.stack(
@@ -174,10 +192,14 @@ class Trainer:
     def fit(self, progress: bool = True, title: str = "training") -> None:
         """Train until ``config.iterations``, writing metrics and checkpoints on the way.
 
+        A run that has come so far already does nothing.
+
         Raises:
             FloatingPointError: the loss is not finite, which is noticed before a checkpoint.
         """
         c = self.config
+        if self.iteration >= c.iterations:
+            return
         bars = progress_bar(title, c.iterations, self.iteration) if progress else nullcontext()
         with bars as bar:
             while self.iteration < c.iterations:
@@ -204,28 +226,16 @@ class Trainer:
                     bar(self.iteration, f"reward {numbers['reward']:.3f}")
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
-        size = self.writer.sync()
-        parts, numbers = state.tensors(self), state.numbers(self, size)
-        return checkpoint.save(
-            self.checkpoints, self.iteration, parts, numbers, self.config.keep_checkpoints
-        )
+        """Write a checkpoint of this moment; returns its folder.
+
+        Raises:
+            RunFolderError: it cannot be written, or this iteration has one already.
+        """
+        return state.save(self)
 
     def close(self) -> None:
-        """Close the metrics files."""
-        self.writer.close()
-
-    def _start(self, resume: bool) -> None:
-        saved = None
-        if resume:
-            saved = checkpoint.load_latest(self.checkpoints)
-        elif checkpoint.exist(self.checkpoints):
-            raise ValueError(
-                f"`out` is {str(self.out)!r}, which has checkpoints of another run; continue it "
-                "with resume=True or choose another folder"
-            )
-        if saved is not None:
-            state.restore(self, saved)
-        self.writer.start(self.iteration, saved.state["metrics_bytes"] if saved else 0)
-        if saved is None and self.config.checkpoint_every:
-            self.save()  # marks the folder as taken; a run killed in its first seconds resumes here
+        """Close the metrics files and leave the folder to others."""
+        try:
+            self.writer.close()
+        finally:
+            self._lock.release()

@@ -4,59 +4,102 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from .extras import require
+from .folder import writing
 
 
 class MetricsWriter:
     """Appends to ``metrics.jsonl`` (and ``tensorboard/``) of a run.
 
     A line is ``{"iteration": n, name: number | [a number per step], ...}``; a number that is not
-    finite is null. :meth:`start` cuts off what a killed run wrote after its last checkpoint.
+    finite is null. Checkpoints hold all lines up to theirs: what happens to the file is mended.
     """
 
     def __init__(self, out: Path, *, tensorboard: bool) -> None:
         self.path = out / "metrics.jsonl"
         self._folder = out / "tensorboard"
-        self._tensorboard = tensorboard
+        self._text: list[bytes] = []
         self._board: Any = None
+        self._summary_writer = tensorboard and require("torch.utils.tensorboard", "train")
 
-    def start(self, iteration: int, size: int) -> None:
-        """Continue after ``iteration``, whose line ended at byte ``size``."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
-        self._file.truncate(min(size, self._file.tell()))
-        if self._tensorboard:
-            writer = require("torch.utils.tensorboard", "train").SummaryWriter
-            self._board = writer(str(self._folder), purge_step=iteration + 1)
+    def start(self, iteration: int, text: str | None) -> None:
+        """Continue after ``iteration``, up to which the file holds ``text``; None begins a run.
+
+        What a killed run wrote after its last checkpoint is cut off. A file that does not begin
+        with ``text`` is set aside, with a RuntimeWarning, and written again.
+        """
+        expected = (text or "").encode()
+        self._text = [expected]
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            found = self.path.read_bytes() if self.path.exists() else b""
+            if found and text is None:
+                self._set_aside("it is of another run, which has no checkpoints")
+            elif not found.startswith(expected):
+                self._mend(found, expected)
+            self._file = self.path.open("ab")
+            self._file.truncate(len(expected))
+            if self._summary_writer:
+                writer = self._summary_writer.SummaryWriter
+                self._board = writer(str(self._folder), purge_step=iteration + 1)
+
+    def _mend(self, found: bytes, expected: bytes) -> None:
+        """Write the file again as the checkpoint has it."""
+        lines = expected.count(b"\n")
+        if found:
+            fault = "is cut off" if expected.startswith(found) else "was changed"
+            self._set_aside(f"it {fault}; written again from the checkpoint, {lines} lines")
+        else:
+            _warn(f"{self.path} is gone; written again from the checkpoint, {lines} lines")
+        temporary = self.path.with_name(f"{self.path.name}.writing")
+        temporary.write_bytes(expected)
+        temporary.replace(self.path)
+
+    def _set_aside(self, reason: str) -> None:
+        aside, n = self.path.with_name(f"{self.path.name}.aside"), 1
+        while os.path.lexists(aside):
+            n += 1
+            aside = self.path.with_name(f"{self.path.name}.aside-{n}")
+        self.path.rename(aside)
+        _warn(f"{self.path} is kept as {aside.name}: {reason}")
 
     def write(self, iteration: int, numbers: dict[str, Any]) -> None:
         """Add the line of ``iteration``."""
         line = {"iteration": iteration} | {name: _finite(x) for name, x in numbers.items()}
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        text = json.dumps(line, allow_nan=False).encode() + b"\n"
+        with writing(self.path):
+            self._file.write(text)
+            self._file.flush()
+        self._text.append(text)
         if self._board is None:
             return
-        for name, value in numbers.items():
-            if not isinstance(value, list):
-                self._board.add_scalar(name, value, iteration)
-                continue
-            for k, x in enumerate(value):
-                self._board.add_scalar(f"{name}/step_{k}", x, iteration)
+        with writing(self._folder):
+            for name, value in numbers.items():
+                if not isinstance(value, list):
+                    self._board.add_scalar(name, value, iteration)
+                    continue
+                for k, x in enumerate(value):
+                    self._board.add_scalar(f"{name}/step_{k}", x, iteration)
 
-    def sync(self) -> int:
-        """Put what was written on the disk; returns the size of ``metrics.jsonl`` in bytes."""
-        os.fsync(self._file.fileno())
+    def sync(self) -> str:
+        """Put what was written on the disk; returns all of it."""
+        with writing(self.path):
+            os.fsync(self._file.fileno())
         if self._board is not None:
-            self._board.flush()
-        return os.fstat(self._file.fileno()).st_size
+            with writing(self._folder):
+                self._board.flush()
+        return b"".join(self._text).decode()
 
     def close(self) -> None:
-        self._file.close()
+        with writing(self.path):
+            self._file.close()
         if self._board is not None:
-            self._board.close()
+            with writing(self._folder):
+                self._board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -69,3 +112,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(x) for x in value]
     return value if value - value == 0 else None
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"guard_ops: {text}", RuntimeWarning, stacklevel=7)

@@ -3,13 +3,16 @@
 import copy
 import json
 import random
+import re
+import sys
 import time
 from argparse import ArgumentParser
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import cases, command, compare, stages, suite
+from benchmarks import cases, command, compare, options, stages, suite
 from benchmarks.workloads import CI
 
 ONE = cases.Case(CI.with_batch(1), CI, "guard_loss", "both", "noise", "article", torch.float32)
@@ -98,7 +101,7 @@ def fake_clock(monkeypatch):
 
 def bench(*arguments):
     parser = ArgumentParser()
-    command.add_arguments(parser)
+    options.add_arguments(parser)
     return command.run(parser.parse_args([*map(str, arguments), "--suite", "ops"]))
 
 
@@ -145,9 +148,14 @@ def test_a_deliberately_slowed_kernel_is_called_out(one_case, monkeypatch, tmp_p
     [
         (None, "No such file"),
         ("{", "Expecting property name"),
-        ("[]", "cannot compare"),
+        ("[]", "it is no object of sections"),
+        ("null", "it is no object of sections"),
         ("{}", "none of the sections workloads, ops"),
-        ('{"ops": {"rows": [{}]}}', "no 'workload' in it"),
+        ("[" * 100_000, "it is nested too deeply"),
+        ('{"ops": []}', "its section ops has no list of rows"),
+        ('{"ops": {"rows": {}}}', "its section ops has no list of rows"),
+        ('{"ops": {"rows": []}}', "its section ops does not say on which machine"),
+        ('{"ops": {"rows": [[]], "environment": {}}}', "row 0 of ops is no object"),
     ],
 )
 def test_an_unreadable_file_is_named_with_those_beside_it(text, why, tmp_path):
@@ -161,6 +169,49 @@ def test_an_unreadable_file_is_named_with_those_beside_it(text, why, tmp_path):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "field, value, needed",
+    [
+        ("milliseconds", None, "None; it needs a number > 0"),
+        ("milliseconds", "1.0", "'1.0'; it needs a number > 0"),
+        ("milliseconds", 0, "0; it needs a number > 0"),
+        ("milliseconds", -1.0, "-1.0; it needs a number > 0"),
+        ("milliseconds", float("nan"), "nan; it needs a number > 0"),
+        ("milliseconds", float("inf"), "inf; it needs a number > 0"),
+        ("milliseconds", 10**400, "1000000000"),
+        ("milliseconds", True, "True; it needs a number > 0"),
+        ("milliseconds", ..., "missing; it needs a number > 0"),
+        ("noise", -0.1, "-0.1; it needs a number >= 0"),
+        ("scatter", float("nan"), "nan; it needs a number >= 0"),
+        ("shape", "8", "'8'; it needs a list of whole numbers > 0"),
+        ("shape", [8, 0], "[8, 0]; it needs a list of whole numbers > 0"),
+        ("case", 1, "1; it needs a text"),
+        ("form", [], "[]; it needs a text"),
+        ("workload", ..., "missing; it needs a text"),
+    ],
+)
+def test_a_row_that_cannot_be_compared_is_named(field, value, needed, tmp_path):
+    rows = run(1.0)
+    rows[1] |= {field: value}
+    if value is ...:
+        del rows[1][field]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"ops": {"environment": {}, "rows": rows}}))
+    with pytest.raises(ValueError, match="cannot compare with") as error:
+        compare.load(path)
+    assert f"{path}: {field!r} of row 1 of ops is {needed}" in str(error.value)
+
+
+@pytest.mark.parametrize("other", [{"contender": "eager"}, {"case": "two"}])
+def test_a_kernel_without_its_memory_copy_is_named(other, tmp_path):
+    rows = run(1.0)
+    rows[1] |= other
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"ops": {"environment": {}, "rows": rows}}))
+    with pytest.raises(ValueError, match=f"{path}: row 0 of ops, {NAME}, has no memory copy"):
+        compare.load(path)
+
+
 def test_another_machines_times_are_refused(one_case, fake_clock, tmp_path):
     bench("--json", tmp_path / "a.json")
     saved = json.loads((tmp_path / "a.json").read_text())
@@ -171,11 +222,51 @@ def test_another_machines_times_are_refused(one_case, fake_clock, tmp_path):
         bench("--compare", tmp_path / "b.json")
 
 
-def test_nothing_in_common_is_an_error(one_case, fake_clock, tmp_path):
+def unmeasured(*_):
+    pytest.fail("it measured first")
+
+
+def test_nothing_in_common_is_an_error(one_case, fake_clock, monkeypatch, tmp_path):
     bench("--json", tmp_path / "a.json")
     saved = json.loads((tmp_path / "a.json").read_text())
     for found in saved["ops"]["rows"]:
         found["shape"] = [1, 1, 1]
     (tmp_path / "b.json").write_text(json.dumps(saved))
+    monkeypatch.setattr(command, "measure", unmeasured)
     with pytest.raises(ValueError, match="timed none of these kernels on these shapes"):
         bench("--compare", tmp_path / "b.json")
+    with pytest.raises(ValueError, match="timed none of these kernels on these shapes"):
+        bench("--compare", tmp_path / "a.json", "--backend", "reference")
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--json", "."], "`--json` is ., a folder; it needs the name of a file"),
+        (["--plot", "file"], "`--plot` is file, a file; it needs the name of a folder"),
+        (["--compare", "file"], "cannot compare with file: "),
+        (["--json", "locked/numbers.json"], "locked cannot be written into"),
+        (["--plot", "locked/plots"], "locked cannot be written into"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_found_out_before_measuring(
+    options, said, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    # the superuser, as whom a container's tests run, may write everywhere
+    monkeypatch.setattr(command.os, "access", lambda path, _: path != Path("locked"))
+    monkeypatch.setattr(command, "measure", unmeasured)
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        bench(*options)
+
+
+@pytest.mark.parametrize(
+    "package, options", [("rich", []), ("matplotlib", ["--plot", "plots"])], ids=["rich", "plots"]
+)
+def test_a_missing_package_is_found_out_before_measuring(package, options, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(command, "measure", unmeasured)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "guard-ops\[bench\]"'):
+        bench(*options)

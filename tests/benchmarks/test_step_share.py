@@ -27,7 +27,7 @@ def test_without_diffusers_a_model_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr(step_share, "MODELS", step_share.MODELS[:1])
     (row,) = step_share.measure_all(BACKEND, CPU, lambda *_: None)
     assert row["model"] == "SD3.5-M"
-    assert "pip install guard-ops[bench]" in row["skipped"]
+    assert 'pip install "guard-ops[bench]"' in row["skipped"]
 
 
 @pytest.mark.parametrize("model", step_share.MODELS[:-1], ids=lambda model: model.name)

@@ -115,3 +115,5 @@ def test_the_example_runs(capsys):
     objectives.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line[:10].strip() for line in lines[1:]] == list(objectives.OBJECTIVES)
+    gradients = [line[22:32].strip() for line in lines[1:]]
+    assert len(set(gradients)) == len(gradients)  # it is to show how they differ

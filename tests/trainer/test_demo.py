@@ -5,8 +5,11 @@ import json
 import pytest
 
 from guard_ops.cli import main
-from guard_ops.trainer import tables
-from guard_ops.trainer.demo import Run, SeedResult
+from guard_ops.trainer import RunFolderError, Trainer, jobs, plots, tables
+from guard_ops.trainer import demo as demos
+from guard_ops.trainer.demo import Run, SeedResult, run_demo
+from guard_ops.trainer.digits import load_digits
+from guard_ops.trainer.judges import Gold, ProxyReward
 
 PICTURES = ("samples.png", "overoptimization.png", "ratio.png", "clip.png")
 ITERATIONS = 12
@@ -65,6 +68,74 @@ def test_ratio_norm_makes_spread_and_clipping_the_same_at_every_step(runs):
     steep = tables.step_means(runs["flow_grpo"], "clip_fraction_high")
     assert max(flat) - min(flat) < 0.1
     assert max(steep) - min(steep) > 0.2
+
+
+def test_a_demo_that_is_done_is_shown_again_without_work(demo, capsys, monkeypatch):
+    before = (demo / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(Trainer, "iterate", lambda self: pytest.fail("it trains"))
+    monkeypatch.setattr(plots, "draw", lambda *_: None)
+    options = ["--out", str(demo), "--iterations", str(ITERATIONS), "--pretrain-steps", "300"]
+    assert main(["demo", *options]) == 0
+    assert "After 12 iterations" in capsys.readouterr().out
+    assert (demo / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--pretrain-steps", "20"], "`--pretrain-steps` is 20 but the demo in `--out` was begun "
+                                     "with 300; continue with the same or choose another `--out`"),
+        (["--iterations", "40", "--pretrain-steps", "300"], "`--iterations` is 40 but the demo in"),
+        (["--report", "{out}"], "`--report` is {out}, which is a folder"),
+    ],
+)  # fmt: skip
+def test_another_demo_is_refused_before_any_work(demo, options, message, capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "load_or_pretrain", lambda *_: pytest.fail("it pretrains"))
+    before = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.suffix != ".lock"}
+    given = ["--out", str(demo), "--iterations", str(ITERATIONS)]
+    given += [option.format(out=demo) for option in options]
+    assert main(["demo", *given, "--seeds", "3", "0"]) == 1
+    assert capsys.readouterr().err.startswith("guard-ops: " + message.format(out=demo))
+    after = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.suffix != ".lock"}
+    assert after == before
+
+
+def test_an_interrupted_demo_continues_to_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "EVALUATION_SAMPLES", 2)
+    monkeypatch.setattr(plots, "draw", lambda *_: None)
+    digits = load_digits()
+    judges = ProxyReward(digits), Gold(digits)
+    monkeypatch.setattr(demos, "ProxyReward", lambda _: judges[0])
+    monkeypatch.setattr(demos, "Gold", lambda _: judges[1])
+    iterate, calls, stops = Trainer.iterate, [], {4, 8}
+
+    def interrupted(trainer):
+        calls.append(trainer.guard.ratio_norm)
+        if len(calls) in stops:
+            raise KeyboardInterrupt
+        return iterate(trainer)
+
+    def demo(out):
+        return run_demo(out, [0], iterations=3, pretrain_steps=2)
+
+    whole = demo(tmp_path / "whole")
+    monkeypatch.setattr(Trainer, "iterate", interrupted)
+    for _ in stops:
+        with pytest.raises(KeyboardInterrupt):
+            demo(tmp_path / "parts")
+    parts = demo(tmp_path / "parts")
+    assert len(calls) == 3 * 3 + len(stops)  # each iteration once, and those interrupted again
+    for name, run in whole.seeds[0].runs.items():
+        assert run.samples.equal(parts.seeds[0].runs[name].samples)
+        assert run.evaluations == parts.seeds[0].runs[name].evaluations
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 9
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"iterations": 3}', "[" * 100_000])
+def test_a_folder_that_does_not_say_whose_demo_it_is_is_refused(tmp_path, text):
+    (tmp_path / "demo.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"demo\.json does not say which settings"):
+        run_demo(tmp_path, [0], iterations=3, pretrain_steps=2)
 
 
 def test_tables_compare_the_runs_where_all_reached_the_same_proxy():

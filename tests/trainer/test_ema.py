@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from guard_ops.trainer import Ema
@@ -50,3 +51,34 @@ def test_applied_swaps_the_average_in_and_the_weights_back_even_after_an_error()
     except KeyError:
         pass
     assert torch.equal(weight.detach(), torch.full((2,), 5.0))
+
+
+def test_what_is_written_inside_applied_is_an_error_at_its_end_and_not_kept():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    ema = Ema({"w": weight}, decay=0.9)
+    with torch.no_grad():
+        weight.fill_(5.0)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    weight.grad = torch.ones(2)
+    with (
+        pytest.raises(RuntimeError, match=r"'w' was written to inside `ema.applied\(\)`"),
+        ema.applied(),
+    ):
+        optimizer.step()
+    assert torch.equal(weight.detach(), torch.full((2,), 5.0))
+
+
+def test_inside_applied_there_is_no_update_and_no_second_applied():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    ema = Ema({"w": weight}, decay=0.9)
+    with torch.no_grad():
+        weight.fill_(5.0)
+    with ema.applied():
+        with pytest.raises(RuntimeError, match="train outside"):
+            ema.update()
+        with pytest.raises(RuntimeError, match="the model holds the average"), ema.applied():
+            pass
+        assert torch.equal(ema.weights()["w"], torch.full((2,), 5.0))
+    assert ema.updates == 0
+    assert torch.equal(weight.detach(), torch.full((2,), 5.0))
+    assert ema.weights()["w"] is weight

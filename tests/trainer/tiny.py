@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,7 @@ def reward(samples: Tensor, condition: Tensor) -> Tensor:
 
 
 def tiny_trainer(out: Path, *, resume: bool = False, **changes: Any) -> Trainer:
-    keys = ("policy", "reward", "guard", "optimizer", "evaluate", "prompts")
+    keys = ("policy", "reward", "guard", "optimizer", "evaluate", "prompts", "initialize", "recipe")
     parts = {key: changes.pop(key) for key in keys if key in changes}
     return Trainer(
         parts.get("policy") or TinyPolicy(),
@@ -62,4 +65,17 @@ def tiny_trainer(out: Path, *, resume: bool = False, **changes: Any) -> Trainer:
         resume=resume,
         optimizer=parts.get("optimizer"),
         evaluate=parts.get("evaluate"),
+        initialize=parts.get("initialize"),
+        recipe=parts.get("recipe"),
     )
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process grows beyond ``size`` bytes, as where a disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

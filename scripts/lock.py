@@ -1,0 +1,58 @@
+"""Pin what CI installs, with hashes: writes .ci/build.txt and .ci/requirements.txt.
+
+    pip install uv
+    python scripts/lock.py             # keeps the versions that are pinned and still fit
+    python scripts/lock.py --upgrade   # takes the newest of everything
+
+`make test LOCKED=1` installs these first, so that pip finds what pyproject.toml and torch need in
+place and downloads nothing that is not pinned but torch. torch is not pinned here, because its file
+differs with the index and with CUDA; `TORCH` in the Makefile is its version. build.txt is what a
+build needs, of the same versions: compilers begin while the rest is installed. The versions fit
+every Python that is supported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+from pathlib import Path
+
+from build_wheels import TOOLS
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD, ALL = (ROOT / ".ci" / name for name in ("build.txt", "requirements.txt"))
+HEAD = "# What {0} beside torch. Written by `python scripts/lock.py`, from pyproject.toml.\n"
+# What torch itself needs on every platform; the libraries of a CUDA build come with that build.
+OF_TORCH = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions")
+WITHOUT_TORCH = "torch ; sys_platform == 'never'"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--upgrade", action="store_true", help="take the newest of everything")
+    options = parser.parse_args()
+    upgrade = ["--upgrade"] if options.upgrade else []
+    with tempfile.TemporaryDirectory() as temporary:
+        beside, excluded = Path(temporary, "torch.in"), Path(temporary, "excluded.txt")
+        beside.write_text("\n".join(OF_TORCH) + "\n")
+        excluded.write_text(WITHOUT_TORCH + "\n")
+        without = ["--override", str(excluded), "--no-emit-package", "torch"]
+        compiled(ALL, ["pyproject.toml", str(beside), "--extra", "dev", *without, *upgrade])
+        tools = Path(temporary, "build.in")
+        tools.write_text("\n".join(TOOLS) + "\n")
+        compiled(BUILD, [str(tools), "--constraint", str(ALL), "--upgrade"])
+    ALL.write_text(HEAD.format("CI installs") + ALL.read_text())
+    BUILD.write_text(HEAD.format("a build needs") + BUILD.read_text())
+    return 0
+
+
+def compiled(lock: Path, options: list[str]) -> None:
+    """Lets uv write ``lock``."""
+    command = ["uv", "pip", "compile", *options, "--universal", "--python-version", "3.10"]
+    command += ["--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
+    subprocess.run([*command, "--output-file", str(lock)], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
