@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import philox_truth
 import torch
 from strategies import FORMS, Case
 from torch import Tensor
@@ -29,18 +30,14 @@ def _arguments(case: Case, reduction: str) -> dict[str, Any]:
         return value.to(case.dtypes[name])
 
     coeffs = coefficients(case, draw)
-    lifted = [
+    a, b, s = (
         x.reshape(x.shape + (1,) * (len(shape) - x.ndim)) for x in (coeffs.a, coeffs.b, coeffs.s)
-    ]
-    a, b, s = lifted
+    )
     values = {"sample": case.magnitude * normal(*shape), "noise": normal(*shape)}
     seed = go.philox_seed(case.seed, leading)
     if case.form == "seeded":
-        from philox_truth import normals
-
-        values["noise"] = normals(seed.reshape(-1, case.batch, 2), math.prod(case.latent)).view(
-            shape
-        )
+        z = philox_truth.normals(seed.reshape(-1, case.batch, 2), math.prod(case.latent))
+        values["noise"] = z.view(shape)
     old = case.magnitude * normal(*shape)
     old_dtype = case.dtypes.get("old_model_output", torch.float64)
     old = old.to(old_dtype).double()

@@ -7,7 +7,7 @@ draws a case.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,8 +50,7 @@ class Case:
     shared: str | None  # an operand that is one sample's, expanded over the batch
     guidance_scale: float | None
     seed: int
-
-    poisons: tuple[tuple[str, int, int, int, float], ...] = field(default=())
+    poisons: tuple[tuple[str, int, int, int, float], ...] = ()  # operand, step, sample, element
 
 
 @st.composite
