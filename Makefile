@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt s
   scripts/toolchain.py scripts/compiling.py
 
 .PHONY: demo test test-all test-cpp test-arm test-arm-bits test-slow test-triton test-emulated \
-  emulated-extension sanitize gpu-check lint format bench wheels wheel-check test-versions kill-test \
+  emulated-extension fuzz sanitize gpu-check lint format bench wheels wheel-check test-versions kill-test \
   audit clean
 
 # Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
@@ -53,6 +53,20 @@ EMULATED_TESTS := tests/device/test_cuda_paths.py tests/device/test_device_loss.
   $(patsubst %,tests/test_%.py,autograd determinism goldens layouts numerics peers sde_step torch_operators)
 test-emulated: $(VENV)/development emulated-extension
 	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -k cuda $(EMULATED_TESTS)
+
+# The fuzzer (tests/fuzz) for as long as one likes, where `make test` has a thousand cases that are
+# the same every time. SEED makes those of another run again; WITH="triton cuda" adds the interpreted
+# and the emulated kernels, which are slow.
+CASES ?= 20000
+ifndef SEED
+SEED := $(shell date +%s)
+endif
+WITH ?=
+fuzz: export OMP_WAIT_POLICY = passive
+fuzz: $(VENV)/development $(if $(findstring cuda,$(WITH)),emulated-extension)
+	@echo 'make fuzz CASES=$(CASES) SEED=$(SEED) WITH="$(WITH)"'
+	GUARD_OPS_FUZZ_CASES=$(CASES) GUARD_OPS_FUZZ_WITH="$(WITH)" $(BIN)/python -m pytest -n 2 -q tests/fuzz \
+	  --hypothesis-seed=$(SEED)
 
 # `guard-ops train` killed at random moments and resumed, until every run has ended in the bits of one
 # that was never killed: 200 kills take half an hour on 2 cores.
