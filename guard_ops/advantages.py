@@ -53,6 +53,7 @@ def group_advantages(
         ValueError, TypeError: the message names the argument, what it got and what it needs.
     """
     groups = _check(rewards, groups, scale, eps, without_spread)
+    eps = float(eps)
     wide, before = rewards.double(), 0  # before: how many samples the ranks before this one have
     if process_group is not None:
         ranks.check_group("process_group", process_group)

@@ -11,6 +11,7 @@ from . import autograd, objective, transitions
 from .backends import select
 from .options import LogRatioOptions, Names, takes
 from .schedule import StepCoefficients
+from .transitions import check_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -148,6 +149,8 @@ def log_prob(
     a ratio use :func:`log_ratio`: the difference of two of these has lost its digits.
     """
     leading = transitions.check_shape(model_output, coeffs).leading()
+    for name, value in (("sample", sample), ("prev_sample", prev_sample)):
+        check_tensor(name, value)
     zero = torch.zeros(leading, dtype=torch.float64, device=model_output.device)
     return log_ratio(
         model_output,
