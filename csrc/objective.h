@@ -342,8 +342,8 @@ struct FiniteMean {
     return sqrt(total / double(count));
   }
 
-  // By what numbers are divided whose sum or squares overflow: a power of two, which rounds nothing.
-  // Results of a device are float32, whose squares float64 represents.
+  // By what numbers are divided whose sum or squares overflow: a power of two, which rounds
+  // nothing. Results of a device are float32, whose squares float64 represents.
   static constexpr double huge = 0x1p600;
 };
 

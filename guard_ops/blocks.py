@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from . import objective
+from .checks import check_floating
 from .config import RATIO_NORMS, GuardConfig
 from .schedule import StepCoefficients
 from .statistics import RatioStatistics, check_statistics
-from .transitions import check_coefficients, check_config, check_gaussian, check_tensor
+from .transitions import check_coefficients, check_config, check_gaussian
 
 
 def ratio_norm(
@@ -88,7 +89,7 @@ def clipped_surrogate(excess: Tensor, advantages: Tensor, *, config: GuardConfig
 
 
 def _check_rows(name: str, value: Tensor, like: Tensor | None = None) -> None:
-    check_tensor(name, value)
+    check_floating(name, value)
     if value.ndim not in (1, 2) or value.numel() == 0:
         raise ValueError(f"`{name}` has shape {tuple(value.shape)}; it needs [K, B] or [B]")
     if like is not None and value.shape != like.shape:

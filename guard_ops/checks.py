@@ -20,6 +20,17 @@ def describe(value: object) -> str:
     return f"{value!r} ({kind})" if isinstance(value, (int, float, str)) else f"a {kind}"
 
 
+def check_floating(name: str, value: object) -> None:
+    """Raises unless ``value`` is a dense tensor of a dtype that kernels take."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"`{name}` has dtype {value.dtype}; it needs float64, float32, bfloat16 or float16"
+        )
+    check_dense(name, value)
+
+
 def check_dense(name: str, value: Tensor) -> None:
     """Raises for a tensor that is no block of memory with strides: sparse, nested, ..."""
     if value.layout is not torch.strided or value.is_nested:

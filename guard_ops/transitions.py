@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .checks import FLOATING, check_choice, check_dense, check_device, check_number
+from .checks import (
+    FLOATING,
+    check_choice,
+    check_dense,
+    check_device,
+    check_floating,
+    check_number,
+)
 from .config import GuardConfig
 from .options import Names
 from .schedule import StepCoefficients
@@ -379,12 +386,9 @@ def check_reduction(reduction: str) -> None:
 
 def check_tensor(name: str, value: object) -> Tensor:
     """Returns ``value`` if it is a plain tensor of a dtype that kernels take; else raises."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` is a {type(value).__name__}; it needs a tensor")
-    if value.dtype not in FLOATING:
-        raise TypeError(
-            f"`{name}` has dtype {value.dtype}; it needs float64, float32, bfloat16 or float16"
-        )
+    if not isinstance(value, Tensor) or value.dtype not in FLOATING:
+        check_floating(name, value)
+    assert isinstance(value, Tensor)
     if not torch.compiler.is_compiling():
         check_plain(name, value)
     return value

@@ -80,10 +80,10 @@ def test_objectives_offered_are_those_of_the_job():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["train", "--iterations", "0"], "guard-ops: `iterations` is 0; it needs >= 1"),
-        (["train", "--learning-rate", "-1"], "guard-ops: `learning_rate` is -1.0; it needs > 0"),
-        (["demo", "--iterations", "0"], "guard-ops: `iterations` is 0; it needs >= 1"),
-        (["demo", "--seed", "-1"], "guard-ops: `seed` is -1; it needs >= 0"),
+        (["train", "--iterations", "0"], "guard-ops: `--iterations` is 0; it needs >= 1"),
+        (["train", "--learning-rate", "-1"], "guard-ops: `--learning-rate` is -1.0; it needs > 0"),
+        (["demo", "--iterations", "0"], "guard-ops: `--iterations` is 0; it needs >= 1"),
+        (["demo", "--seed", "-1"], "guard-ops: `--seed` is -1; it needs >= 0"),
     ],
 )
 def test_bad_settings_are_one_line_and_happen_before_any_work(options, message, capsys, tmp_path):

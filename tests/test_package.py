@@ -38,6 +38,7 @@ PUBLIC = {
     "log_prob",
     "log_ratio",
     "philox_seed",
+    "rank_weight",
     "ratio_norm",
     "sde_step",
     "use_backend",
@@ -75,7 +76,8 @@ SIGNATURES = {
     "ratio_norm": ["log_ratio", "config", "coeffs", "kl_old", "statistics"],
     "balance_weights": ["excess", "config", "coeffs"],
     "clipped_surrogate": ["excess", "advantages", "config"],
-    "group_advantages": ["rewards", "groups", "scale", "eps"],
+    "group_advantages": ["rewards", "groups", "scale", "eps", "without_spread", "process_group"],
+    "rank_weight": ["samples", "process_group"],
     "philox_seed": ["seed", "shape", "device"],
     "use_backend": ["name"],
 }

@@ -69,8 +69,8 @@ class use_backend:
 
     Args:
         name: one of :func:`available_backends`, or None to choose by device again. The environment
-            variable ``GUARD_OPS_BACKEND`` sets it for all threads at import, in any case of letters;
-            a name that it cannot have is refused by the first call of an op.
+            variable ``GUARD_OPS_BACKEND`` sets it for all threads at import, in any case of
+            letters. A name that it cannot have is refused by the first call of an op.
 
     Raises:
         ValueError: this installation lacks the backend; the message says why.
