@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ranks
-from .checks import check_choice, check_number
+from .checks import check_choice, check_dense, check_number
 from .objective import masked_std
-from .transitions import check_plain, check_tensor
+from .transitions import check_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -123,7 +123,7 @@ def _check(
         return torch.zeros(rewards.shape, dtype=torch.int64, device=rewards.device)
     if not isinstance(groups, Tensor):
         raise TypeError(f"`groups` is a {type(groups).__name__}; it needs a tensor")
-    check_plain("groups", groups)
+    check_dense("groups", groups)
     if groups.shape != rewards.shape or groups.dtype != torch.int64:
         raise ValueError(
             f"`groups` is a {groups.dtype} tensor of shape {tuple(groups.shape)}; it needs "

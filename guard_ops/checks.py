@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what kernels take
+
+OWNERS = ("Tensor", "Parameter")  # the classes of tensors that have memory of their own
+# torch has no public question for a tensor of a torch.func transform.
+is_functorch: Callable[[Tensor], bool] = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
+)
 
 
 def describe(value: object) -> str:
@@ -32,10 +38,18 @@ def check_floating(name: str, value: object) -> None:
 
 
 def check_dense(name: str, value: Tensor) -> None:
-    """Raises for a tensor that is no block of memory with strides: sparse, nested, ..."""
+    """Raises for a tensor that is no block of memory with strides: sparse, nested, freed, ..."""
+    if torch.compiler.is_compiling():  # whose tensors have no memory to look at
+        return
     if value.layout is not torch.strided or value.is_nested:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise TypeError(f"`{name}` is a {kind} tensor; it needs a dense one, with strides")
+    owner = type(value).__name__ in OWNERS and not is_functorch(value)
+    if owner and value.numel() and not value.untyped_storage().nbytes():
+        raise ValueError(
+            f"`{name}` has shape {tuple(value.shape)} but its memory was freed (its storage has "
+            "0 bytes, as that of a sharded or offloaded tensor); it needs its values"
+        )
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:

@@ -94,8 +94,7 @@ class StepCoefficients:
         for name, value in named.items():
             if not isinstance(value, Tensor) or value.dtype not in FLOATING:
                 raise TypeError(f"`{name}` is {describe(value)}; it needs a floating tensor")
-            if not torch.compiler.is_compiling():
-                check_dense(name, value)
+            check_dense(name, value)
             if value.shape != a.shape or value.device != a.device:
                 raise ValueError(
                     f"`{name}` has shape {tuple(value.shape)} on {value.device} but `a` "
@@ -346,8 +345,7 @@ class SdeSchedule:
     def _lookup(self, k: Tensor, gaussian: bool) -> StepCoefficients:
         if k.dtype != torch.int64:
             raise TypeError(f"`k` is {describe(k)}; it needs dtype torch.int64")
-        if not torch.compiler.is_compiling():
-            check_dense("k", k)
+        check_dense("k", k)
         if k.ndim > 2 or k.numel() == 0:
             raise ValueError(f"`k` has shape {tuple(k.shape)}; it needs [], [K] or [K, B]")
         if k.device != self.device and not (k.ndim == 0 and k.device.type == "cpu"):

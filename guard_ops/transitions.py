@@ -7,7 +7,7 @@ docs/life-of-a-call.md says what else reads the list.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,13 @@ from torch.autograd import forward_ad
 
 from .checks import (
     FLOATING,
+    OWNERS,
     check_choice,
     check_dense,
     check_device,
     check_floating,
     check_number,
+    is_functorch,
 )
 from .config import GuardConfig
 from .options import Names
@@ -404,7 +406,7 @@ def check_plain(name: str, value: Tensor) -> None:
             f"`{name}` is a DTensor, of which each rank holds a part; it needs that part, "
             "to_local(), of whole latents (process_group= has statistics over the ranks)"
         )
-    if _is_functorch(value):
+    if is_functorch(value):
         raise TypeError(
             f"`{name}` is a tensor of a torch.func transform (grad, vmap, ...); it needs a plain "
             "one: an op takes a whole batch, and its gradient is backward()'s"
@@ -414,15 +416,5 @@ def check_plain(name: str, value: Tensor) -> None:
             f"`{name}` has a forward-mode tangent (torch.autograd.forward_ad), which no op of "
             "guard_ops propagates; use backward()"
         )
-    if kind in _PLAIN and value.numel() and not value.untyped_storage().nbytes():
-        raise ValueError(
-            f"`{name}` has shape {tuple(value.shape)} but its memory was freed (its storage has "
-            "0 bytes, as that of a sharded or offloaded tensor); it needs its values"
-        )
-
-
-_PLAIN = ("Tensor", "Parameter")  # what has memory of its own
-# torch has no public question for this; without this one such a tensor fails inside torch.
-_is_functorch: Callable[[Tensor], bool] = getattr(
-    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
-)
+    if kind in OWNERS and value.numel() and not value.untyped_storage().nbytes():
+        check_dense(name, value)

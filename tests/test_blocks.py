@@ -219,6 +219,10 @@ def test_tensors_of_other_kinds_are_refused_by_name(block):
         TypeError, match=f"`{name}` has dtype torch.float8_e4m3fn; it needs float64"
     ):
         call(torch.zeros(2, 3).to(torch.float8_e4m3fn), config=go.GuardConfig("none"))
+    freed = torch.zeros(2, 3)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"`{name}` has shape .* but its memory was freed"):
+        call(freed, config=go.GuardConfig("none"))
 
 
 def test_tensors_on_other_devices_are_refused_by_name():
@@ -231,3 +235,21 @@ def test_tensors_on_other_devices_are_refused_by_name():
         go.ratio_norm(excess, config=config, coeffs=coeffs, kl_old=elsewhere)
     with pytest.raises(ValueError, match=r"`coeffs` is on meta but the .* numbers on cpu"):
         go.balance_weights(excess, config=config, coeffs=coeffs.to("meta"))
+
+
+def test_blocks_compile_and_transform():
+    """They are plain PyTorch: torch.compile traces them, torch.func differentiates them."""
+    config = go.GuardConfig.article(balance="none", detach_stats=False)
+    x = torch.randn(3, 8, dtype=torch.float64) * 0.1
+
+    def loss(x):
+        excess = go.ratio_norm(x, config=config)
+        weights = go.balance_weights(excess.detach(), config=config)
+        return (weights * go.clipped_surrogate(excess, x[0].detach(), config=config)).sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected, rtol=1e-12, atol=0)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), loss(x), rtol=1e-12, atol=0)
