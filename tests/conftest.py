@@ -103,11 +103,9 @@ def _reproducible(request):
     torch.set_num_threads(threads)
 
 
-# Marked here until their files do: what takes minutes of machine code, of tracing, or of a device
-# that is emulated, where one case tests what the others do on a real one.
-SLOW_SUITE = [r"test_machine_code_keeps_its_bounds", r"test_guard_loss_compiles_with_inductor"]
-if emulated.EMULATED:
-    SLOW_SUITE += [r"number_of_threads", r"allocate_the_gradient.*-(paper|article-dtype[12])"]
+# What takes minutes on a device that is emulated, where one case tests what the others do on a real
+# one.
+SLOW_SUITE = [r"number_of_threads", r"allocate_the_gradient.*-(paper|article-dtype[12])"]
 
 # Taken first, in this order: a process that begins one of them last is waited for by the other.
 LONGEST = ["torch_operators", "resume_after_kill", "demo", "gradients", "install", "goldens"]
@@ -118,7 +116,7 @@ def pytest_collection_modifyitems(config, items):
     """Longest files first; on an emulated device, without what is in float64, which it has not."""
     slow = re.compile("|".join(SLOW_SUITE))
     for item in items:
-        if slow.search(item.nodeid):
+        if emulated.EMULATED and slow.search(item.nodeid):
             item.add_marker(pytest.mark.slow_suite)
     rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

@@ -151,6 +151,7 @@ def test_guard_loss_and_grad_compiles_into_one_graph(fused_backend):
         assert torch.equal(compiled, eager)
 
 
+@pytest.mark.slow_suite
 def test_guard_loss_compiles_with_inductor(fused_backend):
     given = problem("noise", latent=(9, 4), dtype=torch.float32, guided=True)
     compiled, eager = compiled_and_eager(given, go.GuardConfig.article(), "inductor")

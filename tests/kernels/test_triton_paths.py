@@ -141,6 +141,7 @@ assert found[0] == found[2], "a count is compiled for"
 """
 
 
+@pytest.mark.slow_suite
 @pytest.mark.skipif(
     sys.platform != "linux" or importlib.util.find_spec("triton") is None, reason="needs Triton"
 )
@@ -155,6 +156,7 @@ def test_no_slice_and_no_count_is_compiled_for():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow_suite
 @pytest.mark.skipif(
     sys.platform != "linux" or importlib.util.find_spec("triton") is None, reason="needs Triton"
 )

@@ -70,6 +70,7 @@ def kill_while_training(metrics, after, work, *arguments):
     return process.exitcode != 0
 
 
+@pytest.mark.slow_suite  # and `make kill-test` does it to the command
 def test_a_run_killed_many_times_ends_in_the_same_bits(tmp_path, differences):
     iterations, seconds = 150, random.Random(time.time_ns())
     finish(tiny, tmp_path / "whole", iterations)
