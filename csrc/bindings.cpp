@@ -14,7 +14,6 @@
 #include <algorithm>
 #include <filesystem>
 #include <functional>
-#include <iterator>
 #include <memory>
 #include <string>
 #include <system_error>
@@ -33,13 +32,18 @@ namespace {
 bool forked_from_threads = false;
 
 const int watching_forks = [] {
-  static bool threads;  // whether the process that forks has any but the one that forks it
+  static bool had_threads;  // whether the process that forks has any but the one that forks it
   const auto before = [] {
-    std::error_code none;
-    const std::filesystem::directory_iterator tasks("/proc/self/task", none);
-    threads = none || std::distance(begin(tasks), end(tasks)) > 1;
+    std::error_code failed;
+    std::filesystem::directory_iterator task("/proc/self/task", failed);
+    int count = 0;
+    while (!failed && task != std::filesystem::directory_iterator()) {
+      ++count;
+      task.increment(failed);
+    }
+    had_threads = failed || count > 1;
   };
-  return pthread_atfork(before, nullptr, [] { forked_from_threads |= threads; });
+  return pthread_atfork(before, nullptr, [] { forked_from_threads |= had_threads; });
 }();
 
 // torch's own number of threads, and one in a process whose threads are gone.

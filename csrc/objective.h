@@ -147,7 +147,6 @@ GUARD_OPS_HD Ratio ratio_of(const Config& c, const StepScalars& p, const Sums& s
   r.finite = fits(r.log_ratio, largest) && fits(r.u, largest) && std::isfinite(advantage);
   if (step_weight.given) r.finite = r.finite && std::isfinite(step_weight.value);
   if (c.kl_beta != 0) r.finite = r.finite && fits(r.kl, largest);
-  if (c.debiased()) r.finite = r.finite && fits(normalize(c, p, r, {0, 1}).excess, largest);
   return r;
 }
 
@@ -196,36 +195,17 @@ GUARD_OPS_HD Coefficients nonfinite_coefficients(const Config& c) {
   return c.drop() ? Coefficients{0.0, 0.0, 0.0} : Coefficients{NAN, NAN, NAN};
 }
 
-// What becomes of a transition's finite ratio, and whether that can be represented: a ratio that is
-// finite may have no finite loss, for want of finite statistics or because its weight is too large.
-struct Considered {
-  Normalized norm;
-  Surrogate surrogate;
-  bool finite;
-};
-
-GUARD_OPS_HD Considered consider(const Config& c, const StepScalars& p, const Ratio& r,
-                                 const Statistics& of, double advantage, const Maybe& step_weight,
-                                 double largest) {
-  Considered out;
-  out.norm = normalize(c, p, r, of);
-  out.surrogate = surrogate_of(c, out.norm.excess, advantage);
-  // A weight of this call, or what it is at most: how many of the steps are finite is not known.
-  double weight = c.balance == Balance::inverse_dt ? 1.0 / std::fabs(p.dt) : 1.0;
-  if (step_weight.given) weight = step_weight.value;
-  out.finite = fits(out.norm.excess, largest) && fits(out.surrogate.loss * weight, largest);
-  return out;
-}
-
 // A row's coefficients when no other row's ratio enters them: statistics known or not needed, and
 // every transition of the batch finite.
 GUARD_OPS_HD Coefficients independent_coefficients(const Config& c, const StepScalars& p,
-                                                   const Considered& row, const Maybe& step_weight,
+                                                   const Ratio& r, const Statistics& of,
+                                                   double advantage, const Maybe& step_weight,
                                                    double steps, double samples) {
+  const Normalized norm = normalize(c, p, r, of);
   double weight = step_weight.given ? step_weight.value : independent_weight(c, p, steps);
   if (!step_weight.given && c.balance == Balance::inverse_ratio) weight = 1.0;  // one step
-  const double d_excess = weight * row.surrogate.slope / samples;
-  return coefficients_of(c, p, row.norm, d_excess, steps * samples);
+  const double d_excess = weight * surrogate_of(c, norm.excess, advantage).slope / samples;
+  return coefficients_of(c, p, norm, d_excess, steps * samples);
 }
 
 // ---- all of them --------------------------------------------------------------------------------
@@ -268,22 +248,35 @@ struct Problem {
     return mean == nullptr ? Statistics{0, 1} : Statistics{mean[k], std[k]};
   }
   GUARD_OPS_HD Ratio ratio(int64_t k, int64_t i, const Sums& sums) const {
-    return ratio_of(config, scalars(k, i), sums, advantages.at(k, i), step_weights.read(k, i),
-                    old_log_prob.read(k, i), largest);
+    Ratio r = ratio_of(config, scalars(k, i), sums, advantages.at(k, i), step_weights.read(k, i),
+                       old_log_prob.read(k, i), largest);
+    if (r.finite) r.finite = loss_fits(k, i, r);
+    return r;
   }
-  GUARD_OPS_HD Considered considered(int64_t k, int64_t i, const Ratio& r,
-                                     const Statistics& of) const {
-    return consider(config, scalars(k, i), r, of, advantages.at(k, i), step_weights.read(k, i),
-                    largest);
+  // Whether what the loss makes of a finite ratio can be represented. It may not, for want of
+  // finite statistics or because the weight is too large. Statistics that are not formed yet make
+  // of no sample more than sqrt(batch) standard deviations.
+  GUARD_OPS_HD bool loss_fits(int64_t k, int64_t i, const Ratio& r) const {
+    const StepScalars p = scalars(k, i);
+    const Maybe given = step_weights.read(k, i);
+    // The weight, or what it is at most: how many of the steps are finite is not known yet.
+    double weight = config.balance == Balance::inverse_dt ? 1.0 / std::fabs(p.dt) : 1.0;
+    if (given.given) weight = given.value;
+    if (config.needs_statistics() && mean == nullptr) {
+      const double spread = std::fmax(config.target_std, config.std_floor) * std::sqrt(batch);
+      const double advantage = std::fmin(std::fabs(advantages.at(k, i)), config.adv_clip);
+      return fits(advantage * (1.0 + spread) * weight, largest);
+    }
+    const double excess = normalize(config, p, r, statistics(k)).excess;
+    const double loss = surrogate_of(config, excess, advantages.at(k, i)).loss;
+    return fits(excess, largest) && fits(loss * weight, largest);
   }
   // A row's coefficients, if every transition of the batch is finite.
   GUARD_OPS_HD Coefficients assume(int64_t k, int64_t i, const Sums& sums) const {
     const Ratio r = ratio(k, i, sums);
     if (!r.finite) return nonfinite_coefficients(config);
-    const Considered row = considered(k, i, r, statistics(k));
-    if (!row.finite) return nonfinite_coefficients(config);
-    return independent_coefficients(config, scalars(k, i), row, step_weights.read(k, i),
-                                    double(steps), double(batch));
+    return independent_coefficients(config, scalars(k, i), r, statistics(k), advantages.at(k, i),
+                                    step_weights.read(k, i), double(steps), double(batch));
   }
 };
 
@@ -392,6 +385,7 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
   team.each(rows, [&](int64_t n) {
     const int64_t k = quotient(n, batch);
     state[n].ratio = problem.ratio(k, n - k * batch, sums(n));
+    state[n].surrogate = {0.0, 0.0, false, false, false};
     state[n].d_excess = 0.0;
   });
 
@@ -406,14 +400,8 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
     }
     group.each(batch, [&](int64_t i) {
       RowState& r = step[i];
-      Considered row{{NAN, NAN, NAN, NAN}, {0.0, 0.0, false, false, false}, false};
-      if (r.ratio.finite) {
-        const Considered found = problem.considered(k, i, r.ratio, of);
-        if (found.finite) row = found;
-      }
-      r.ratio.finite = row.finite;
-      r.norm = row.norm;
-      r.surrogate = row.surrogate;
+      r.norm = r.ratio.finite ? normalize(c, problem.scalars(k, i), r.ratio, of)
+                              : Normalized{NAN, NAN, NAN, NAN};
       r.distance = of.std > 0 ? (r.ratio.u - of.mean) / of.std : 0.0;
     });
   });
@@ -450,7 +438,10 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
 
   team.each(rows, [&](int64_t n) {
     RowState& r = state[n];
-    if (r.ratio.finite) r.d_excess = r.weight * r.surrogate.slope / samples;
+    if (!r.ratio.finite) return;
+    const int64_t k = quotient(n, batch);
+    r.surrogate = surrogate_of(c, r.norm.excess, problem.advantages.at(k, n - k * batch));
+    r.d_excess = r.weight * r.surrogate.slope / samples;
   });
 
   // The steps' coefficients; the loss, sample by sample; the metrics. Each is a group's work: side

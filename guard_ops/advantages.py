@@ -63,16 +63,13 @@ def group_advantages(
         wide = torch.cat(parts)
     finite = wide.isfinite()
     wide = torch.where(finite, wide, 0.0)
-    # Numbers of order 1 have no square or sum that overflows, and a power of two rounds nothing.
-    unit = torch.exp2(torch.frexp(wide.abs().amax()).exponent.double() - 1)
-    wide = wide / unit
     found = _by_group(wide, finite, groups)
     if scale == "none":
-        advantages = found.centred * unit
+        advantages = found.centred
     elif scale == "group":
-        advantages = found.centred / (found.std + eps / unit)
+        advantages = found.centred / (found.std + eps)
     else:
-        advantages = found.centred / (masked_std(wide, finite) + eps / unit)
+        advantages = found.centred / (masked_std(wide, finite) + eps)
     rest = 0.0 if without_spread == "zero" else math.nan
     advantages = torch.where(found.spread, advantages, rest)
     advantages = torch.where(finite, advantages, math.nan)
@@ -101,11 +98,16 @@ def _by_group(rewards: Tensor, finite: Tensor, groups: Tensor) -> _Groups:
         found = torch.segment_reduce(values, reduce, offsets=offsets, unsafe=True, initial=rest)
         return torch.empty_like(values).index_put_((order,), found[segment])
 
+    # Each group's numbers are made of order 1, so that no square or sum of them overflows. A power
+    # of two rounds nothing.
+    exponent = torch.frexp(each(rewards.abs(), "max", 0.0)).exponent.double()
+    unit = torch.exp2((exponent - 1).clamp(min=-1021))
+    scaled = rewards / unit
     count = each(torch.ones_like(rewards), "sum", 0.0).clamp(min=1)
-    centred = rewards - each(rewards, "sum", 0.0) / count
+    centred = scaled - each(scaled, "sum", 0.0) / count
     std = (each(centred**2, "sum", 0.0) / count).sqrt()
     spread = each(rewards, "max", -math.inf) > each(rewards, "min", math.inf)
-    return _Groups(centred, std, spread)
+    return _Groups(centred * unit, std * unit, spread)
 
 
 def _check(

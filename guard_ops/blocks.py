@@ -41,7 +41,7 @@ def ratio_norm(
         _check_rows("kl_old", kl_old, log_ratio)
     wide, limit = log_ratio.double(), objective.largest(log_ratio.dtype)
     kl = torch.zeros_like(wide) if kl_old is None else kl_old.double()
-    finite = (wide.detach().abs() <= limit) & (torch.expm1(wide.detach()) <= limit)
+    finite = objective.representable_ratio(log_ratio.detach(), log_ratio.dtype)
     if RATIO_NORMS[config.ratio_norm].debiased:
         finite = finite & (kl.detach().abs() <= limit)
     safe, kl = torch.where(finite, wide, 0.0), torch.where(finite, kl, 0.0)

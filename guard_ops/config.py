@@ -115,13 +115,15 @@ class GuardConfig:
         if not isinstance(self.detach_stats, bool):
             raise TypeError(f"`detach_stats` is {describe(self.detach_stats)}; it needs a bool")
         for name, (zero, infinity) in NUMBERS.items():
-            value = getattr(self, name)
-            check_number(name, value)
+            given = getattr(self, name)
+            value = check_number(name, given)
             if not (value > 0 or (zero and value == 0)) or (value == math.inf and not infinity):
                 bound = ">= 0" if zero else "> 0"
                 raise ValueError(
-                    f"`{name}` is {value}; it needs {bound}{'' if infinity else ' and finite'}"
+                    f"`{name}` is {given}; it needs {bound}{'' if infinity else ' and finite'}"
                 )
+            if value == math.inf:  # also of an int that no float can represent
+                object.__setattr__(self, name, value)
 
     @classmethod
     def article(cls, **overrides: Any) -> GuardConfig:

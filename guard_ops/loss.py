@@ -285,7 +285,17 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
     )
     if process_group is not None and RATIO_NORMS[config.ratio_norm].statistics:
         seen = log_r.detach()
-        whole = objectives.has_ratio(seen, kl, advantages, config, step_weights, t.compute_dtype())
+        whole = objectives.finite_transitions(
+            seen,
+            kl_old.detach(),
+            kl.detach(),
+            advantages,
+            coeffs,
+            config,
+            step_weights,
+            None,
+            t.compute_dtype(),
+        )
         merged = RatioStatistics(log_r.shape[0], log_r.device)
         merged.update(torch.where(whole, seen, float("nan")))
         merged.all_reduce(process_group)

@@ -84,7 +84,7 @@ def largest(dtype: torch.dtype) -> float:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``x`` [K, B] over the batch where ``mask``; NaN for a step without such a sample.
 
-    Neither the sum nor, in :func:`masked_std`, a square overflows, however large ``x`` is.
+    Neither the sum nor, in :func:`masked_std`, a square overflows, up to half the largest number.
     """
     x = torch.where(mask, x, 0.0)
     unit = _unit(x)
@@ -201,21 +201,12 @@ def evaluate(
     A transition that is not finite takes part in no statistic and no weight, so that its NaN does
     not spread to others. Nor does one of which something cannot be represented in ``dtype``.
     """
-    limit = largest(dtype)
     with torch.no_grad():
-        finite = has_ratio(log_ratio, kl, advantages, config, step_weights, dtype)
-        if RATIO_NORMS[config.ratio_norm].debiased:
-            excess = normalize(log_ratio, kl_old, finite, coeffs, config, None)
-            finite = finite & (excess.abs() <= limit)
+        finite = finite_transitions(
+            log_ratio, kl_old, kl, advantages, coeffs, config, step_weights, mean_std, dtype
+        )
     safe_log_ratio = torch.where(finite, log_ratio, 0.0)
     excess = normalize(safe_log_ratio, kl_old, finite, coeffs, config, mean_std)
-    with torch.no_grad():  # a ratio that is finite may have no finite loss
-        bound = _largest_weight(step_weights, coeffs, config)
-        losses, _ = surrogate(excess, torch.where(finite, advantages, 0.0), config)
-        finite = finite & (excess.abs() <= limit) & ((losses * bound).abs() <= limit)
-    if mean_std is not None:  # autograd must not see what statistics of no use have made
-        safe_log_ratio = torch.where(finite, log_ratio, 0.0)
-        excess = normalize(safe_log_ratio, kl_old, finite, coeffs, config, mean_std)
     excess = torch.where(finite, excess, 0.0)
     if step_weights is None:
         weights = balance(excess, finite, coeffs.dt, config)
@@ -240,30 +231,46 @@ def evaluate(
     return Evaluation(loss, excess, weights.detach(), metrics)
 
 
-def has_ratio(
+def representable_ratio(log_ratio: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether a result of this dtype can represent a log-ratio and its ratio, bool."""
+    limit = largest(dtype)
+    return (log_ratio.abs() <= limit) & (torch.expm1(log_ratio.double()) <= limit)
+
+
+def finite_transitions(
     log_ratio: Tensor,  # [K, B]
+    kl_old: Tensor,  # [K, B]
     kl: Tensor,  # [K, B]
     advantages: Tensor,  # [K, B]
+    coeffs: StepCoefficients,  # [K, B]
     config: GuardConfig,
     step_weights: Tensor | None,  # [K, B]
-    dtype: torch.dtype,
+    mean_std: tuple[Tensor, Tensor] | None,  # [K], [K]
+    dtype: torch.dtype,  # of the results
 ) -> Tensor:
-    """Whether a transition takes part in its step's statistics, [K, B] bool."""
+    """Which transitions take part in a loss and its statistics, [K, B] bool.
+
+    A ratio that is finite may have no loss that a result can represent, for want of finite
+    statistics or because its weight is too large. Statistics that are not formed yet make of no
+    sample more than sqrt(B) standard deviations.
+    """
     limit = largest(dtype)
-    finite = (log_ratio.abs() <= limit) & (torch.expm1(log_ratio) <= limit)
-    finite = finite & advantages.isfinite()
+    finite = representable_ratio(log_ratio, dtype) & advantages.isfinite()
+    # the weight, or what it is at most: how many of the steps are finite is not known yet
+    weight: Tensor | float = 1.0 / coeffs.dt.abs() if config.balance == "inverse_dt" else 1.0
     if step_weights is not None:
-        finite = finite & step_weights.isfinite()
-    return finite & (kl.abs() <= limit) if config.kl_beta else finite
-
-
-def _largest_weight(
-    step_weights: Tensor | None, coeffs: StepCoefficients, config: GuardConfig
-) -> Tensor | float:
-    """A transition's weight, or what it is at most, before it is known which steps are finite."""
-    if step_weights is not None:
-        return step_weights
-    return 1.0 / coeffs.dt.abs() if config.balance == "inverse_dt" else 1.0
+        finite, weight = finite & step_weights.isfinite(), step_weights
+    if config.kl_beta:
+        finite = finite & (kl.abs() <= limit)
+    if RATIO_NORMS[config.ratio_norm].statistics and mean_std is None:
+        spread = max(config.target_std, config.std_floor) * math.sqrt(log_ratio.shape[-1])
+        losses = advantages.abs().clamp(max=config.adv_clip) * (1.0 + spread)
+    else:
+        everywhere = torch.ones_like(finite)
+        excess = normalize(log_ratio, kl_old, everywhere, coeffs, config, mean_std)
+        losses, _ = surrogate(excess, advantages, config)
+        finite = finite & (excess.abs() <= limit)
+    return finite & ((losses * weight).abs() <= limit)
 
 
 def _metrics(

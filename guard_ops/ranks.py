@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .checks import check_dense, check_device, describe
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -20,6 +22,11 @@ def check_group(name: str, group: Any) -> None:
     if group is not None and not outside and not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"`{name}` is a {type(group).__name__}; it needs a torch.distributed.ProcessGroup"
+        )
+    if not dist.is_initialized():
+        raise ValueError(
+            f"`{name}` is {'of all ranks' if group is None else 'given'}, but torch.distributed is "
+            "not initialized; call init_process_group first"
         )
     if outside or dist.get_rank(group) < 0:
         raise ValueError(
@@ -46,33 +53,43 @@ def gather_uneven(value: Tensor, group: ProcessGroup | None) -> list[Tensor]:
     return [each[:n] for each, n in parts]
 
 
-def rank_weight(samples: int | Tensor, process_group: ProcessGroup | None = None) -> Tensor:
+def rank_weight(
+    samples: int | Tensor,
+    process_group: ProcessGroup | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """What to multiply a rank's loss by where ranks have different numbers of samples.
 
     A loss is the mean over its rank's samples, and data parallelism averages the ranks' gradients,
     which is the mean over all samples only if every rank has as many. With this weight,
-    ``samples * ranks / (all ranks' samples)``, it is in any case.
+    ``samples * ranks / (all ranks' samples)``, it is in any case. (Not so for the KL term of a loss
+    that drops transitions, which is a mean over the finite ones.)
 
     Args:
         samples: how many samples the rank's loss is a mean over: its B; with ``nonfinite="drop"``
-            those that have a finite step, ``out.excess.isfinite().any(0).sum()``. A tensor [] stays
-            on its device, and the host does not wait for it.
+            those that have a finite step, ``out.excess.isfinite().any(0).sum()``. The host does not
+            wait for a tensor [].
         process_group: the ranks; None for all.
+        device: where an int becomes a tensor, which has to be one that the group's ranks exchange:
+            the loss's, for NCCL.
 
     Returns:
-        [] float64, on the device of ``samples``, or on the CPU for an int.
+        [] float64, on the device of ``samples``, or on ``device`` for an int.
 
     Raises:
         TypeError, ValueError: ``samples`` is no count, or the group lacks this rank.
     """
     check_group("process_group", process_group)
     if isinstance(samples, Tensor):
-        if samples.ndim:
-            raise ValueError(f"`samples` has shape {tuple(samples.shape)}; it needs []")
+        check_dense("samples", samples)
+        if samples.ndim or samples.dtype.is_complex or samples.dtype == torch.bool:
+            raise ValueError(f"`samples` is {describe(samples)}; it needs a number of shape []")
         mine = samples.double()
     elif isinstance(samples, bool) or not isinstance(samples, int):
-        raise TypeError(f"`samples` is a {type(samples).__name__}; it needs an int or a tensor []")
+        raise TypeError(f"`samples` is {describe(samples)}; it needs an int or a tensor []")
+    elif not 0 <= samples < 2**53:
+        raise ValueError(f"`samples` is {samples}; it needs 0 <= samples < 2**53")
     else:
-        mine = torch.tensor(samples, dtype=torch.float64)
+        mine = torch.full((), samples, dtype=torch.float64, device=check_device("device", device))
     everybody = torch.stack(gather(mine, process_group))
     return mine * len(everybody) / everybody.sum().clamp(min=1)

@@ -222,11 +222,12 @@ class SdeSchedule:
             values = [float(x) for x in sigmas.tolist()]
         else:
             try:
-                values = [float(x) for x in sigmas]
-            except (TypeError, ValueError) as error:
+                each = [x.item() if hasattr(x, "item") else x for x in sigmas]
+            except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"`sigmas` is {describe(sigmas)}; it needs a sequence of floats"
                 ) from error
+            values = [check_number(f"sigmas[{k}]", x) for k, x in enumerate(each)]
         values = _check_sigmas(values)
         check_choice("kind", kind, tuple(SDE_RULES))
         top, level = SDE_RULES[kind].largest_noise_level, check_number("noise_level", noise_level)

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ranks
 from .checks import check_device, check_number, describe
 from .config import RATIO_NORMS, GuardConfig
-from .objective import largest, masked_mean, masked_std
+from .objective import masked_mean, masked_std, representable_ratio
 from .transitions import check_tensor
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ class RatioStatistics:
 
     @property
     def m2(self) -> Tensor:
-        """The sum of squared deviations, [K]."""
+        """The sum of squared deviations, [K]; infinite where it overflows."""
         return self.root_m2**2
 
     @property
     def std(self) -> Tensor:
         """Standard deviation with correction 0, [K]; 0 before any update."""
-        return self.root_m2 / self.count.clamp(min=1).sqrt()
+        return self.root_m2 / self.count.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
 
     @torch.no_grad()
     def update(self, log_ratio: Tensor) -> RatioStatistics:
@@ -64,7 +64,8 @@ class RatioStatistics:
 
         That includes a log-ratio whose ratio cannot be represented in its dtype (at least float32),
         as it does for :func:`guard_ops.guard_loss`, which also leaves out a transition whose
-        advantage is not finite. To do the same here, set its ``log_ratio`` to NaN.
+        advantage, step weight or KL is not finite. To do the same here, set its ``log_ratio`` to
+        NaN.
         """
         check_tensor("log_ratio", log_ratio)
         if log_ratio.ndim != self.count.ndim + 1 or log_ratio.shape[:-1] != self.count.shape:
@@ -78,8 +79,7 @@ class RatioStatistics:
             )
         if log_ratio.shape[-1] == 0:
             return self
-        u, limit = torch.expm1(log_ratio.double()), largest(log_ratio.dtype)
-        finite = (u <= limit) & (log_ratio.abs() <= limit)
+        u, finite = torch.expm1(log_ratio.double()), representable_ratio(log_ratio, log_ratio.dtype)
         count = finite.sum(-1).double()
         mean = torch.where(count > 0, masked_mean(u, finite), 0.0)
         std = torch.where(count > 0, masked_std(u, finite), 0.0)

@@ -22,6 +22,7 @@ from .checks import (
     check_device,
     check_floating,
     check_number,
+    describe,
     is_functorch,
 )
 from .config import GuardConfig
@@ -280,10 +281,10 @@ def per_transition(
 def seeds(seed: Tensor, shape: CallShape, device: torch.device) -> Tensor:
     """[K, B, 2] int64 from what the caller passed as ``seed``."""
     if not isinstance(seed, Tensor):
+        why = ": an int would give every step the same noise" if isinstance(seed, int) else ""
         raise TypeError(
-            f"`seed` is {seed!r} ({type(seed).__name__}); it needs the rollout's seeds, "
-            "philox_seed(seed, (K, B)), or [k] of them for one step: an int would give every step "
-            "the same noise"
+            f"`seed` is {describe(seed)}; it needs the rollout's seeds, philox_seed(seed, (K, B)), "
+            f"or its part [k] for one step{why}"
         )
     if seed.dtype != torch.int64:
         raise TypeError(f"`seed` has dtype {seed.dtype}; it needs torch.int64, as philox_seed's")

@@ -103,14 +103,18 @@ def spread_over(x, mask, WIDE: tl.constexpr):
 
 @triton.jit
 def ratios(
-    sums, table, table_strides, given, strides, k, i, n, inside, rows, numel, numbers, mode,
+    sums, table, table_strides, given, strides, k, i, n, inside, steps, batch, numel, numbers, mode,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Loads what :func:`ratio_of` needs of transitions (k, i), whose numbers are n, and calls it.
 
-    Also returns what it has loaded of them: the advantage, s, kappa, and the weight, or what it is
-    at most where it depends on how many steps are finite.
+    A ratio that is finite may have no loss that a result can represent, for want of finite
+    statistics or because its weight is too large; then it is not finite either. Statistics that are
+    not formed yet make of no sample more than sqrt(batch) standard deviations.
+
+    Also returns what it has loaded of them: the advantage, s and kappa.
     """
+    rows = steps * batch
     s = tl.where(inside, step_coefficient(table, table_strides, 2, k, i), 1.0)
     kappa = step_coefficient(table, table_strides, 3, k, i)
     s1 = tl.load(sums + n, mask=inside, other=0.0, cache_modifier=".cg")
@@ -123,6 +127,7 @@ def ratios(
     log_ratio, kl_old, kl, u, finite = ratio_of(
         s1, s2, ref, advantage, old, s, kappa, numel, numbers, mode, WIDE
     )
+    # The weight, or what it is at most: how many of the steps are finite is not known yet.
     if given.step_weights is not None:
         weight = given_at(given.step_weights, strides.step_weights, k, i, inside)
         finite = finite & is_finite(weight)
@@ -130,25 +135,33 @@ def ratios(
         weight = 1.0 / tl.abs(step_coefficient(table, table_strides, 4, k, i))
     else:
         weight = tl.zeros_like(s1) + 1.0
-    return log_ratio, kl_old, kl, u, finite & inside, advantage, s, kappa, weight
+    if mode.statistics and given.mean_std is None:
+        spread = number(numbers.target_std)
+        std_floor = number(numbers.std_floor)
+        spread = tl.where(spread < std_floor, std_floor, spread)
+        adv_clip = number(numbers.adv_clip)
+        size = tl.where(tl.abs(advantage) < adv_clip, tl.abs(advantage), adv_clip)
+        loss = size * (1.0 + spread * tl.sqrt(tl.cast(batch, tl.float64)))
+    else:
+        mean, std = 0.0, 1.0
+        if mode.statistics:
+            mean = tl.load(given.mean_std + k, mask=inside, other=0.0)
+            std = tl.load(given.mean_std + steps + k, mask=inside, other=1.0)
+        excess, _, _, _ = normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode)
+        loss, _, _, _, _ = surrogate_of(excess, advantage, numbers)
+        finite = finite & fits(excess, WIDE)
+    finite = finite & fits(loss * weight, WIDE)
+    return log_ratio, kl_old, kl, u, finite & inside, advantage, s, kappa
 
 
 @triton.jit
-def consider(
-    log_ratio, kl_old, u, finite, advantage, weight, s, mean, std, numbers, mode, WIDE: tl.constexpr
-):
-    """:func:`normalize`; the excess is NaN where a transition is not finite.
-
-    Also returns whether it is finite, which takes more than a finite ratio: one may have no finite
-    loss, for want of finite statistics or because its weight is too large.
-    """
+def normalize_finite(log_ratio, kl_old, u, finite, s, mean, std, numbers, mode):
+    """:func:`normalize`; the excess is NaN where a transition is not finite."""
     excess, outer, inner, by_std = normalize(
         tl.where(finite, log_ratio, 0.0), tl.where(finite, kl_old, 0.0), tl.where(finite, u, 0.0),
         s, mean, std, numbers, mode,
     )  # fmt: skip
-    loss, _, _, _, _ = surrogate_of(excess, advantage, numbers)
-    finite = finite & fits(excess, WIDE) & fits(loss * weight, WIDE)
-    return tl.where(finite, excess, float("nan")), outer, inner, by_std, finite
+    return tl.where(finite, excess, float("nan")), outer, inner, by_std
 
 
 @triton.jit
@@ -171,28 +184,30 @@ def independent_coefficients(
     sums, table, table_strides, given, strides, out, k, i, numel, steps, batch, numbers, mode
 ):
     """A transition's coefficients, if no other's ratio enters them and all others are finite."""
-    rows = steps * batch
     n = k * batch + i
     width = tl.cast(numel, tl.float64)
     WIDE: tl.constexpr = out.per_row.dtype.element_ty == tl.float64
-    log_ratio, kl_old, _, u, finite, advantage, s, kappa, weight = ratios(
-        sums, table, table_strides, given, strides, k, i, n, n >= 0, rows, width, numbers, mode,
-        WIDE,
+    log_ratio, kl_old, _, u, finite, advantage, s, kappa = ratios(
+        sums, table, table_strides, given, strides, k, i, n, n >= 0, steps, batch, width, numbers,
+        mode, WIDE,
     )  # fmt: skip
     mean, std = 0.0, 1.0
     if mode.statistics:
         mean = tl.load(given.mean_std + k)
         std = tl.load(given.mean_std + steps + k)
-    excess, outer, inner, _, finite = consider(
-        log_ratio, kl_old, u, finite, advantage, weight, s, mean, std, numbers, mode, WIDE
-    )
-    if (given.step_weights is None) and (mode.balance != INVERSE_RATIO):  # else it is 1: one step
+    excess, outer, inner, _ = normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode)
+    if given.step_weights is not None:
+        weight = given_at(given.step_weights, strides.step_weights, k, i, n >= 0)
+    elif mode.balance == INVERSE_RATIO:
+        weight = tl.full((), 1.0, tl.float64)  # there is only one step
+    else:
         dt = step_coefficient(table, table_strides, 4, k, i)
         weight = independent_weight(dt, tl.cast(steps, tl.float64), mode)
     _, slope, _, _, _ = surrogate_of(excess, advantage, numbers)
     d_excess = weight * slope / tl.cast(batch, tl.float64)
+    transitions = tl.cast(steps * batch, tl.float64)
     return coefficients_of(
-        d_excess, outer, inner, s, kappa, width, tl.cast(rows, tl.float64), finite, numbers, mode
+        d_excess, outer, inner, s, kappa, width, transitions, finite, numbers, mode
     )
 
 
@@ -226,9 +241,9 @@ def evaluate(
         inside = (k < steps) & (i < batch)
         k, i_at = tl.where(inside, k, 0), tl.where(inside, i, 0)
         n = k * batch + i_at
-        log_ratio, kl_old, _, u, finite, advantage, s, _, weight = ratios(
-            sums, table, table_strides, given, strides, k, i_at, n, inside, rows, width, numbers,
-            mode, WIDE,
+        log_ratio, kl_old, _, u, finite, _, s, _ = ratios(
+            sums, table, table_strides, given, strides, k, i_at, n, inside, steps, batch, width,
+            numbers, mode, WIDE,
         )  # fmt: skip
         row = first + step
         mean, std = tl.zeros((STEPS, 1), tl.float64), tl.full((STEPS, 1), 1.0, tl.float64)
@@ -240,8 +255,8 @@ def evaluate(
                 std = tl.load(given.mean_std + steps + row, mask=row < steps, other=0.0)
             tl.store(out.spread + row, mean, mask=row < steps)
             tl.store(out.spread + steps + row, std, mask=row < steps)
-        excess, _, _, _, finite = consider(
-            log_ratio, kl_old, u, finite, advantage, weight, s, mean, std, numbers, mode, WIDE
+        excess, _, _, _ = normalize_finite(
+            log_ratio, kl_old, u, finite, s, mean, std, numbers, mode
         )
         tl.store(out.per_row + n, log_ratio.to(out.per_row.dtype.element_ty), mask=inside)
         total += sum_first(tl.where(finite, inverse_rho(excess, numbers), 0.0))
@@ -263,24 +278,25 @@ def evaluate(
         inside = (k < steps) & (i < batch)
         k, i_at = tl.where(inside, k, 0), tl.where(inside, i, 0)
         n = k * batch + i_at
-        log_ratio, kl_old, kl, u, finite, advantage, s, kappa, weight = ratios(
-            sums, table, table_strides, given, strides, k, i_at, n, inside, rows, width, numbers,
-            mode, WIDE,
+        log_ratio, kl_old, kl, u, finite, advantage, s, kappa = ratios(
+            sums, table, table_strides, given, strides, k, i_at, n, inside, steps, batch, width,
+            numbers, mode, WIDE,
         )  # fmt: skip
         row = first + step
         mean, std = tl.zeros((STEPS, 1), tl.float64), tl.full((STEPS, 1), 1.0, tl.float64)
         if mode.statistics:
             mean = tl.load(out.spread + row, mask=row < steps, other=0.0)
             std = tl.load(out.spread + steps + row, mask=row < steps, other=1.0)
-        excess, outer, inner, by_std, finite = consider(
-            log_ratio, kl_old, u, finite, advantage, weight, s, mean, std, numbers, mode, WIDE
+        excess, outer, inner, by_std = normalize_finite(
+            log_ratio, kl_old, u, finite, s, mean, std, numbers, mode
         )
-        if given.step_weights is None:
-            if mode.balance == INVERSE_RATIO:
-                weight = inverse_rho(excess, numbers) / total[None, :]
-            else:
-                dt = step_coefficient(table, table_strides, 4, k, i_at)
-                weight = independent_weight(dt, finite_steps[None, :], mode)
+        if given.step_weights is not None:
+            weight = given_at(given.step_weights, strides.step_weights, k, i_at, inside)
+        elif mode.balance == INVERSE_RATIO:
+            weight = inverse_rho(excess, numbers) / total[None, :]
+        else:
+            dt = step_coefficient(table, table_strides, 4, k, i_at)
+            weight = independent_weight(dt, finite_steps[None, :], mode)
         weight = tl.where(finite, weight, 0.0)
         surrogate, slope, clipped, high, low = surrogate_of(excess, advantage, numbers)
         loss += sum_first(tl.where(finite, weight * surrogate, 0.0))

@@ -139,9 +139,6 @@ def ratio_of(
     finite = fits(log_ratio, WIDE) & fits(u, WIDE) & is_finite(advantage)
     if mode.kl:
         finite = finite & fits(kl, WIDE)
-    if mode.debiased:
-        excess, _, _, _ = normalize(log_ratio, kl_old, u, s, 0.0, 1.0, numbers, mode)
-        finite = finite & fits(excess, WIDE)
     return log_ratio, kl_old, kl, u, finite
 
 

@@ -122,3 +122,9 @@ def test_it_can_be_made_again_from_its_fields():
     config = go.GuardConfig.paper(kl_beta=0.1)
     assert go.GuardConfig(**vars(config)) == config
     assert vars(config) == dataclasses.asdict(config)
+
+
+def test_an_int_that_no_float_can_represent_is_infinite():
+    assert go.GuardConfig(clip_high=10**400).clip_high == math.inf
+    with pytest.raises(ValueError, match=r"`kl_beta` is 1000.* it needs >= 0 and finite"):
+        go.GuardConfig(kl_beta=10**400)

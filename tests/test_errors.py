@@ -152,7 +152,7 @@ OPERAND_ERRORS = [
         "seeded",
         {"seed": 7},
         TypeError,
-        "`seed` is 7 (int); it needs the rollout's seeds, philox_seed(seed, (K, B)), or [k]",
+        "`seed` is 7 (int); it needs the rollout's seeds, philox_seed(seed, (K, B)), or its",
     ),
     (
         "seeded",

@@ -179,3 +179,9 @@ def test_rewards_of_any_size_have_advantages(size):
 def test_bad_settings(given, exception, message):
     with pytest.raises(exception, match=re.escape(message)):
         go.group_advantages(REWARDS, GROUPS, **given)
+
+
+def test_one_prompt_s_enormous_rewards_are_nothing_to_another():
+    rewards = torch.tensor([1e200, 3e200, 1.0, 3.0], dtype=torch.float64)
+    got = go.group_advantages(rewards, torch.tensor([0, 0, 1, 1]))
+    close(got, [-1.0, 1.0, -1 / (1 + 1e-4), 1 / (1 + 1e-4)])

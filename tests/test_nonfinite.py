@@ -390,3 +390,20 @@ def poisoned_anywhere(value):
     bad = value.clone()
     bad.reshape(3, 4, -1)[(*HIT, 0)] = NAN
     return bad
+
+
+@pytest.mark.parametrize("detach_stats", [True, False])
+def test_what_has_no_finite_loss_takes_no_part_in_statistics(detach_stats, backend):
+    """Neither it, nor through the statistics its step's other samples: as if its ratio were NaN."""
+    given = problem("velocity", dtype=torch.float32)
+    config = go.GuardConfig("standardize", nonfinite="drop", detach_stats=detach_stats)
+    weights = torch.full((3, 4), 0.5)
+    huge = weights.clone()
+    huge[HIT] = 3e38
+    out, grad = run(given, config, step_weights=huge)
+    nothing = poisoned(given, "advantages", NAN)
+    expected, expected_grad = run(nothing, config, step_weights=weights)
+    assert out.metrics.nonfinite.tolist() == [0, 1, 0]
+    assert torch.equal(grad, expected_grad)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(out.metrics.ratio_std, expected.metrics.ratio_std)

@@ -77,7 +77,7 @@ SIGNATURES = {
     "balance_weights": ["excess", "config", "coeffs"],
     "clipped_surrogate": ["excess", "advantages", "config"],
     "group_advantages": ["rewards", "groups", "scale", "eps", "without_spread", "process_group"],
-    "rank_weight": ["samples", "process_group"],
+    "rank_weight": ["samples", "process_group", "device"],
     "philox_seed": ["seed", "shape", "device"],
     "use_backend": ["name"],
 }

@@ -160,7 +160,7 @@ def test_bad_indices(index, exception, message):
         (([1.2, 0.5],), ValueError, "`sigmas[0]` is 1.2; a flow's sigmas lie within [0, 1]"),
         (([1.0, -0.1],), ValueError, "`sigmas[1]` is -0.1; a flow's sigmas lie within [0, 1]"),
         (([1.0, math.nan],), ValueError, "`sigmas[1]` is nan; a flow's sigmas lie within [0, 1]"),
-        (("abc",), TypeError, "`sigmas` is 'abc' (str); it needs a sequence of floats"),
+        (("abc",), TypeError, "`sigmas[0]` is 'a' (str); it needs a number"),
         ((3.0,), TypeError, "`sigmas` is 3.0 (float); it needs a sequence of floats"),
         (
             (torch.ones(2, 2),),
@@ -417,3 +417,9 @@ def test_what_names_no_device_is_refused(device):
     ):
         with pytest.raises((ValueError, TypeError), match=r"`device` is "):
             make()
+
+
+@pytest.mark.parametrize("sigmas", ["10", [True, False], ["0.9", "0.5"], 3, None])
+def test_what_are_no_numbers_are_no_sigmas(sigmas):
+    with pytest.raises(TypeError, match=r"`sigmas(\[0\])?` is .*; it needs a (number|sequence)"):
+        go.SdeSchedule(sigmas)

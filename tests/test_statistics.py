@@ -234,3 +234,12 @@ def test_an_empty_batch_adds_nothing():
 def test_bad_arguments_are_named(call, exception, message):
     with pytest.raises(exception, match=message):
         call(go.RatioStatistics(2))
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.1, 1e-6])
+def test_decay_changes_no_mean_and_no_std(factor):
+    statistics = go.RatioStatistics(2).update(torch.randn(2, 4, dtype=torch.float64))
+    mean, std = statistics.mean.clone(), statistics.std.clone()
+    statistics.decay(factor)
+    assert torch.equal(statistics.mean, mean)
+    torch.testing.assert_close(statistics.std, std, rtol=1e-12, atol=0)

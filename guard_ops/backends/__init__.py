@@ -65,7 +65,8 @@ class use_backend:
     """Run every op on one backend, from now on or for a ``with`` block.
 
     It holds for the thread that calls it, and in asyncio for the task: it is a context variable
-    (``contextvars``), so that two threads' blocks do not end each other's.
+    (``contextvars``), so that two threads' blocks do not end each other's. What torch.compile has
+    compiled is shared by all threads, and takes the choice that was made latest in any of them.
 
     Args:
         name: one of :func:`available_backends`, or None to choose by device again. The environment
@@ -105,7 +106,7 @@ def _forced_while_tracing(latest: str | None) -> str | None:
     """A context variable cannot be traced, so its value is a constant of what is compiled.
 
     ``latest`` is a plain variable, whose value torch.compile checks before it runs what it has
-    compiled; so a change of the context variable is seen.
+    compiled; so a thread that changes its choice gets what is compiled for that.
     """
     return _forced.get()
 
