@@ -20,7 +20,10 @@ def main() -> int:
     package = sys.modules["guard_ops"] = importlib.util.module_from_spec(spec)
     cli = importlib.import_module("guard_ops.cli")
     options = cli.parse()
-    spec.loader.exec_module(package)
+    try:
+        spec.loader.exec_module(package)
+    except KeyboardInterrupt:  # torch takes seconds to import; nothing has begun yet
+        return 130
     return int(cli.run(options))
 
 

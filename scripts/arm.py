@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import compiling  # noqa: E402
 import toolchain  # noqa: E402
 
-EMULATOR = "qemu-aarch64-static"
+EMULATOR, COMPILER = "qemu-aarch64-static", "aarch64-linux-gnu-g++"
 WITHOUT_FMA = "baseline"  # the instruction set whose fused multiply-add rounds in its own way
 
 
@@ -36,6 +37,14 @@ def differences(here: str, there: str) -> str:
 
 def main() -> int:
     """Compile, run and compare; 1 where a test fails or bits differ."""
+    missing = [tool for tool in (EMULATOR, COMPILER) if shutil.which(tool) is None]
+    if missing:
+        print(
+            f"arm: {' and '.join(missing)} missing; Debian's packages are qemu-user-static and "
+            "g++-aarch64-linux-gnu",
+            file=sys.stderr,
+        )
+        return 1
     tests = {"GUARD_OPS_TESTS": "ON"}
     # An emulated device on an emulated processor would take minutes, and it tests what is C++ on
     # every processor.

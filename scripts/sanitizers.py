@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -65,11 +66,15 @@ def environment() -> dict[str, str]:
     The sanitizers' run time has to be there before Python is, and the C++ library, so that the run
     time finds its exceptions. Leaks are not looked for, as Python and torch leave much behind.
     """
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
     libraries = [
-        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
+        subprocess.check_output([*compiler, f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
+    if not all(Path(library).is_absolute() for library in libraries):
+        sys.exit(
+            f"sanitizers: {shlex.join(compiler)} has no shared run time of them; use GCC's g++"
+        )
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(libraries),
