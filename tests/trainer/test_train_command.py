@@ -129,6 +129,21 @@ def test_an_interrupt_says_what_was_saved_and_the_command_that_continues(
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_what_was_set_aside_is_nothing_to_continue_from(tmp_path):
+    for name in ("iteration-000001", "iteration-000002.corrupt", "iteration-000002.corrupt-2"):
+        (tmp_path / name).mkdir()
+    assert f"saved until now: {tmp_path}/iteration-000001. " in cli._how_to_continue(
+        tmp_path, ["train"]
+    )
+
+
+def test_only_options_are_put_in_the_words_of_the_command_line():
+    options = cli.parse(["train"])
+    message = "`run`, `given`, `config.seed`, `resume=True` and `group_size`"
+    expected = "`run`, `given`, `--seed`, `--resume` and `group_size`"
+    assert cli._in_words_of(options, message) == expected
+
+
 def test_an_interrupt_before_anything_was_saved_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(jobs, "load_digits", interrupt(lambda: True))
     assert cli.main(["train", "--out", str(tmp_path)]) == 130
