@@ -36,9 +36,11 @@ def tiny(out, iterations):
 
 
 def train(*options):
-    """``guard-ops train``, in a process."""
+    """``guard-ops train``, in a process; it is evaluated on two samples of a class."""
     from guard_ops import cli
+    from guard_ops.trainer import jobs
 
+    jobs.EVALUATION_SAMPLES = 2
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):
         sys.exit(cli.main(["train", *options]))

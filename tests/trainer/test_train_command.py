@@ -1,5 +1,6 @@
 """``guard-ops train``: what it refuses and says, in the words of the command line."""
 
+import os
 import shlex
 
 import pytest
@@ -130,8 +131,10 @@ def test_an_interrupt_says_what_was_saved_and_the_command_that_continues(
 
 
 def test_what_was_set_aside_is_nothing_to_continue_from(tmp_path):
-    for name in ("iteration-000001", "iteration-000002.corrupt", "iteration-000002.corrupt-2"):
+    names = "iteration-000001", "iteration-000002.corrupt", "iteration-000002.corrupt-2"
+    for seconds, name in enumerate(names):
         (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (seconds, seconds))
     assert f"saved until now: {tmp_path}/iteration-000001. " in cli._how_to_continue(
         tmp_path, ["train"]
     )
