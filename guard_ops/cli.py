@@ -12,6 +12,7 @@ from pathlib import Path
 from .version import __version__
 
 OBJECTIVES = ("article", "paper", "flow_grpo")
+_NO_OPTIONS = {"run", "given"}  # of the namespace: the command's function, and its arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,15 +56,19 @@ def _fail(error: Exception, options: argparse.Namespace) -> int:
 def _in_words_of(options: argparse.Namespace, message: str) -> str:
     """``message`` with `config.learning_rate` as `--learning-rate`, where that is an option."""
 
+    names = vars(options).keys() - _NO_OPTIONS
+
     def option(name: re.Match[str]) -> str:
-        return f"`--{name[1].replace('_', '-')}`" if name[1] in options else name[0]
+        return f"`--{name[1].replace('_', '-')}`" if name[1] in names else name[0]
 
     return re.sub(r"`(?:config\.|recipe\.)?(\w+)(?:=True)?`", option, message)
 
 
 def _how_to_continue(out: Path, given: Sequence[str]) -> str:
     """What an interrupted command has saved, and the command that goes on from there."""
-    found = [*out.rglob("iteration-*[0-9]"), *out.rglob("pretrained.safetensors")]
+    # A checkpoint that was set aside, as iteration-000120.corrupt-2, is nothing to continue from.
+    checkpoints = (p for p in out.rglob("iteration-*") if re.fullmatch(r"iteration-\d+", p.name))
+    found = [*checkpoints, *out.rglob("pretrained.safetensors")]
     if not found:
         return "interrupted; nothing was saved yet"
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)

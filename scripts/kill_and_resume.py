@@ -18,11 +18,13 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,40 +41,67 @@ PRETRAINED = "pretrained.safetensors"
 PHASES = ("starting", "pretraining", "training", "saving")
 
 
-def main() -> int:
+class Outcome(NamedTuple):
+    """What became of one run."""
+
+    run: int
+    phases: list[str]  # what it was doing at each kill
+    wrong: list[str]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="at least; default: 200")
+    parser.add_argument("--kills", type=at_least_one, default=200, help="at least; default: 200")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default: 0")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default: 2")
-    options = parser.parse_args()
+    parser.add_argument("--jobs", type=at_least_one, default=2, help="runs at a time; default: 2")
+    options = parser.parse_args(arguments)
+    root, equal = Path(tempfile.mkdtemp(prefix="kill-and-resume-")), False
+    try:
+        equal = kill_runs(root, options.kills, options.seed, options.jobs)
+    finally:
+        if equal:
+            shutil.rmtree(root)
+        else:
+            print(f"what the runs have left is kept: {root}", flush=True)
+    return 0 if equal else 1
+
+
+def at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}; it needs >= 1")
+    return number
+
+
+def kill_runs(root: Path, kills: int, seed: int, jobs: int) -> bool:
+    """Whether all runs are equal; after a fault no other is begun."""
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kill-and-resume-") as temporary:
-        root = Path(temporary)
-        pace = uninterrupted(root / "whole")
-        print(f"without a kill: {pace.whole:.1f} s of work; now {options.kills} kills", flush=True)
-        print(f"{'run':>4}  {'kills':>5}  {'  '.join(PHASES)}  result", flush=True)
-        killed: collections.Counter[str] = collections.Counter()
-        runs = faults = 0
-        with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-            pending: set[concurrent.futures.Future[tuple[list[str], list[str]]]] = set()
-            while pending or killed.total() < options.kills:
-                while len(pending) < options.jobs and killed.total() < options.kills:
-                    moments = random.Random(f"{options.seed} {runs}")
-                    pending.add(pool.submit(one_run, root, runs, moments, pace))
-                    runs += 1
-                done, pending = concurrent.futures.wait(pending, return_when="FIRST_COMPLETED")
-                for future in done:
-                    phases, wrong = future.result()
-                    killed.update(phases)
-                    faults += bool(wrong)
-                    report(runs - len(pending), phases, wrong)
+    pace = uninterrupted(root / "whole")
+    print(f"without a kill: {pace.whole:.1f} s of work; now {kills} kills", flush=True)
+    print(f"{'run':>4}  {'kills':>5}  {'  '.join(PHASES)}  result", flush=True)
+    killed: collections.Counter[str] = collections.Counter()
+    runs = faults = 0
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        pending: set[concurrent.futures.Future[Outcome]] = set()
+        while pending or (killed.total() < kills and not faults):
+            while len(pending) < jobs and killed.total() < kills and not faults:
+                runs += 1
+                moments = random.Random(f"{seed} {runs}")
+                pending.add(pool.submit(one_run, root, runs, moments, pace))
+            done, pending = concurrent.futures.wait(pending, return_when="FIRST_COMPLETED")
+            for future in done:
+                outcome = future.result()
+                killed.update(outcome.phases)
+                faults += bool(outcome.wrong)
+                report(outcome)
     print(f"{runs} runs, {killed.total()} kills ({', '.join(f'{killed[p]} {p}' for p in PHASES)}) "
           f"in {time.monotonic() - started:.0f} s: "
           + (f"{faults} RUNS DIFFER" if faults else "every run equal bit by bit"))  # fmt: skip
-    return 1 if faults else 0
+    return not faults
 
 
-def report(run: int, phases: list[str], wrong: list[str]) -> None:
+def report(outcome: Outcome) -> None:
+    run, phases, wrong = outcome
     counts = "  ".join(f"{phases.count(phase):>{len(phase)}}" for phase in PHASES)
     print(f"{run:>4}  {len(phases):>5}  {counts}  {'; '.join(wrong) or 'equal'}", flush=True)
 
@@ -97,11 +126,10 @@ def uninterrupted(out: Path) -> Pace:
     return Pace(pretraining, time.monotonic() - began)
 
 
-def one_run(
-    root: Path, run: int, moments: random.Random, pace: Pace
-) -> tuple[list[str], list[str]]:
-    """Kill a run until it comes to its end; the phases of the kills, and what is wrong."""
-    out, phases = root / f"killed-{run}", []
+def one_run(root: Path, run: int, moments: random.Random, pace: Pace) -> Outcome:
+    """Kill a run until it comes to its end."""
+    out = root / f"killed-{run}"
+    phases: list[str] = []
     while True:
         pretrained = (out / PRETRAINED).exists()
         # What is left when a process is killed is done in several such steps.
@@ -115,7 +143,12 @@ def one_run(
         until = time.monotonic() + after
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.002)
+        until = time.monotonic() + PATIENCE
         while saving and process.poll() is None and not writing(out) - left:
+            if time.monotonic() > until:
+                process.kill()
+                process.wait()
+                return Outcome(run, phases, [f"no checkpoint was begun in {PATIENCE:.0f} s"])
             time.sleep(0.0005)
         if saving:
             time.sleep(instant)
@@ -124,9 +157,9 @@ def one_run(
             break
         phases.append(phase(out, left))
         if wrong := complaints(out):
-            return phases, wrong
+            return Outcome(run, phases, wrong)
     wrong = ended(process, out) or differences(root / "whole", out)
-    return phases, wrong
+    return Outcome(run, phases, wrong)
 
 
 def start(out: Path) -> subprocess.Popen[bytes]:

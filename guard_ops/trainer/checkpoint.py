@@ -17,14 +17,15 @@ import re
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from .extras import require
-from .folder import RunFolderError, writing
+from .folder import RunFolderError, aside, writing
 
 VERSION = 2
 _PREFIX, _TEMPORARY = "iteration-", ".writing-"
@@ -36,11 +37,11 @@ T = TypeVar("T")
 class CheckpointError(RunFolderError):
     """No usable checkpoint; the message names the files and what is wrong with each."""
 
-    suffix = "corrupt"  # of the name under which such a checkpoint is set aside
+    _suffix = "corrupt"  # of the name under which such a checkpoint is set aside
 
 
 class _OtherVersionError(CheckpointError):
-    suffix = "other-version"
+    _suffix = "other-version"
 
 
 class Checkpoint(NamedTuple):
@@ -76,7 +77,6 @@ def save(
             this iteration, which is never written over.
     """
     safetensors = require("safetensors.torch", "train")
-    failure = require("safetensors", "train").SafetensorError
     final = root / f"{_PREFIX}{iteration:06d}"
     if final.exists():
         raise RunFolderError(
@@ -88,32 +88,54 @@ def save(
         for leftover in root.glob(f"{_TEMPORARY}*"):  # a run was killed while it wrote this
             _delete(leftover)
         temporary.mkdir()
+    with saving(temporary):
+        for name, group in tensors.items():
+            copies = {k: value.detach().cpu().clone().contiguous() for k, value in group.items()}
+            safetensors.save_file(copies, temporary / f"{name}{_TENSORS}")
+        (temporary / _STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
+        (temporary / _MANIFEST).write_text(_manifest_of(temporary, iteration))
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+        temporary.rename(final)
+        _sync(root)
+    with writing(root):
+        _delete_checkpoints(_folders(root)[keep:])
+    return final
+
+
+@contextmanager
+def saving(temporary: Path) -> Iterator[None]:
+    """The block writes ``temporary`` with safetensors and renames it at its end.
+
+    What it could not write to its end is deleted: a full disk has use for the space.
+
+    Raises:
+        RunFolderError: the disk is full, the folder read-only ...
+    """
+    failure = require("safetensors", "train").SafetensorError
     try:
         with writing(temporary):
-            for name, group in tensors.items():
-                copies = {
-                    k: value.detach().cpu().clone().contiguous() for k, value in group.items()
-                }
-                safetensors.save_file(copies, temporary / f"{name}{_TENSORS}")
-            (temporary / _STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
-            (temporary / _MANIFEST).write_text(_manifest_of(temporary, iteration))
-            for path in (*temporary.iterdir(), temporary):
-                _sync(path)
-            temporary.rename(final)
-            _sync(root)
-    except failure as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+            yield
+    except (failure, RunFolderError) as error:
+        with suppress(OSError):
+            _delete(temporary)
+        if isinstance(error, RunFolderError):
+            raise
         raise RunFolderError(
             f"cannot write {temporary}: {error}; what was saved before is whole"
         ) from error
-    except RunFolderError:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has use for the space
-        raise
-    with writing(root):
-        for path in _folders(root)[keep:]:
-            # renamed first, so that a checkpoint is never half deleted under its own name
-            _delete(path.rename(root / f"{_TEMPORARY}deleting-{path.name}"))
-    return final
+
+
+def clear(root: Path) -> None:
+    """Delete the checkpoints in ``root``, what is half written, and ``root`` if nothing is left.
+
+    Checkpoints that were set aside and files of others stay, as does what cannot be deleted.
+    """
+    with suppress(OSError):
+        _delete_checkpoints(_folders(root))
+        for leftover in root.glob(f"{_TEMPORARY}*"):
+            _delete(leftover)
+        root.rmdir()
 
 
 def newest(root: Path, understand: Callable[[Checkpoint], T]) -> tuple[T | None, list[Unusable]]:
@@ -130,10 +152,10 @@ def newest(root: Path, understand: Callable[[Checkpoint], T]) -> tuple[T | None,
         try:
             return understand(load(path)), unusable
         except CheckpointError as error:
-            unusable.append(Unusable(path, str(error), error.suffix))
+            unusable.append(Unusable(path, str(error), error._suffix))
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{path} does not hold the state of a run: {type(error).__name__}: {error}"
-            unusable.append(Unusable(path, reason, CheckpointError.suffix))
+            unusable.append(Unusable(path, reason, CheckpointError._suffix))
     return None, unusable
 
 
@@ -144,14 +166,11 @@ def set_aside(unusable: Sequence[Unusable], instead: str) -> None:
         instead: the warnings' last words, "using the previous checkpoint".
     """
     for path, reason, suffix in unusable:
-        aside, n = path.with_name(f"{path.name}.{suffix}"), 1
-        while os.path.lexists(aside):
-            n += 1
-            aside = path.with_name(f"{path.name}.{suffix}-{n}")
+        kept = aside(path, suffix)
         with writing(path):
-            path.rename(aside)
+            path.rename(kept)
         warnings.warn(
-            f"guard_ops: {reason}; kept as {aside.name}, {instead}",
+            f"guard_ops: {reason}; kept as {kept.name}, {instead}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -293,6 +312,12 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _delete_checkpoints(folders: Sequence[Path]) -> None:
+    for path in folders:
+        # It is renamed first, so that a checkpoint is never half deleted under its own name.
+        _delete(path.rename(path.with_name(f"{_TEMPORARY}deleting-{path.name}")))
 
 
 def _delete(path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import TrainConfig
 from .digits import DigitPolicy, load_digits, sample
 from .extras import require
-from .folder import FolderLock, RunFolderError, writing
+from .folder import FolderLock, RunFolderError, write_whole, writing
 from .jobs import (
     EVALUATION_SEED,
     LEARNING_RATE,
@@ -107,8 +107,7 @@ def _same_settings(path: Path, settings: dict[str, int]) -> None:
         then = json.loads(path.read_text())
         different = [name for name in settings if then[name] != settings[name]]
     except FileNotFoundError:
-        with writing(path):
-            path.write_text(json.dumps(settings) + "\n")
+        write_whole(path, json.dumps(settings).encode() + b"\n")
         return
     except (OSError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise RunFolderError(
@@ -154,5 +153,4 @@ def _write_metrics(path: Path, results: list[SeedResult]) -> None:
         for name, run in result.runs.items()
         for line in run.lines
     ]
-    with writing(path):
-        path.write_text("\n".join(lines) + "\n")
+    write_whole(path, "\n".join(lines).encode() + b"\n")

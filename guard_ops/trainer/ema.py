@@ -46,14 +46,15 @@ class Ema:
                 is lost; or the model holds the average already.
         """
         self.refuse_if_applied()
-        self._trained = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._assign(self.average)
-        versions = {name: p._version for name, p in self.parameters.items()}
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
+            self._trained = trained
+            self._assign(self.average)
+            versions = {name: p._version for name, p in self.parameters.items()}
             yield
             changed = [n for n, p in self.parameters.items() if p._version != versions[n]]
         finally:
-            self._assign(self._trained)
+            self._assign(trained)
             self._trained = None
         if changed:
             raise RuntimeError(

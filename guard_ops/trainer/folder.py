@@ -7,7 +7,7 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LOCK = "run.lock"
@@ -20,15 +20,16 @@ class RunFolderError(RuntimeError):
 class FolderLock:
     """Keeps other processes, and other trainers of this one, out of a folder until :meth:`release`.
 
-    The lock is the kernel's (``flock``) on the file ``run.lock``, so it ends with the process,
-    however that ends; the file stays, and says who had it last.
+    The lock is the kernel's (``flock``) on the file ``run.lock``, so it ends with the process and
+    with processes forked from it, however those end; the file stays, and says who had it last.
+    Only the process that took it can release it, which does not wait for the forked ones.
 
     Raises:
         RunFolderError: somebody has the lock, or the folder cannot be made or written.
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / LOCK
+        path, self._owner = folder / LOCK, os.getpid()
         with writing(path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+")
@@ -61,6 +62,9 @@ class FolderLock:
             self._file.flush()
 
     def release(self) -> None:
+        if self._owner == os.getpid() and not self._file.closed:
+            with suppress(OSError):  # a file system without locks has none to release
+                fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
 
@@ -72,3 +76,28 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = f"cannot write {os.fspath(error.filename or path)}: {error.strerror or error}"
         raise RunFolderError(f"{reason}; what was saved before is whole") from error
+
+
+def write_whole(path: Path, contents: bytes) -> None:
+    """Write a file under another name first: whatever stops it, ``path`` is whole or as it was."""
+    temporary = path.with_name(f"{path.name}.writing")
+    try:
+        with writing(temporary), temporary.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        with writing(path):
+            temporary.replace(path)
+    except RunFolderError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def aside(path: Path, suffix: str) -> Path:
+    """The first name of ``path.suffix``, ``path.suffix-2`` ... that nothing has."""
+    name, n = path.with_name(f"{path.name}.{suffix}"), 1
+    while os.path.lexists(name):
+        n += 1
+        name = path.with_name(f"{path.name}.{suffix}-{n}")
+    return name

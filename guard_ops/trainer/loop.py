@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import guard_ops as go
 from . import state
 from .config import TrainConfig
 from .ema import Ema
-from .folder import FolderLock
+from .folder import FolderLock, RunFolderError
 from .metrics import MetricsWriter
 from .policy import FlowPolicy, Reward, trainable
 from .progress import progress_bar
@@ -56,7 +56,8 @@ class Trainer:
         ValueError: ``out`` has checkpoints and ``resume`` is False, or is of a run with other
             settings; the policy has nothing to train. RunFolderError: another process trains in
             ``out``, or it cannot be written. CheckpointError: all checkpoints are damaged. What
-            is refused leaves the files as they were.
+            is refused leaves the files as they were, but ``run.lock``, which says who had the
+            folder last.
     """
 
     ema: Ema
@@ -111,7 +112,8 @@ class Trainer:
         try:
             state.start(self, resume, initialize)
         except BaseException:
-            self._lock.release()
+            with suppress(RunFolderError):  # the first failure is the one to see
+                self.close()
             raise
 
     # --- the algorithm -----------------------------------------------------------------------

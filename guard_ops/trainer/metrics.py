@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .extras import require
-from .folder import writing
+from .folder import aside, write_whole, writing
 
 
 class MetricsWriter:
@@ -23,6 +23,7 @@ class MetricsWriter:
         self.path = out / "metrics.jsonl"
         self._folder = out / "tensorboard"
         self._text: list[bytes] = []
+        self._file: Any = None
         self._board: Any = None
         self._summary_writer = tensorboard and require("torch.utils.tensorboard", "train")
 
@@ -55,17 +56,12 @@ class MetricsWriter:
             self._set_aside(f"it {fault}; written again from the checkpoint, {lines} lines")
         else:
             _warn(f"{self.path} is gone; written again from the checkpoint, {lines} lines")
-        temporary = self.path.with_name(f"{self.path.name}.writing")
-        temporary.write_bytes(expected)
-        temporary.replace(self.path)
+        write_whole(self.path, expected)
 
     def _set_aside(self, reason: str) -> None:
-        aside, n = self.path.with_name(f"{self.path.name}.aside"), 1
-        while os.path.lexists(aside):
-            n += 1
-            aside = self.path.with_name(f"{self.path.name}.aside-{n}")
-        self.path.rename(aside)
-        _warn(f"{self.path} is kept as {aside.name}: {reason}")
+        kept = aside(self.path, "aside")
+        self.path.rename(kept)
+        _warn(f"{self.path} is kept as {kept.name}: {reason}")
 
     def write(self, iteration: int, numbers: dict[str, Any]) -> None:
         """Add the line of ``iteration``."""
@@ -95,11 +91,15 @@ class MetricsWriter:
         return b"".join(self._text).decode()
 
     def close(self) -> None:
-        with writing(self.path):
-            self._file.close()
-        if self._board is not None:
-            with writing(self._folder):
-                self._board.close()
+        """Close the files, as far as :meth:`start` came."""
+        try:
+            if self._file is not None:
+                with writing(self.path):
+                    self._file.close()
+        finally:
+            if self._board is not None:
+                with writing(self._folder):
+                    self._board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -7,8 +7,7 @@ is under way, so that what was interrupted continues, to the same bits.
 from __future__ import annotations
 
 import hashlib
-import shutil
-import warnings
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from . import checkpoint, optimizers
 from .checkpoint import Checkpoint
 from .digits import DigitPolicy, flow_matching_loss, load_digits
 from .extras import require
-from .folder import RunFolderError, writing
+from .folder import writing
 
 BATCH = 256
 CHECKPOINTS = 10  # of one pretraining
@@ -88,20 +87,23 @@ def load_or_pretrain(
 ) -> DigitPolicy:
     """:func:`pretrain`, kept in the safetensors file ``path`` and read from there next time.
 
-    A file that is damaged is made again, with a RuntimeWarning.
+    A file that is damaged, or was written without a SHA-256, is set aside as
+    ``pretrained.safetensors.corrupt`` or ``.other-version`` and made again, with a RuntimeWarning.
 
     Raises:
         ValueError: the file, or a pretraining under way, is of other settings; it is left alone.
     """
     checkpoints, settings = path.with_name("pretraining"), _settings(seed, steps, BATCH)
-    found = _read(path, settings) if path.exists() else None
+    found = _read(path, settings) if os.path.lexists(path) else None
     if found is None:
         policy = pretrain(seed, steps, tick=tick, checkpoints=checkpoints)
         _write(path, policy.state_dict(), settings)
     else:
         policy = DigitPolicy()
         policy.load_state_dict(found)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # after the file is whole, also if killed here
+    # The file is whole by now. A process killed before this line leaves the folder to the next
+    # call.
+    checkpoint.clear(checkpoints)
     return policy
 
 
@@ -129,36 +131,36 @@ def _understand(saved: Checkpoint) -> Checkpoint:
 
 
 def _read(path: Path, settings: Mapping[str, str]) -> dict[str, Tensor] | None:
-    """The weights in the file; None if it is damaged."""
+    """The weights in the file; None if they cannot be used, and it is set aside."""
     safetensors = require("safetensors", "train")
     try:
         with safetensors.safe_open(path, "pt") as file:
             then = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        reason = str(error)
+        unusable = checkpoint.Unusable(path, f"{path} is damaged ({error})", "corrupt")
     else:
         if then.get("sha256") == _digest(weights, then):
             _check(then, settings, path)
             return weights
-        reason = "its SHA-256 is not the one it was written with"
-    warnings.warn(
-        f"guard_ops: {path} is damaged ({reason}); pretraining again", RuntimeWarning, stacklevel=3
-    )
+        if "sha256" in then:
+            reason = f"{path} is damaged (its SHA-256 is not the one it was written with)"
+            unusable = checkpoint.Unusable(path, reason, "corrupt")
+        else:
+            reason = f"{path} cannot be checked: it has no SHA-256"
+            unusable = checkpoint.Unusable(path, reason, "other-version")
+    checkpoint.set_aside([unusable], "pretraining again")
     return None
 
 
 def _write(path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, str]) -> None:
-    safetensors = require("safetensors", "train")
     save_file = require("safetensors.torch", "train").save_file
     temporary = path.with_suffix(".writing")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(weights, temporary, {**settings, "sha256": _digest(weights, settings)})
-            temporary.replace(path)  # complete or not there, whenever the process is killed
-    except safetensors.SafetensorError as error:
-        raise RunFolderError(f"cannot write {temporary}: {error}") from error
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.saving(temporary):
+        save_file(weights, temporary, {**settings, "sha256": _digest(weights, settings)})
+        temporary.replace(path)  # complete or not there, whenever the process is killed
 
 
 def _digest(weights: Mapping[str, Tensor], settings: Mapping[str, str]) -> str:

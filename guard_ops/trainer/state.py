@@ -41,7 +41,7 @@ def start(trainer: Trainer, resume: bool, initialize: Callable[[], object] | Non
     """Continue the run in ``trainer.out`` or begin one there.
 
     Raises:
-        ValueError, CheckpointError: as the trainer says; nothing is touched then.
+        ValueError, CheckpointError: as the trainer says; no file is touched then.
     """
     root = trainer.checkpoints
     trainer.settings = _settings(trainer)
@@ -59,7 +59,7 @@ def start(trainer: Trainer, resume: bool, initialize: Callable[[], object] | Non
             f"`out` is {str(trainer.out)!r}, which has checkpoints of another run; continue it "
             "with `resume=True` or choose another folder"
         )
-    # Nothing was changed until here, and nothing is refused from here on.
+    # What follows changes files.
     checkpoint.set_aside(unusable, "using the previous checkpoint")
     if saved is None and initialize is not None:
         initialize()

@@ -9,8 +9,9 @@ import torch
 from tiny import TinyPolicy, full_disk, reward, tiny_trainer
 
 import guard_ops as go
-from guard_ops.trainer import CheckpointError, RunFolderError, checkpoint, optimizers
-from guard_ops.trainer.metrics import read_metrics
+from guard_ops.trainer import CheckpointError, RunFolderError, checkpoint, optimizers, state
+from guard_ops.trainer.folder import FolderLock
+from guard_ops.trainer.metrics import MetricsWriter, read_metrics
 
 
 def run(out, **changes):
@@ -368,3 +369,19 @@ def test_when_every_checkpoint_is_damaged_it_is_an_error_that_names_them(tmp_pat
     ):
         tiny_trainer(tmp_path, resume=True)
     assert files(tmp_path) == before
+
+
+def test_a_trainer_that_fails_at_its_beginning_leaves_no_file_open(tmp_path, monkeypatch):
+    def save(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(state, "save", save)
+    files = []
+    start = MetricsWriter.start
+    monkeypatch.setattr(
+        MetricsWriter, "start", lambda self, *a: start(self, *a) or files.append(self._file)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        tiny_trainer(tmp_path)
+    assert [file.closed for file in files] == [True]
+    FolderLock(tmp_path).release()

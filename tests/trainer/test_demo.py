@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny import full_disk
 
 from guard_ops.cli import main
 from guard_ops.trainer import RunFolderError, Trainer, jobs, plots, tables
@@ -136,6 +137,15 @@ def test_a_folder_that_does_not_say_whose_demo_it_is_is_refused(tmp_path, text):
     (tmp_path / "demo.json").write_text(text)
     with pytest.raises(RunFolderError, match=r"demo\.json does not say which settings"):
         run_demo(tmp_path, [0], iterations=3, pretrain_steps=2)
+
+
+def test_a_disk_that_is_full_at_the_beginning_leaves_no_half_of_its_settings(tmp_path):
+    settings = {"iterations": 3, "pretrain_steps": 2}
+    with full_disk(4), pytest.raises(RunFolderError, match=r"cannot write .*demo\.json"):
+        demos._same_settings(tmp_path / "demo.json", settings)
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        demos._same_settings(tmp_path / "demo.json", settings)
 
 
 def test_tables_compare_the_runs_where_all_reached_the_same_proxy():

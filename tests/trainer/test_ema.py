@@ -82,3 +82,18 @@ def test_inside_applied_there_is_no_update_and_no_second_applied():
     assert ema.updates == 0
     assert torch.equal(weight.detach(), torch.full((2,), 5.0))
     assert ema.weights()["w"] is weight
+
+
+def test_an_average_that_cannot_be_applied_leaves_the_weights_and_training_goes_on():
+    weights = {name: torch.nn.Parameter(torch.zeros(2)) for name in ("a", "b")}
+    ema = Ema(weights, decay=0.9)
+    with torch.no_grad():
+        for p in weights.values():
+            p.fill_(5.0)
+    whole, ema.average["b"] = ema.average["b"], torch.zeros(3)
+    with pytest.raises(RuntimeError, match="size of tensor"), ema.applied():
+        pass
+    ema.average["b"] = whole
+    assert all(torch.equal(p.detach(), torch.full((2,), 5.0)) for p in weights.values())
+    assert ema.weights() is weights
+    ema.update()

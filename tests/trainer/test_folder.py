@@ -4,9 +4,10 @@ import os
 import signal
 
 import pytest
+from tiny import full_disk
 
 from guard_ops.trainer import RunFolderError, folder
-from guard_ops.trainer.folder import FolderLock, writing
+from guard_ops.trainer.folder import FolderLock, write_whole, writing
 
 FORK = multiprocessing.get_context("fork")
 
@@ -47,13 +48,54 @@ def test_a_killed_holder_leaves_no_lock(tmp_path, holder):
     FolderLock(tmp_path).release()
 
 
+def test_releasing_does_not_wait_for_a_forked_process(tmp_path):
+    lock, (reading, writing_end) = FolderLock(tmp_path), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writing_end)
+        os.read(reading, 1)  # until the parent closes its end
+        os._exit(0)
+    try:
+        lock.release()
+        FolderLock(tmp_path).release()
+    finally:
+        os.close(writing_end)
+        os.waitpid(child, 0)
+        os.close(reading)
+
+
+def test_a_forked_process_does_not_release_its_parents_lock(tmp_path):
+    lock = FolderLock(tmp_path)
+    child = os.fork()
+    if child == 0:
+        lock.release()
+        os._exit(0)
+    assert os.waitpid(child, 0) == (child, 0)
+    with pytest.raises(RunFolderError, match="is in use by"):
+        FolderLock(tmp_path)
+    lock.release()
+    lock.release()  # a second time is nothing
+
+
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
     def flock(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(folder.fcntl, "flock", flock)
     with pytest.warns(RuntimeWarning, match="is on a file system without locks"):
-        FolderLock(tmp_path)
+        FolderLock(tmp_path).release()
+
+
+def test_a_file_that_is_written_whole_is_there_or_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    for before in (None, b"before"):
+        with full_disk(4), pytest.raises(RunFolderError, match=r"cannot write .*File too large"):
+            write_whole(path, b"contents")
+        assert (path.read_bytes() if path.exists() else None) == before
+        assert [p.name for p in tmp_path.iterdir()] == [path.name] * path.exists()
+        path.write_bytes(b"before")
+    write_whole(path, b"contents")
+    assert path.read_bytes() == b"contents"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])

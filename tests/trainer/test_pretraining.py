@@ -1,6 +1,9 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny import full_disk
 
+from guard_ops.trainer import RunFolderError, pretraining
 from guard_ops.trainer.digits import DigitPolicy, flow_matching_loss, load_digits
 from guard_ops.trainer.pretraining import load_or_pretrain, pretrain
 
@@ -37,7 +40,7 @@ def test_pretraining_learns_and_repeats_itself():
     assert all(torch.equal(again[name], p) for name, p in policy.state_dict().items())
 
 
-def test_pretraining_is_kept_and_a_damaged_file_is_made_again_with_a_warning(tmp_path):
+def test_pretraining_is_kept_and_a_damaged_file_is_set_aside_with_a_warning(tmp_path):
     path, ticks = tmp_path / "new" / "pretrained.safetensors", []
     first = load_or_pretrain(path, seed=0, steps=3, tick=ticks.append).state_dict()
     assert ticks == [1, 2, 3]
@@ -45,14 +48,38 @@ def test_pretraining_is_kept_and_a_damaged_file_is_made_again_with_a_warning(tmp
     assert ticks == [1, 2, 3]
     assert same(first, second)
     whole = path.read_bytes()
-    for damaged in (whole[:1000], whole[:-3] + b"\x00\x00\x00", b""):
+    kept = [path.name + suffix for suffix in ("", ".corrupt", ".corrupt-2", ".corrupt-3")]
+    damages = whole[:1000], whole[:-3] + b"\x00\x00\x00", b""
+    for damaged, name in zip(damages, kept[1:], strict=True):
         ticks.clear()
         path.write_bytes(damaged)
-        with pytest.warns(RuntimeWarning, match=r"pretrained.safetensors is damaged \(.+\); pretr"):
+        message = rf"pretrained.safetensors is damaged \(.+\); kept as {name}, pretraining again"
+        with pytest.warns(RuntimeWarning, match=message):
             again = load_or_pretrain(path, seed=0, steps=3, tick=ticks.append).state_dict()
         assert ticks == [1, 2, 3]
         assert same(first, again)
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+        assert path.with_name(name).read_bytes() == damaged
+    assert sorted(p.name for p in path.parent.iterdir()) == kept
+
+
+def test_a_file_without_a_sha256_is_kept_as_of_another_version(tmp_path):
+    path = tmp_path / "pretrained.safetensors"
+    first = load_or_pretrain(path, seed=0, steps=1).state_dict()
+    save_file(load_file(path), path, {"seed": "0", "pretrain_steps": "1"})
+    before, aside = path.read_bytes(), path.with_name(f"{path.name}.other-version")
+    message = rf"it has no SHA-256; kept as {aside.name}, pretraining again"
+    with pytest.warns(RuntimeWarning, match=message):
+        again = load_or_pretrain(path, seed=0, steps=1).state_dict()
+    assert same(first, again)
+    assert aside.read_bytes() == before
+
+
+def test_a_full_disk_leaves_no_half_of_the_file(tmp_path):
+    path, weights = tmp_path / "pretrained.safetensors", {"w": torch.zeros(1000)}
+    message = r"cannot write .*pretrained\.writing.*; what was saved before is whole"
+    with full_disk(1000), pytest.raises(RunFolderError, match=message):
+        pretraining._write(path, weights, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -105,3 +132,16 @@ def test_checkpoints_are_gone_when_the_file_is_there(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["pretraining"]
     load_or_pretrain(path, 0, 2)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_pretraining_has_not_made_or_has_set_aside_survives_it(tmp_path):
+    path, folder = tmp_path / "pretrained.safetensors", tmp_path / "pretraining"
+    others = [folder / "notes.txt", folder / "iteration-000002.corrupt" / "state.json"]
+    for other in others:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("mine")
+    (folder / ".writing-000002").mkdir()
+    for _ in range(2):  # pretrained, and read from the file
+        load_or_pretrain(path, 0, 2)
+        assert [p for p in sorted(folder.rglob("*")) if p.is_file()] == sorted(others)
+        assert sorted(p.name for p in folder.iterdir()) == [others[1].parent.name, "notes.txt"]

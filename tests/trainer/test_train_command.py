@@ -1,5 +1,6 @@
 """``guard-ops train``: what it refuses and says, in the words of the command line."""
 
+import os
 import shlex
 
 import pytest
@@ -127,6 +128,23 @@ def test_an_interrupt_says_what_was_saved_and_the_command_that_continues(
     assert cli.main(command[1:]) == 0
     assert "resuming after iteration 1\n" in capsys.readouterr().out
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_what_was_set_aside_is_nothing_to_continue_from(tmp_path):
+    names = "iteration-000001", "iteration-000002.corrupt", "iteration-000002.corrupt-2"
+    for seconds, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (seconds, seconds))
+    assert f"saved until now: {tmp_path}/iteration-000001. " in cli._how_to_continue(
+        tmp_path, ["train"]
+    )
+
+
+def test_only_options_are_put_in_the_words_of_the_command_line():
+    options = cli.parse(["train"])
+    message = "`run`, `given`, `config.seed`, `resume=True` and `group_size`"
+    expected = "`run`, `given`, `--seed`, `--resume` and `group_size`"
+    assert cli._in_words_of(options, message) == expected
 
 
 def test_an_interrupt_before_anything_was_saved_says_so(tmp_path, capsys, monkeypatch):
