@@ -69,7 +69,7 @@ fuzz: $(VENV)/development $(if $(findstring cuda,$(WITH)),emulated-extension)
 	  --hypothesis-seed=$(SEED)
 
 # `guard-ops train` killed at random moments and resumed, until every run has ended in the bits of one
-# that was never killed: 200 kills take half an hour on 2 cores.
+# that was never killed: 200 kills take half an hour of one core.
 KILLS ?= 200
 kill-test: $(VENV)/development
 	$(BIN)/python scripts/kill_and_resume.py --kills $(KILLS)
