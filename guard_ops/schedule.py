@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .checks import FLOATING, check_choice, check_dense, check_device, check_number, describe
 
-SdeKind = Literal["flow_sde", "dance_sde", "cps"]
+SdeKind = Literal["flow_sde", "dance_sde", "wan_sde", "cps"]
 
 ROUNDING = 1e-6  # a sigma that exceeds 1 by no more was meant to be 1, as 1.0000001 was
 NEAR_PURE_NOISE = 2e-3  # schedulers that avoid sigma = 1 begin within this of it: 0.999999, 0.999
@@ -53,6 +53,10 @@ def _dance_sde_std(sigma: Tensor, sigma_next: Tensor, eta: Tensor, sigma_max: Te
     return eta.expand_as(sigma)
 
 
+def _wan_sde_std(sigma: Tensor, sigma_next: Tensor, eta: Tensor, sigma_max: Tensor) -> Tensor:
+    return eta * sigma_max * sigma
+
+
 def _cps_std(sigma: Tensor, sigma_next: Tensor, eta: Tensor, sigma_max: Tensor) -> Tensor:
     return sigma_next * torch.sin(eta * (math.pi / 2))
 
@@ -65,6 +69,7 @@ def _cps_mean(sigma: Tensor, sigma_next: Tensor, std: Tensor) -> tuple[Tensor, T
 SDE_RULES: dict[SdeKind, SdeRule] = {
     "flow_sde": SdeRule(_flow_sde_std, _diffusion_mean, True, True, math.inf),
     "dance_sde": SdeRule(_dance_sde_std, _diffusion_mean, True, True, math.inf),
+    "wan_sde": SdeRule(_wan_sde_std, _diffusion_mean, True, True, math.inf),
     "cps": SdeRule(_cps_std, _cps_mean, False, False, 1.0),
 }
 
@@ -180,12 +185,14 @@ class SdeSchedule:
                  (from pure noise, sigmas[1] in its place)    ``(1 + std^2 (1 - sigma) / (2 sigma))
                                                               dt``, ``std sqrt(-dt)``
     dance_sde    ``noise_level``                              the same
+    wan_sde      ``noise_level * sigmas[1] * sigma``          the same
     cps          ``next sin(noise_level pi / 2)``             ``(1 - next) + c``,
                                                               ``-(1 - next) sigma + c (1 - sigma)``,
                                                               ``std``; ``c = sqrt(next^2 - std^2)``
     ============ ============================================ ===================================
 
-    (Flow-GRPO arXiv:2505.05470, DanceGRPO arXiv:2505.07818, coefficient-preserving sampling.)
+    (Flow-GRPO arXiv:2505.05470, DanceGRPO arXiv:2505.07818, coefficient-preserving sampling.
+    wan_sde is the step of Flow-GRPO's Wan2.1 script, with the noise level 1: it has none.)
 
     Flow-GRPO puts ``sigmas[1]`` into the denominator ``1 - sigma`` where sigma is 1. Rounding and
     margins against a division by zero make schedulers begin at 0.99999994, 0.999999 or 0.999
@@ -196,7 +203,7 @@ class SdeSchedule:
         sigmas: N + 1 noise levels, strictly decreasing within [0, 1]; sequence or 1-D tensor. One
             that rounding put above 1, by at most 1e-6, is taken as 1.
         noise_level: eta >= 0; at most 1 for ``cps``. 0 is the ODE: it samples, but has no density.
-        kind: a key of SDE_RULES: "flow_sde", "dance_sde" or "cps".
+        kind: a key of SDE_RULES: "flow_sde", "dance_sde", "wan_sde" or "cps".
         device: where the coefficients live; the device of ``sigmas`` when it is a tensor.
 
     Raises:

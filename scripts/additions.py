@@ -31,8 +31,8 @@ class Edit(NamedTuple):
 SDE_KIND = [
     Edit(
         "guard_ops/schedule.py",
-        '"dance_sde", "cps"]',
-        '"dance_sde", "cps", "linear_sde"]',
+        '"wan_sde", "cps"]',
+        '"wan_sde", "cps", "linear_sde"]',
         "the name, for type checkers",
     ),
     Edit(

@@ -24,13 +24,15 @@ def by_hand(kind, eta, k):
     std = eta
     if kind == "flow_sde":
         std = eta * math.sqrt(sigma / (1 - (SIGMAS[1] if sigma == 1 else sigma)))
+    if kind == "wan_sde":
+        std = eta * SIGMAS[1] * sigma
     a = 1 + std**2 / (2 * sigma) * dt
     b = (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt
     s = std * math.sqrt(-dt)
     return a, b, s, 1 / (2 * s**2), dt
 
 
-@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "wan_sde", "cps"])
 @pytest.mark.parametrize("eta", [0.3, 0.7, 1.0])
 def test_the_table_of_the_specification(kind, eta):
     schedule = go.SdeSchedule(SIGMAS, noise_level=eta, kind=kind)
@@ -54,7 +56,7 @@ def test_numbers_worked_out_on_paper():
 
 def test_without_noise_every_kind_is_the_ode():
     """eta 0: flow and dance take the Euler step x + dt v; cps interpolates to the same."""
-    for kind in ("flow_sde", "dance_sde", "cps"):
+    for kind in ("flow_sde", "dance_sde", "wan_sde", "cps"):
         for step in go.SdeSchedule(SIGMAS, noise_level=0, kind=kind):
             assert step.a.item() == pytest.approx(1.0, abs=1e-15)
             assert step.b.item() == pytest.approx(step.dt.item(), rel=1e-14)

@@ -9,7 +9,7 @@ from problems import largest, relative, schedule
 
 import guard_ops as go
 
-KINDS = ["flow_sde", "dance_sde", "cps"]
+KINDS = ["flow_sde", "dance_sde", "wan_sde", "cps"]
 
 
 def pair(*shape, dtype=torch.float64):

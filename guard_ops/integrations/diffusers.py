@@ -35,7 +35,7 @@ class FlowMatchSdeScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mi
     Args:
         noise_level: eta of :class:`guard_ops.SdeSchedule`; 0 is the ODE. ``scheduler.noise_level``
             may be set at any time (0 to evaluate).
-        sde_kind: "flow_sde", "dance_sde" or "cps".
+        sde_kind: "flow_sde", "dance_sde", "wan_sde" or "cps".
         others: FlowMatchEulerDiscreteScheduler's.
 
     Pipelines that do not hand their generator to ``step`` (FLUX's and SD3's do not) draw the steps'

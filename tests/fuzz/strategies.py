@@ -22,7 +22,7 @@ FORMS = {
     "seeded": ("old_model_output", "seed"),
     "log-prob": ("sample", "prev_sample", "old_log_prob"),
 }
-KINDS = ("flow_sde", "dance_sde", "cps")
+KINDS = ("flow_sde", "dance_sde", "wan_sde", "cps")
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, *NARROW)
 LAYOUTS = ("plain", "transposed", "sliced", "offset", "spread", "channels_last")

@@ -38,7 +38,7 @@ def sigma_lists(draw):
 @given(
     sigmas=sigma_lists(),
     noise_level=st.floats(1e-3, 1.0),
-    kind=st.sampled_from(("flow_sde", "dance_sde", "cps")),
+    kind=st.sampled_from(("flow_sde", "dance_sde", "wan_sde", "cps")),
 )
 def test_coefficients_are_the_truth(sigmas, noise_level, kind):
     schedule = go.SdeSchedule(sigmas, noise_level, kind)

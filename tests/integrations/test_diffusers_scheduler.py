@@ -54,7 +54,7 @@ def test_without_noise_it_is_the_euler_scheduler():
 
 
 @pytest.mark.parametrize("steps", [2, 10, 50])
-@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "wan_sde", "cps"])
 def test_full_loop(steps, kind):
     scheduler = made(steps, sde_kind=kind, noise_level=0.3)
     x = torch.randn(2, 4, 8, 8)
