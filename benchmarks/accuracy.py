@@ -16,6 +16,7 @@ from .workloads import Workload
 
 DRIFTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 CLIP = 0.2
+FLOOR = 1e-8  # of the std, in every dtype: what is compared is the ratio, not when it is left alone
 FORMS = ("velocity", "noise", "mean")
 PLAIN = "plain PyTorch"
 
@@ -110,10 +111,9 @@ def exact(inputs: Inputs, form: str) -> Ratios:
     raw = torch.expm1(log_ratio)
     centred = raw - raw.mean(-1, keepdim=True)
     std = centred.square().mean(-1, keepdim=True).sqrt()
-    floor = go.GuardConfig.article().std_floor
     return Ratios(
         log_ratio,
-        centred / torch.where(std > floor, std, 1.0),
+        centred / torch.where(std > FLOOR, std, 1.0),
         raw,
         torch.expm1(s * kappa * 2 * cross),
     )
@@ -149,7 +149,7 @@ def ours(inputs: Inputs, form: str, backend: str | None = None) -> Ratios:
             return go.guard_loss(
                 inputs.model_output.detach(),
                 advantages=inputs.advantages,
-                config=getattr(go.GuardConfig, objective)(),
+                config=getattr(go.GuardConfig, objective)(std_floor=FLOOR),
                 **inputs.form(form),
             )
 

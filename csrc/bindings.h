@@ -30,7 +30,7 @@ using TensorList = c10::List<MaybeTensor>;
 
 // And a loss takes these besides them: Rows of guard_ops/transitions.py, [K, B] each but the
 // last, which is [2, K], and Objective of guard_ops/config.py.
-#define GUARD_OPS_ROWS(X) X(advantages) X(old_log_prob) X(step_weights) X(mean_std)
+#define GUARD_OPS_ROWS(X) X(advantages) X(old_log_prob) X(step_weights) X(statistics)
 #define GUARD_OPS_LOSS_SCHEMA "Tensor?[] rows, int[] choices, float[] numbers"
 #define GUARD_OPS_LOSS_OPERANDS \
   const TensorList &rows, at::IntArrayRef choices, at::ArrayRef<double> numbers
@@ -197,10 +197,11 @@ struct LossProblem {
     problem.step_weights = reals_of(step_weights);
     problem.largest = call.compute_type() == at::kDouble ? std::numeric_limits<double>::max()
                                                          : std::numeric_limits<float>::max();
-    if (!mean_std) return;
-    mean_std = mean_std->contiguous();
-    problem.mean = mean_std->const_data_ptr<double>();
+    if (!statistics) return;
+    statistics = statistics->contiguous();
+    problem.mean = statistics->const_data_ptr<double>();
     problem.std = problem.mean + problem.steps;
+    problem.floor = problem.std + problem.steps;
   }
 };
 

@@ -54,7 +54,8 @@ GUARD_OPS_HD NormNeeds norm_needs(RatioNorm norm) {
   X(bool, detach_stats)      \
   X(bool, gaussian)
 #define GUARD_OPS_NUMBERS(X) \
-  X(target_std) X(std_floor) X(clip_low) X(clip_high) X(adv_clip) X(weight_floor) X(kl_beta)
+  X(target_std)              \
+  X(std_floor) X(clip_low) X(clip_high) X(adv_clip) X(weight_floor) X(kl_beta) X(rounding)
 
 struct Config {
 #define GUARD_OPS_FIELD(type, name) type name;
@@ -78,7 +79,7 @@ struct Config {
 
 // Numbers of one step or transition that the objective needs, and D.
 struct StepScalars {
-  double s, kappa, dt, numel;
+  double b, s, kappa, dt, numel;
 };
 
 struct Ratio {
@@ -96,9 +97,22 @@ GUARD_OPS_HD double scale_of(const Config& c, const StepScalars& p) {
   return c.reduction == Reduction::mean ? p.kappa / p.numel : p.kappa;
 }
 
+// Of a step's u. At a std up to the floor the step is degenerate.
 struct Statistics {
-  double mean, std;
+  double mean, std, floor;
+
+  GUARD_OPS_HD bool degenerate() const { return std <= floor; }  // and not if the std is NaN
 };
+
+// Relative to their size, what independent errors of the velocities put on log r.
+GUARD_OPS_HD double rounding_gain(const Config& c, const StepScalars& p) {
+  return 2 * scale_of(c, p) * p.s * std::fabs(p.b) * std::sqrt(p.numel);
+}
+
+// The floor of a step; `square`: the mean over its samples of the squared gain.
+GUARD_OPS_HD double std_floor_of(const Config& c, double square) {
+  return std::fmax(c.std_floor, std::fmin(c.rounding * std::sqrt(square), c.target_std));
+}
 
 // What a norm makes of a transition: excess = r_hat - 1, and its derivatives. By the log-ratio that
 // the norm is a function of, with the statistics held constant, the derivative is outer * inner. A
@@ -116,7 +130,7 @@ GUARD_OPS_HD Normalized normalize(const Config& c, const StepScalars& p, const R
     return {excess, 1.0 + excess, p.s, 0.0};
   }
   if (c.ratio_norm == RatioNorm::standardize) {
-    const bool degenerate = of.std <= c.std_floor;  // and not if the std is NaN
+    const bool degenerate = of.degenerate();
     const double distance = r.u - of.mean, denominator = degenerate ? c.target_std : of.std;
     return {c.target_std * (distance / denominator), c.target_std / denominator, 1.0 + r.u,
             degenerate ? 0.0 : distance / of.std};
@@ -210,7 +224,7 @@ GUARD_OPS_HD Coefficients independent_coefficients(const Config& c, const StepSc
 
 // ---- all of them --------------------------------------------------------------------------------
 
-constexpr int metric_count = 10;  // in the order of guard_ops.objective.Metrics
+constexpr int metric_count = 11;  // in the order of guard_ops.objective.Metrics
 
 // Of numbers of rows, steps or samples. A device has no instruction for 64-bit division, and
 // kernels take fewer rows than 2^24.
@@ -229,10 +243,12 @@ struct Problem {
   Reals advantages, old_log_prob, step_weights;
   const double* mean = nullptr;  // [K] statistics from elsewhere, or null
   const double* std = nullptr;
+  const double* floor = nullptr;
   double largest = 1.7976931348623157e308;  // of the results' dtype
 
   GUARD_OPS_HD StepScalars scalars(int64_t k, int64_t i) const {
-    return {*table[2].at(k, i), *table[3].at(k, i), *table[4].at(k, i), double(numel)};
+    return {*table[1].at(k, i), *table[2].at(k, i), *table[3].at(k, i), *table[4].at(k, i),
+            double(numel)};
   }
   GUARD_OPS_HD Step<double> step(int64_t k, int64_t i) const {
     return {*table[0].at(k, i), *table[1].at(k, i), *table[2].at(k, i)};
@@ -245,7 +261,7 @@ struct Problem {
     return ratios && weights;
   }
   GUARD_OPS_HD Statistics statistics(int64_t k) const {
-    return mean == nullptr ? Statistics{0, 1} : Statistics{mean[k], std[k]};
+    return mean == nullptr ? Statistics{0, 1, 0} : Statistics{mean[k], std[k], floor[k]};
   }
   GUARD_OPS_HD Ratio ratio(int64_t k, int64_t i, const Sums& sums) const {
     Ratio r = ratio_of(config, scalars(k, i), sums, advantages.at(k, i), step_weights.read(k, i),
@@ -286,6 +302,7 @@ struct RowState {
   Normalized norm;
   Surrogate surrogate;
   double distance, weight, d_excess;  // distance: of u from the mean, in stds
+  bool degenerate;                    // the step's
 };
 
 struct EvaluationScratch {
@@ -364,8 +381,10 @@ GUARD_OPS_HD double metric_of(int metric, const Mean& over) {
       return over([](const RowState& r) { return r.ratio.kl_old; });
     case 8:
       return over([](const RowState& r) { return r.weight; });
-    default:
+    case 9:
       return double(over.batch - over.count);
+    default:
+      return double(over.rows[0].degenerate);
   }
 }
 
@@ -397,11 +416,17 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
       const auto u = [](const RowState& r) { return r.ratio.u; };
       of.mean = over(u);
       of.std = over.std(u, of.mean);
+      const double square = group.sum(batch, [&](int64_t i) {
+        const double gain = rounding_gain(c, problem.scalars(k, i));
+        return gain * gain;
+      });
+      of.floor = std_floor_of(c, square / double(batch));
     }
     group.each(batch, [&](int64_t i) {
       RowState& r = step[i];
       r.norm = r.ratio.finite ? normalize(c, problem.scalars(k, i), r.ratio, of)
                               : Normalized{NAN, NAN, NAN, NAN};
+      r.degenerate = c.needs_statistics() && of.degenerate();
       r.distance = of.std > 0 ? (r.ratio.u - of.mean) / of.std : 0.0;
     });
   });

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import inference
 from .config import Objective
 from .transitions import DIFFERENTIATED, Rows, Transitions, flatten
 
@@ -55,14 +56,14 @@ class TransitionSums(torch.autograd.Function):
     ) -> Tensor:
         ctx.backend, ctx.guidance_scale = backend, guidance_scale
         tensors = (model_output, model_output_uncond, *constants)
-        ctx.save_for_backward(*tensors)
+        inference.save(ctx, tensors)
         out: Tensor = backend.sums(Transitions.take(iter(tensors), guidance_scale))
         return out
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Any:
         _, _, cond, uncond, *constants = ctx.needs_input_grad
-        t = Transitions.take(iter(ctx.saved_tensors), ctx.guidance_scale)
+        t = Transitions.take(iter(inference.saved(ctx)), ctx.guidance_scale)
         outputs = (t.latents.model_output, t.latents.model_output_uncond)
         grads = ctx.backend.gradient(t, grad, cond, uncond)
         if ctx.backend.FUSED:
@@ -118,14 +119,14 @@ class GuardLoss(torch.autograd.Function):
         given = t.latents._replace(
             model_output=model_output, model_output_uncond=model_output_uncond
         )
-        ctx.save_for_backward(*t._replace(latents=given).tensors())
+        inference.save(ctx, t._replace(latents=given).tensors())
         ctx.mark_non_differentiable(per_row, metrics)
         return loss, per_row, metrics
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor | None, *_: Any) -> Any:
-        # saved_tensors raises if an operand was changed in place, even where no gradient is wanted
-        t = Transitions.take(iter(ctx.saved_tensors), ctx.guidance_scale)
+        # this raises if an operand was changed in place, even where no gradient is wanted
+        t = Transitions.take(iter(inference.saved(ctx)), ctx.guidance_scale)
         if grad_output is None:
             return (None,) * 7
         outputs = (t.latents.model_output, t.latents.model_output_uncond)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import objective
+from . import inference, objective
 from .checks import check_floating
 from .config import RATIO_NORMS, GuardConfig
 from .schedule import StepCoefficients
 from .statistics import RatioStatistics, check_statistics
-from .transitions import check_coefficients, check_config, check_gaussian
+from .transitions import check_balance, check_coefficients, check_config, check_gaussian
 
 
 def ratio_norm(
@@ -24,7 +24,8 @@ def ratio_norm(
     """RatioNorm: ``excess = r_hat - 1`` [K, B] of ``log_ratio`` [K, B], differentiable.
 
     ``closed_form`` needs ``coeffs`` ([K] or [K, B]) and ``kl_old`` [K, B] as :func:`log_ratio`
-    gives them. Transitions that are not finite, or have no finite ratio in the dtype of
+    gives them. A ``std_floor`` of "auto" is 1e-8 here, where nothing is known of the velocities.
+    Transitions that are not finite, or have no finite ratio in the dtype of
     ``log_ratio`` (at least float32), come back as NaN and take no part in statistics.
     """
     _check_rows("log_ratio", log_ratio)
@@ -40,12 +41,13 @@ def ratio_norm(
         check_gaussian(coeffs, config.ratio_norm)
         _check_rows("kl_old", kl_old, log_ratio)
     wide, limit = log_ratio.double(), objective.largest(log_ratio.dtype)
-    kl = torch.zeros_like(wide) if kl_old is None else kl_old.double()
+    kl = torch.zeros_like(wide) if kl_old is None else inference.normal(kl_old).double()
     finite = objective.representable_ratio(log_ratio.detach(), log_ratio.dtype)
     if RATIO_NORMS[config.ratio_norm].debiased:
         finite = finite & (kl.detach().abs() <= limit)
     safe, kl = torch.where(finite, wide, 0.0), torch.where(finite, kl, 0.0)
-    excess = objective.normalize(safe, kl, finite, coeffs, config, mean_std)
+    floor = config.least_std_floor
+    excess, _ = objective.normalize(safe, kl, finite, coeffs, config, mean_std, floor)
     finite = finite & (excess.detach().abs() <= limit)
     return torch.where(finite, excess, float("nan")).to(log_ratio.dtype)
 
@@ -55,10 +57,12 @@ def balance_weights(
 ) -> Tensor:
     """Weights over each sample's K steps, [K, B], of ``excess`` [K, B]; no gradient.
 
-    ``inverse_dt`` needs ``coeffs`` ([K] or [K, B]). A step that is not finite gets 0.
+    ``inverse_dt`` needs ``coeffs`` ([K] or [K, B]), ``inverse_ratio`` more than one step. A step
+    that is not finite gets 0.
     """
     _check_rows("excess", excess)
     check_config(config)
+    check_balance(config, excess.shape[0] if excess.ndim == 2 else 1)
     dt = None
     if config.balance == "inverse_dt":
         if coeffs is None:
@@ -84,7 +88,8 @@ def clipped_surrogate(excess: Tensor, advantages: Tensor, *, config: GuardConfig
             f"`advantages` has shape {tuple(advantages.shape)} but `excess` {tuple(excess.shape)}"
         )
     _check_device("advantages", advantages.device, "`excess`", excess)
-    losses, _ = objective.surrogate(excess.double(), advantages.double(), config)
+    advantages = inference.normal(advantages).double()
+    losses, _ = objective.surrogate(excess.double(), advantages, config)
     return losses.to(excess.dtype)
 
 
@@ -108,7 +113,7 @@ def _check_device(name: str, device: torch.device, other: str, like: Tensor) -> 
 def _row_coefficients(coeffs: StepCoefficients, rows: Tensor) -> StepCoefficients:
     """Coefficients that broadcast over ``rows``: [K] or [K, B] for [K, B], [] for [B]."""
     check_coefficients(coeffs)
-    table, steps = coeffs.table, rows.shape[:-1]
+    table, steps = inference.normal(coeffs.table), rows.shape[:-1]
     if coeffs.shape not in ((steps, rows.shape) if steps else (steps,)):
         raise ValueError(
             f"`coeffs` has shape {tuple(coeffs.shape)}; with [K, B] numbers of shape "

@@ -38,6 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "nonfinite": get_args(NonFinite),
 }
 FLAGS = ("detach_stats", "gaussian")  # `gaussian` comes from the coefficients, not the config
+AUTO_STD_FLOOR = 1e-8  # std_floor="auto", where rounding of the velocities alone makes less
 NUMBERS: dict[str, tuple[bool, bool]] = {  # name -> (zero is allowed, infinity is allowed)
     "target_std": (False, False),
     "std_floor": (True, False),
@@ -47,13 +48,15 @@ NUMBERS: dict[str, tuple[bool, bool]] = {  # name -> (zero is allowed, infinity 
     "weight_floor": (False, False),
     "kl_beta": (True, False),
 }
+# All of an objective's; `rounding` comes from a call's velocities (objective.rounding_of).
+OBJECTIVE_NUMBERS = (*NUMBERS, "rounding")
 
 
 class Objective(NamedTuple):
     """A GuardConfig, and whether the densities are Gaussian, as operators and kernels take them."""
 
     choices: tuple[int, ...]  # for each of CHOICES the index of the chosen name; then FLAGS
-    numbers: tuple[float, ...]  # in the order of NUMBERS
+    numbers: tuple[float, ...]  # in the order of OBJECTIVE_NUMBERS
 
     def chosen(self) -> dict[str, int]:
         """The choices and flags by name."""
@@ -61,7 +64,7 @@ class Objective(NamedTuple):
 
     def named(self) -> dict[str, float]:
         """The numbers by name."""
-        return dict(zip(NUMBERS, self.numbers, strict=True))
+        return dict(zip(OBJECTIVE_NUMBERS, self.numbers, strict=True))
 
     def needs(self) -> NormNeeds:
         """What the chosen ``ratio_norm`` has to know."""
@@ -78,7 +81,9 @@ class GuardConfig:
             "closed_form" (the paper's eq. 8: ``log r_hat = s (log r + kl_old)``; not for ``cps``).
         target_std: the spread ``standardize`` gives ``r_hat``.
         std_floor: where ``std(r - 1)`` is at most this, the step is degenerate (on policy, or one
-            sample) and gets ``r_hat = 1 + u - mean(u)``: plain GRPO's gradient.
+            sample) and gets ``r_hat = 1 + u - mean(u)``: plain GRPO's gradient. "auto" is 1e-8, and
+            for velocities of 16 bits at least four times what their rounding alone would make of
+            each step's std, though never more than ``target_std``; see docs/math.md.
         detach_stats: treat mean and std as constants of the gradient; False differentiates them.
         clip_low, clip_high: clip ``r_hat`` to ``[1 - clip_low, 1 + clip_high]``.
         adv_clip: clamp advantages to ``+- adv_clip``; ``inf`` for none.
@@ -98,7 +103,7 @@ class GuardConfig:
 
     ratio_norm: RatioNorm = "standardize"
     target_std: float = 1.0
-    std_floor: float = 1e-8
+    std_floor: float | Literal["auto"] = "auto"
     detach_stats: bool = True
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -116,6 +121,8 @@ class GuardConfig:
             raise TypeError(f"`detach_stats` is {describe(self.detach_stats)}; it needs a bool")
         for name, (zero, infinity) in NUMBERS.items():
             given = getattr(self, name)
+            if name == "std_floor" and isinstance(given, str) and given == "auto":
+                continue
             value = check_number(name, given)
             if not (value > 0 or (zero and value == 0)) or (value == math.inf and not infinity):
                 bound = ">= 0" if zero else "> 0"
@@ -124,6 +131,11 @@ class GuardConfig:
                 )
             if value == math.inf:  # also of an int that no float can represent
                 object.__setattr__(self, name, value)
+
+    @property
+    def least_std_floor(self) -> float:
+        """``std_floor`` as a number; "auto" may be more in a call, as its docstring says."""
+        return AUTO_STD_FLOOR if self.std_floor == "auto" else float(self.std_floor)
 
     @classmethod
     def article(cls, **overrides: Any) -> GuardConfig:
@@ -151,9 +163,14 @@ class GuardConfig:
 
 
 @functools.lru_cache(maxsize=256)
-def objective_of(config: GuardConfig, gaussian: bool) -> Objective:
-    """The config as kernels take it, for coefficients that are ``gaussian`` or not."""
+def objective_of(config: GuardConfig, gaussian: bool, rounding: float = 0.0) -> Objective:
+    """The config as kernels take it, for coefficients that are ``gaussian`` or not.
+
+    ``rounding`` is what ``objective.rounding_of`` says of the call's velocities.
+    """
     named = [allowed.index(getattr(config, name)) for name, allowed in CHOICES.items()]
     flags = {"detach_stats": config.detach_stats, "gaussian": gaussian}
     choices = (*named, *(int(flags[name]) for name in FLAGS))
-    return Objective(choices, tuple(float(getattr(config, name)) for name in NUMBERS))
+    values = {name: getattr(config, name) for name in NUMBERS}
+    values["std_floor"] = config.least_std_floor
+    return Objective(choices, (*(float(values[name]) for name in NUMBERS), rounding))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import autograd, backends, callers, ranks, transitions
+from . import autograd, backends, callers, inference, ranks, transitions
 from . import objective as objectives
 from .config import RATIO_NORMS, GuardConfig, Objective, objective_of
 from .objective import Metrics
@@ -67,7 +67,8 @@ def guard_loss(model_output: Tensor, **options: Unpack[LossOptions]) -> GuardLos
         ref_model_output: the reference model's velocity, for ``kl_beta``.
         model_output_uncond, guidance_scale: classifier-free guidance,
             ``v = uncond + scale (v - uncond)``; ``old_model_output`` is then the combined one.
-        step_weights: [K, B] instead of ``config.balance``.
+        step_weights: [K, B] instead of ``config.balance``; a call of one step needs them where the
+            balance is "inverse_ratio" (the default config's), which weighs K steps.
         statistics: RatioNorm's mean and std from elsewhere (micro-batches, running average).
         process_group: compute RatioNorm's statistics over the ranks of this group.
 
@@ -116,20 +117,8 @@ def guard_loss_and_grad(model_output: Tensor, **options: Unpack[LossOptions]) ->
             call.t, call.rows, call.objective, True, guided
         )
         grads = (grad, grad_uncond)
-    elif torch.is_inference_mode_enabled() or any(x.is_inference() for x in call.t.given()):
-        raise RuntimeError(
-            f"the {call.backend.NAME!r} backend makes this gradient by autograd, which inference "
-            "mode, and tensors that were made in it, forbid; use torch.no_grad() instead"
-        )
     else:
-        latents = call.t.latents
-        outputs = [latents.model_output, latents.model_output_uncond]
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in outputs if x is not None]
-            of = dict(zip(transitions.DIFFERENTIATED, leaves))  # noqa: B905, one without guidance
-            call = call._replace(t=call.t._replace(latents=latents._replace(**of)))
-            loss, per_row, metrics = _composed(call, options)
-            grads = torch.autograd.grad(loss, leaves)
+        loss, per_row, metrics, grads = _differentiated(call, options)
     grad, *more = (x.view(model_output.shape) for x in grads if x.numel())
     if guided:
         (grad_uncond,) = more
@@ -137,6 +126,19 @@ def guard_loss_and_grad(model_output: Tensor, **options: Unpack[LossOptions]) ->
     else:
         handed = grad
     return LossAndGrad(loss.detach(), handed, *_diagnostics(call.shape, per_row, metrics))
+
+
+@inference.lasting  # where there is no autograd
+def _differentiated(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """What :func:`_composed` returns, and the gradients by the outputs that the call has."""
+    latents = call.t.latents
+    outputs = [latents.model_output, latents.model_output_uncond]
+    with torch.enable_grad():
+        leaves = [inference.normal(x).detach().requires_grad_() for x in outputs if x is not None]
+        of = dict(zip(transitions.DIFFERENTIATED, leaves))  # noqa: B905, one without guidance
+        call = call._replace(t=call.t._replace(latents=latents._replace(**of)))
+        loss, per_row, metrics = _composed(call, given)
+        return loss, per_row, metrics, torch.autograd.grad(loss, leaves)
 
 
 def _diagnostics(
@@ -194,10 +196,26 @@ def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
     config = _ARTICLE if config is None else config
     old = transitions.old_log_prob(shape, model_output, given)
     mean_std = _check_objective(config, shape, model_output, given)
-    rows = Rows(advantages, old, step_weights, mean_std)
+    velocities = [x.dtype for x in t.latents.velocities()]
+    rounding = objectives.rounding_of(config, velocities, t.guidance_scale)
     make = objective_of.__wrapped__ if torch.compiler.is_compiling() else objective_of
-    objective = make(config, coeffs.gaussian)
+    objective = make(config, coeffs.gaussian, rounding)
+    statistics = None
+    if mean_std is not None:
+        floor = _std_floor(t, config, objective, coeffs.gaussian)
+        statistics = torch.cat([mean_std, floor.expand(1, shape.steps)])
+    rows = Rows(advantages, old, step_weights, statistics)
     return LossCall(backend, fused, shape, t, rows, config, objective, coeffs.gaussian)
+
+
+def _std_floor(t: Transitions, config: GuardConfig, objective: Objective, gaussian: bool) -> Tensor:
+    """``objective.std_floor`` of the call as a tensor, [K] or []."""
+    coeffs = StepCoefficients._of(t.coefficients, gaussian, ())
+    numel = t.latents.model_output.shape[-1]
+    floor = objectives.std_floor(coeffs, numel, config, objective.named()["rounding"])
+    if isinstance(floor, Tensor):
+        return floor
+    return torch.full((), floor, dtype=torch.float64, device=t.coefficients.device)
 
 
 def _without_history(model_output: Tensor, given: Given) -> tuple[Tensor, Given]:
@@ -218,6 +236,8 @@ def _check_objective(
     """Checks that the call has what its objective needs; returns given statistics as [2, K]."""
     global _warned_single
     transitions.check_config(config)
+    if given.get("step_weights") is None:
+        transitions.check_balance(config, shape.steps)
     statistics, process_group = given.get("statistics"), given.get("process_group")
     needs = RATIO_NORMS[config.ratio_norm]
     if needs.debiased:
@@ -271,10 +291,12 @@ def _check_objective(
 def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, per_row and metrics as a fused backend returns them, by its sums and objective.py."""
     t, config, process_group = call.t, call.config, given.get("process_group")
-    advantages, old_log_prob, step_weights, mean_std = (
-        None if x is None else x.double() for x in call.rows
+    advantages, old_log_prob, step_weights, statistics = (
+        None if x is None else inference.normal(x).double() for x in call.rows
     )
     assert advantages is not None
+    mean_std = None if statistics is None else (statistics[0], statistics[1])
+    floor = _std_floor(t, config, call.objective, call.gaussian)
     coeffs = StepCoefficients._of(t.coefficients, call.gaussian, ())
     log_r, kl_old, kl = objectives.log_ratio_and_kl(
         autograd.transition_sums(call.backend, t),
@@ -295,11 +317,12 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
             step_weights,
             None,
             t.compute_dtype(),
+            floor,
         )
         merged = RatioStatistics(log_r.shape[0], log_r.device)
         merged.update(torch.where(whole, seen, float("nan")))
         merged.all_reduce(process_group)
-        mean_std = torch.stack([merged.mean, merged.std])
+        mean_std = merged.mean, merged.std
     result = objectives.evaluate(
         log_r,
         kl_old,
@@ -308,8 +331,9 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         coeffs,
         config,
         step_weights,
-        None if mean_std is None else (mean_std[0], mean_std[1]),
+        mean_std,
         t.compute_dtype(),
+        floor,
     )
     per_row = torch.stack([log_r.detach(), result.excess, result.weights, kl.detach()])
     dtype = t.compute_dtype()

@@ -8,6 +8,7 @@ handled as differences from 1 throughout: ``u = expm1(log r)``, ``excess = r_hat
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ class Metrics(NamedTuple):
     kl_old: Tensor  # mean KL(old || new); NaN in the log-prob form, which cannot know it
     grad_weight: Tensor  # mean balance weight
     nonfinite: Tensor  # how many transitions were not finite
+    degenerate: Tensor  # 1 where std(r) is at most std_floor, so that nothing was divided by it
 
 
 class Evaluation(NamedTuple):
@@ -120,23 +122,64 @@ def normalize(
     coeffs: StepCoefficients | None,
     config: GuardConfig,
     mean_std: tuple[Tensor, Tensor] | None,  # [K], [K]: statistics from elsewhere
-) -> Tensor:
-    """RatioNorm: ``excess = r_hat - 1`` [K, B].
+    floor: Tensor | float,  # [K]: of :func:`std_floor`
+) -> tuple[Tensor, Tensor | None]:
+    """RatioNorm: ``excess = r_hat - 1`` [K, B], and which steps are degenerate, [K] bool.
 
     Only this function tells one ``ratio_norm`` from another, with ``config.RATIO_NORMS``, which
     says what a norm has to know. csrc/objective.h and kernels/objective.py have the same function.
     """
     if config.ratio_norm == "closed_form":
         assert coeffs is not None
-        return torch.expm1(coeffs.s * (log_ratio + torch.where(finite, kl_old, 0.0)))
+        return torch.expm1(coeffs.s * (log_ratio + torch.where(finite, kl_old, 0.0))), None
     u = torch.expm1(log_ratio)
     if config.ratio_norm == "none":
-        return u
-    mean, std = (x.unsqueeze(-1) for x in _statistics(u, finite, config, mean_std))
+        return u, None
+    mean, std = _statistics(u, finite, config, mean_std)
+    degenerate = std <= floor
+    mean, std = mean.unsqueeze(-1), std.unsqueeze(-1)
     if config.ratio_norm == "standardize":
-        denominator = torch.where(std <= config.std_floor, config.target_std, std)
-        return torch.where(finite, config.target_std * ((u - mean) / denominator), 0.0)
+        denominator = torch.where(degenerate.unsqueeze(-1), config.target_std, std)
+        excess = torch.where(finite, config.target_std * ((u - mean) / denominator), 0.0)
+        return excess, degenerate
     raise NotImplementedError(f"`normalize` lacks the ratio_norm {config.ratio_norm!r}")
+
+
+def rounding_of(config: GuardConfig, dtypes: Iterable[torch.dtype], guidance_scale: float) -> float:
+    """How large an error of the velocities ``std_floor="auto"`` has to allow for.
+
+    Two velocities that are equal but for their rounding to a dtype of epsilon ``eps`` differ by
+    about ``eps / 4`` of their size, which is sqrt(2) for a flow between unit variances; four times
+    that is ``sqrt(2) eps``. 0 for float32 and float64, and for a floor that is a number.
+
+    Args:
+        dtypes: of the velocities, old and new.
+        guidance_scale: g of ``uncond + g (v - uncond)``, which adds the errors of both; else 1.
+    """
+    if config.std_floor != "auto":
+        return 0.0
+    eps = [torch.finfo(dtype).eps for dtype in dtypes if torch.finfo(dtype).bits == 16]
+    return max(eps, default=0.0) * math.sqrt(2) * math.hypot(guidance_scale, 1 - guidance_scale)
+
+
+def std_floor(
+    coeffs: StepCoefficients,  # [K, B]
+    numel: int,
+    config: GuardConfig,
+    rounding: float,
+) -> Tensor | float:
+    """Up to which spread of its ratios a step is degenerate, [K].
+
+    Independent errors of the velocities put ``2 kappa/D s |b| sqrt(D)`` times their size on
+    ``log r`` (``|b| / (s sqrt(D))`` for Gaussian steps).
+    """
+    least = config.least_std_floor
+    if not rounding:
+        return least
+    scale = coeffs.kappa / numel if config.reduction == "mean" else coeffs.kappa
+    gain = 2 * scale * coeffs.s * coeffs.b.abs() * math.sqrt(numel)
+    floor = rounding * (gain**2).mean(-1).sqrt()
+    return floor.clamp(max=config.target_std).clamp(min=least)
 
 
 def _statistics(
@@ -144,7 +187,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     """Each step's mean and std (correction 0) of ``u`` over its finite samples.
 
-    A std of 0 has a gradient of 0, not that of a square root.
+    A std of 0 has a gradient of 0, not that of a square root; without finite samples it is NaN.
     """
     if mean_std is not None:
         return mean_std
@@ -152,7 +195,8 @@ def _statistics(
     mean = masked_mean(stats_of, finite)
     variance, unit = _variance(stats_of, mean, finite)
     spread = variance.detach() > 0
-    return mean, torch.where(spread, torch.where(spread, variance, 1.0).sqrt() * unit, 0.0)
+    root = torch.where(spread, variance, 1.0).sqrt() * unit
+    return mean, torch.where(spread, root, variance.detach() * 0.0)
 
 
 def balance(
@@ -195,18 +239,20 @@ def evaluate(
     step_weights: Tensor | None = None,  # [K, B]
     mean_std: tuple[Tensor, Tensor] | None = None,  # [K], [K]
     dtype: torch.dtype = torch.float64,  # of the results
+    floor: Tensor | float | None = None,  # [K]: of :func:`std_floor`; that of the config alone
 ) -> Evaluation:
     """``loss = mean_i sum_k w_ki l_ki + kl_beta mean_ki kl`` with its diagnostics.
 
     A transition that is not finite takes part in no statistic and no weight, so that its NaN does
     not spread to others. Nor does one of which something cannot be represented in ``dtype``.
     """
+    floor = config.least_std_floor if floor is None else floor
     with torch.no_grad():
         finite = finite_transitions(
-            log_ratio, kl_old, kl, advantages, coeffs, config, step_weights, mean_std, dtype
+            log_ratio, kl_old, kl, advantages, coeffs, config, step_weights, mean_std, dtype, floor
         )
     safe_log_ratio = torch.where(finite, log_ratio, 0.0)
-    excess = normalize(safe_log_ratio, kl_old, finite, coeffs, config, mean_std)
+    excess, degenerate = normalize(safe_log_ratio, kl_old, finite, coeffs, config, mean_std, floor)
     excess = torch.where(finite, excess, 0.0)
     if step_weights is None:
         weights = balance(excess, finite, coeffs.dt, config)
@@ -226,7 +272,9 @@ def evaluate(
         poison = torch.where(finite, 0.0, math.nan).to(log_ratio.dtype)
         loss = loss + (log_ratio * poison).sum()
     with torch.no_grad():
-        metrics = _metrics(safe_log_ratio, excess, clipped, weights, kl_old, finite, config)
+        metrics = _metrics(
+            safe_log_ratio, excess, clipped, weights, kl_old, finite, config, degenerate
+        )
         excess = torch.where(finite, excess, math.nan)
     return Evaluation(loss, excess, weights.detach(), metrics)
 
@@ -247,6 +295,7 @@ def finite_transitions(
     step_weights: Tensor | None,  # [K, B]
     mean_std: tuple[Tensor, Tensor] | None,  # [K], [K]
     dtype: torch.dtype,  # of the results
+    floor: Tensor | float,  # [K]: of :func:`std_floor`
 ) -> Tensor:
     """Which transitions take part in a loss and its statistics, [K, B] bool.
 
@@ -263,11 +312,11 @@ def finite_transitions(
     if config.kl_beta:
         finite = finite & (kl.abs() <= limit)
     if RATIO_NORMS[config.ratio_norm].statistics and mean_std is None:
-        spread = max(config.target_std, config.std_floor) * math.sqrt(log_ratio.shape[-1])
+        spread = max(config.target_std, config.least_std_floor) * math.sqrt(log_ratio.shape[-1])
         losses = advantages.abs().clamp(max=config.adv_clip) * (1.0 + spread)
     else:
         everywhere = torch.ones_like(finite)
-        excess = normalize(log_ratio, kl_old, everywhere, coeffs, config, mean_std)
+        excess, _ = normalize(log_ratio, kl_old, everywhere, coeffs, config, mean_std, floor)
         losses, _ = surrogate(excess, advantages, config)
         finite = finite & (excess.abs() <= limit)
     return finite & ((losses * weight).abs() <= limit)
@@ -281,6 +330,7 @@ def _metrics(
     kl_old: Tensor,
     finite: Tensor,
     config: GuardConfig,
+    degenerate: Tensor | None,
 ) -> Metrics:
     u = torch.expm1(log_ratio)
 
@@ -298,4 +348,5 @@ def _metrics(
         kl_old=masked_mean(kl_old, finite),
         grad_weight=masked_mean(weights, finite),
         nonfinite=(~finite).sum(-1).to(u.dtype),
+        degenerate=torch.zeros_like(u[:, 0]) if degenerate is None else degenerate.to(u.dtype),
     )

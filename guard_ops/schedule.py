@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import inference
 from .checks import FLOATING, check_choice, check_dense, check_device, check_number, describe
 
 SdeKind = Literal["flow_sde", "dance_sde", "wan_sde", "cps"]
@@ -92,6 +93,7 @@ class StepCoefficients:
 
     NAMES = ("a", "b", "s", "kappa", "dt")
 
+    @inference.lasting
     def __init__(
         self, a: Tensor, b: Tensor, s: Tensor, kappa: Tensor, dt: Tensor, *, gaussian: bool = True
     ) -> None:
@@ -164,6 +166,7 @@ class StepCoefficients:
     def device(self) -> torch.device:
         return self.table.device
 
+    @inference.lasting
     def to(self, device: torch.device | str) -> StepCoefficients:
         """The same coefficients on another device (float64 stays)."""
         where = check_device("device", device)
@@ -210,6 +213,7 @@ class SdeSchedule:
         ValueError: any of the above violated. TypeError: not numbers.
     """
 
+    @inference.lasting
     def __init__(
         self,
         sigmas: Sequence[float] | Tensor,
@@ -305,6 +309,7 @@ class SdeSchedule:
     def device(self) -> torch.device:
         return self._table.device
 
+    @inference.lasting
     def to(self, device: torch.device | str) -> SdeSchedule:
         """The same schedule with its coefficients on ``device``."""
         return SdeSchedule(self.sigmas, self.noise_level, self.kind, device)
@@ -316,6 +321,7 @@ class SdeSchedule:
     def __iter__(self) -> Iterator[StepCoefficients]:
         return (self[k] for k in range(len(self)))
 
+    @inference.lasting
     def __getitem__(self, k: int | slice | Sequence[int] | Tensor) -> StepCoefficients:
         """Coefficients of shape ``[]`` (int), ``[K]`` (slice, list, LongTensor) or ``[K, B]``.
 
@@ -383,6 +389,7 @@ class SdeSchedule:
         return f"SdeSchedule(steps={len(self)}, noise_level={self.noise_level}, kind={self.kind!r})"
 
 
+@inference.lasting
 def coefficient_table(
     sigma: Tensor,  # [*shape] float64
     sigma_next: Tensor,  # [*shape]

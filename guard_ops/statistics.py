@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import ranks
+from . import inference, ranks
 from .checks import check_device, check_number, describe
 from .config import RATIO_NORMS, GuardConfig
 from .objective import masked_mean, masked_std, representable_ratio
@@ -37,6 +37,7 @@ class RatioStatistics:
 
     _STATE = ("count", "mean", "root_m2")
 
+    @inference.lasting
     def __init__(self, steps: int | None = None, device: torch.device | str | None = None) -> None:
         if isinstance(steps, bool) or not isinstance(steps, (int, type(None))):
             raise TypeError(f"`steps` is {describe(steps)}; it needs an int")
@@ -58,6 +59,7 @@ class RatioStatistics:
         """Standard deviation with correction 0, [K]; 0 before any update."""
         return self.root_m2 / self.count.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
 
+    @inference.lasting
     @torch.no_grad()
     def update(self, log_ratio: Tensor) -> RatioStatistics:
         """Add ``log_ratio`` [K, B] ([B] for one step), leaving out what is not finite.
@@ -91,6 +93,7 @@ class RatioStatistics:
         new.count, new.mean, new.root_m2 = count, mean, root_m2
         return new
 
+    @inference.lasting
     @torch.no_grad()
     def merge(self, other: RatioStatistics) -> RatioStatistics:
         """Add other statistics of the same steps."""
@@ -112,6 +115,7 @@ class RatioStatistics:
         self.count = count
         return self
 
+    @inference.lasting
     @torch.no_grad()
     def all_reduce(self, group: ProcessGroup | None = None) -> RatioStatistics:
         """Merge over the ranks of ``group`` in rank order, so every rank holds the same bits."""
@@ -123,6 +127,7 @@ class RatioStatistics:
             self.merge(self._of(*part.unbind(0)))
         return self
 
+    @inference.lasting
     @torch.no_grad()
     def decay(self, factor: float) -> RatioStatistics:
         """Multiply earlier samples' weight by ``factor`` in [0, 1], for a running average."""
@@ -131,6 +136,7 @@ class RatioStatistics:
         self.count, self.root_m2 = self.count * factor, self.root_m2 * factor**0.5
         return self
 
+    @inference.lasting
     def __getitem__(self, k: int | slice) -> RatioStatistics:
         """The statistics of some of the steps (a copy)."""
         steps = self.count.numel()
@@ -147,6 +153,7 @@ class RatioStatistics:
         """``count``, ``mean`` and ``root_m2``, to save with a checkpoint."""
         return {name: getattr(self, name) for name in self._STATE}
 
+    @inference.lasting
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` gave, which has to be for the same number of steps."""
         if not isinstance(state, Mapping):
@@ -160,7 +167,7 @@ class RatioStatistics:
                     f"{tuple(self.count.shape)}"
                 )
         for name in self._STATE:
-            setattr(self, name, state[name].to(self.count))
+            setattr(self, name, inference.normal(state[name]).to(self.count))
 
 
 def check_statistics(
@@ -180,4 +187,4 @@ def check_statistics(
             f"`statistics` covers steps of shape {tuple(statistics.mean.shape)} on "
             f"{statistics.mean.device}; this call needs {tuple(steps)} on {device}"
         )
-    return statistics.mean, statistics.std
+    return inference.normal(statistics.mean), inference.normal(statistics.std)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import inference
 from .checks import (
     FLOATING,
     OWNERS,
@@ -60,6 +61,11 @@ class Latents(NamedTuple):
     old_mean: Tensor | None  # m
     old_model_output: Tensor | None
     noise: Tensor | None
+
+    def velocities(self) -> list[Tensor]:
+        """The policy's velocities, old and new, that the call has."""
+        of = (self.model_output, self.model_output_uncond, self.old_model_output)
+        return [x for x in of if x is not None]
 
     def present(self) -> list[Tensor]:
         """The operands that the call has."""
@@ -113,7 +119,7 @@ class Rows(NamedTuple):
     advantages: Tensor  # [K, B] float64 or float32
     old_log_prob: Tensor | None  # [K, B] float64 or float32
     step_weights: Tensor | None  # [K, B] float64 or float32
-    mean_std: Tensor | None  # [2, K] float64
+    statistics: Tensor | None  # [3, K] float64: mean, std and std_floor of each step
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -122,6 +128,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+@inference.lasting
 def philox_seed(
     seed: int, shape: tuple[int, ...], device: torch.device | str | None = None
 ) -> Tensor:
@@ -207,7 +214,7 @@ def check_shape(model_output: Tensor, coeffs: StepCoefficients) -> CallShape:
 
 def full_table(coeffs: StepCoefficients, shape: CallShape, model_output: Tensor) -> Tensor:
     """The coefficients, which a call takes as [], [K] or [K, B], as one table [5, K, B]."""
-    table: Tensor = coeffs.table
+    table: Tensor = inference.normal(coeffs.table)
     mode = getattr(model_output, "fake_mode", None)  # of FakeTensorMode, which mixes no tensors
     if mode is not None and type(table) is Tensor and not torch.compiler.is_compiling():
         table = mode.from_tensor(table)
@@ -274,7 +281,7 @@ def per_transition(
         )
     if value.device != device:
         raise ValueError(f"`{name}` is on {value.device} but `model_output` on {device}")
-    value = value.reshape(shape.steps, shape.batch)
+    value = inference.normal(value).reshape(shape.steps, shape.batch)
     return value if value.element_size() > 2 else value.float()
 
 
@@ -379,6 +386,17 @@ def check_gaussian(coeffs: StepCoefficients, ratio_norm: str) -> None:
         raise ValueError(
             f"`config.ratio_norm` is {ratio_norm}, which needs the Gaussian kappa 1 / (2 s^2); "
             "`coeffs` are of a kind without it"
+        )
+
+
+def check_balance(config: GuardConfig, steps: int) -> None:
+    """Raises for a balance over a sample's steps in a call that has one of them."""
+    if config.balance == "inverse_ratio" and steps == 1:
+        raise ValueError(
+            "`config.balance` is inverse_ratio, which weighs a sample's steps against one another, "
+            "but this call has one step, whose weight would be 1 whatever its ratio; it needs all "
+            "K steps in one call ([K, B, *latent]: guard_loss_and_grad without a graph, then "
+            'velocity.backward(grad[k]) step by step), `step_weights`, or balance="none"'
         )
 
 

@@ -24,6 +24,8 @@ from .objective import (
     normalize,
     number,
     ratio_of,
+    rounding_gain,
+    std_floor_of,
     surrogate_of,
 )
 from .summation import sum_all, sum_first, sum_last
@@ -49,9 +51,9 @@ class Results(NamedTuple):
 
     loss: Any  # []
     per_row: Any  # [4, K, B]: log_ratio, excess, weights, kl
-    metrics: Any  # [10, K]
+    metrics: Any  # [11, K]
     sum_grads: Any  # [3, K, B] float64
-    spread: Any  # [2, K] float64 scratch: mean and std of u
+    spread: Any  # [3, K] float64 scratch: mean and std of u, std_floor
 
 
 @triton.jit
@@ -135,7 +137,7 @@ def ratios(
         weight = 1.0 / tl.abs(step_coefficient(table, table_strides, 4, k, i))
     else:
         weight = tl.zeros_like(s1) + 1.0
-    if mode.statistics and given.mean_std is None:
+    if mode.statistics and given.statistics is None:
         spread = number(numbers.target_std)
         std_floor = number(numbers.std_floor)
         spread = tl.where(spread < std_floor, std_floor, spread)
@@ -143,11 +145,12 @@ def ratios(
         size = tl.where(tl.abs(advantage) < adv_clip, tl.abs(advantage), adv_clip)
         loss = size * (1.0 + spread * tl.sqrt(tl.cast(batch, tl.float64)))
     else:
-        mean, std = 0.0, 1.0
+        mean, std, floor = 0.0, 1.0, 0.0
         if mode.statistics:
-            mean = tl.load(given.mean_std + k, mask=inside, other=0.0)
-            std = tl.load(given.mean_std + steps + k, mask=inside, other=1.0)
-        excess, _, _, _ = normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode)
+            mean = tl.load(given.statistics + k, mask=inside, other=0.0)
+            std = tl.load(given.statistics + steps + k, mask=inside, other=1.0)
+            floor = tl.load(given.statistics + 2 * steps + k, mask=inside, other=0.0)
+        excess, _, _, _ = normalize(log_ratio, kl_old, u, s, mean, std, floor, numbers, mode)
         loss, _, _, _, _ = surrogate_of(excess, advantage, numbers)
         finite = finite & fits(excess, WIDE)
     finite = finite & fits(loss * weight, WIDE)
@@ -155,11 +158,11 @@ def ratios(
 
 
 @triton.jit
-def normalize_finite(log_ratio, kl_old, u, finite, s, mean, std, numbers, mode):
+def normalize_finite(log_ratio, kl_old, u, finite, s, mean, std, floor, numbers, mode):
     """:func:`normalize`; the excess is NaN where a transition is not finite."""
     excess, outer, inner, by_std = normalize(
         tl.where(finite, log_ratio, 0.0), tl.where(finite, kl_old, 0.0), tl.where(finite, u, 0.0),
-        s, mean, std, numbers, mode,
+        s, mean, std, floor, numbers, mode,
     )  # fmt: skip
     return tl.where(finite, excess, float("nan")), outer, inner, by_std
 
@@ -191,11 +194,12 @@ def independent_coefficients(
         sums, table, table_strides, given, strides, k, i, n, n >= 0, steps, batch, width, numbers,
         mode, WIDE,
     )  # fmt: skip
-    mean, std = 0.0, 1.0
+    mean, std, floor = 0.0, 1.0, 0.0
     if mode.statistics:
-        mean = tl.load(given.mean_std + k)
-        std = tl.load(given.mean_std + steps + k)
-    excess, outer, inner, _ = normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode)
+        mean = tl.load(given.statistics + k)
+        std = tl.load(given.statistics + steps + k)
+        floor = tl.load(given.statistics + 2 * steps + k)
+    excess, outer, inner, _ = normalize(log_ratio, kl_old, u, s, mean, std, floor, numbers, mode)
     if given.step_weights is not None:
         weight = given_at(given.step_weights, strides.step_weights, k, i, n >= 0)
     elif mode.balance == INVERSE_RATIO:
@@ -241,22 +245,29 @@ def evaluate(
         inside = (k < steps) & (i < batch)
         k, i_at = tl.where(inside, k, 0), tl.where(inside, i, 0)
         n = k * batch + i_at
-        log_ratio, kl_old, _, u, finite, _, s, _ = ratios(
+        log_ratio, kl_old, _, u, finite, _, s, kappa = ratios(
             sums, table, table_strides, given, strides, k, i_at, n, inside, steps, batch, width,
             numbers, mode, WIDE,
         )  # fmt: skip
         row = first + step
         mean, std = tl.zeros((STEPS, 1), tl.float64), tl.full((STEPS, 1), 1.0, tl.float64)
+        floor = tl.zeros((STEPS, 1), tl.float64)
         if mode.statistics:
-            if given.mean_std is None:
+            here = row < steps
+            if given.statistics is None:
                 mean, std = mean_over(u, finite, WIDE), spread_over(u, finite, WIDE)
+                b = step_coefficient(table, table_strides, 1, k, i_at)
+                gain = rounding_gain(b, s, kappa, width, mode)
+                floor = std_floor_of(over(gain * gain, inside), numbers)
             else:
-                mean = tl.load(given.mean_std + row, mask=row < steps, other=0.0)
-                std = tl.load(given.mean_std + steps + row, mask=row < steps, other=0.0)
-            tl.store(out.spread + row, mean, mask=row < steps)
-            tl.store(out.spread + steps + row, std, mask=row < steps)
+                mean = tl.load(given.statistics + row, mask=here, other=0.0)
+                std = tl.load(given.statistics + steps + row, mask=here, other=0.0)
+                floor = tl.load(given.statistics + 2 * steps + row, mask=here, other=0.0)
+            tl.store(out.spread + row, mean, mask=here)
+            tl.store(out.spread + steps + row, std, mask=here)
+            tl.store(out.spread + 2 * steps + row, floor, mask=here)
         excess, _, _, _ = normalize_finite(
-            log_ratio, kl_old, u, finite, s, mean, std, numbers, mode
+            log_ratio, kl_old, u, finite, s, mean, std, floor, numbers, mode
         )
         tl.store(out.per_row + n, log_ratio.to(out.per_row.dtype.element_ty), mask=inside)
         total += sum_first(tl.where(finite, inverse_rho(excess, numbers), 0.0))
@@ -284,11 +295,13 @@ def evaluate(
         )  # fmt: skip
         row = first + step
         mean, std = tl.zeros((STEPS, 1), tl.float64), tl.full((STEPS, 1), 1.0, tl.float64)
+        floor = tl.zeros((STEPS, 1), tl.float64)
         if mode.statistics:
             mean = tl.load(out.spread + row, mask=row < steps, other=0.0)
             std = tl.load(out.spread + steps + row, mask=row < steps, other=1.0)
+            floor = tl.load(out.spread + 2 * steps + row, mask=row < steps, other=0.0)
         excess, outer, inner, by_std = normalize_finite(
-            log_ratio, kl_old, u, finite, s, mean, std, numbers, mode
+            log_ratio, kl_old, u, finite, s, mean, std, floor, numbers, mode
         )
         if given.step_weights is not None:
             weight = given_at(given.step_weights, strides.step_weights, k, i_at, inside)
@@ -330,6 +343,10 @@ def evaluate(
         tl.store(m + 8 * steps, over(weight, finite).to(narrow), mask=here)
         bad = sum_last(tl.where(inside & (finite == 0), 1.0, 0.0).to(tl.float64))
         tl.store(m + 9 * steps, bad.to(narrow), mask=here)
+        degenerate = tl.zeros((STEPS, 1), tl.float64)
+        if mode.statistics:
+            degenerate = tl.where(std <= floor, 1.0, 0.0)
+        tl.store(m + 10 * steps, degenerate.to(narrow), mask=here)
 
     value = sum_all(loss) / samples
     if mode.kl:

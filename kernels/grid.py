@@ -67,7 +67,7 @@ def grid_kernel(
     advantages,
     old_log_prob,
     step_weights,
-    mean_std,
+    statistics,
     advantages_k,
     advantages_i,
     old_k,
@@ -95,7 +95,7 @@ def grid_kernel(
     every operand once. Else it reads its segments again, from the last one back.
     """
     table_strides = (table_c, table_k, table_i)
-    given = Given(advantages, old_log_prob, step_weights, mean_std)
+    given = Given(advantages, old_log_prob, step_weights, statistics)
     given_strides = Given(
         (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i), (0, 0)
     )

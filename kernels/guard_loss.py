@@ -77,7 +77,7 @@ def sums_then_evaluate_kernel(
     advantages,
     old_log_prob,
     step_weights,
-    mean_std,
+    statistics,
     advantages_k,
     advantages_i,
     old_k,
@@ -97,7 +97,7 @@ def sums_then_evaluate_kernel(
     Reads every operand once.
     """
     table_strides = (table_c, table_k, table_i)
-    given = Given(advantages, old_log_prob, step_weights, mean_std)
+    given = Given(advantages, old_log_prob, step_weights, statistics)
     given_strides = Given(
         (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i), (0, 0)
     )
@@ -137,7 +137,7 @@ def rows_kernel(
     advantages,
     old_log_prob,
     step_weights,
-    mean_std,
+    statistics,
     advantages_k,
     advantages_i,
     old_k,
@@ -162,7 +162,7 @@ def rows_kernel(
     writes the gradient. The coefficients assume that every other transition is finite.
     """
     table_strides = (table_c, table_k, table_i)
-    given = Given(advantages, old_log_prob, step_weights, mean_std)
+    given = Given(advantages, old_log_prob, step_weights, statistics)
     given_strides = Given(
         (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i), (0, 0)
     )
@@ -216,7 +216,7 @@ def rows_kernel(
 def independent(rows: Rows, objective: Objective, steps: int) -> bool:
     """Whether a transition's gradient needs only its own sums, if all others are finite."""
     balance = CHOICES["balance"][objective.chosen()["balance"]]
-    ratios = not objective.needs().statistics or rows.mean_std is not None
+    ratios = not objective.needs().statistics or rows.statistics is not None
     weights = balance != "inverse_ratio" or steps == 1 or rows.step_weights is not None
     return ratios and weights
 
@@ -250,7 +250,7 @@ def guard_loss(
         path = "two_launches"
     with on_device(device):
         sums = torch.empty_like(sum_grads)
-        spread = sums.new_empty(2 * steps)
+        spread = sums.new_empty(3 * steps)
         count = GRID_COUNTERS + 2 * parts.rows if path == "one_launch" else 1
         by_strides = (rows.advantages, rows.old_log_prob, rows.step_weights)
         common = (

@@ -42,7 +42,7 @@ COUNTS = [
 # of them may begin anywhere.
 POINTERS = [
     "table", "partial", "sums", "counter", "counters", "c", "written", "factor", "advantages",
-    "old_log_prob", "step_weights", "mean_std",
+    "old_log_prob", "step_weights", "statistics",
 ]  # fmt: skip
 
 

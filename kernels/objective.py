@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..config import CHOICES, FLAGS, NUMBERS, NormNeeds, Objective
+from ..config import CHOICES, FLAGS, OBJECTIVE_NUMBERS, NormNeeds, Objective
 from .expm1 import expm1
 from .transition import group
 
@@ -31,7 +31,7 @@ DROP = _choice("nonfinite", "drop")
 # whether the loss has a KL term.
 Mode = group("Mode", (*CHOICES, *FLAGS, "kl", *NormNeeds._fields))
 # The numbers of an objective, each as three float32 (`words`).
-Numbers = group("Numbers", NUMBERS)
+Numbers = group("Numbers", OBJECTIVE_NUMBERS)
 
 
 def mode_of(objective: Objective) -> Any:
@@ -92,7 +92,22 @@ def scale_of(kappa, numel, mode):
 
 
 @triton.jit
-def normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode):
+def rounding_gain(b, s, kappa, numel, mode):
+    """Relative to their size, what independent errors of the velocities put on ``log r``."""
+    return 2 * scale_of(kappa, numel, mode) * s * tl.abs(b) * tl.sqrt(numel)
+
+
+@triton.jit
+def std_floor_of(square, numbers):
+    """The floor of a step; ``square``: the mean over its samples of the squared gain."""
+    rounding = number(numbers.rounding) * tl.sqrt(square)
+    target_std, least = number(numbers.target_std), number(numbers.std_floor)
+    rounding = tl.where(rounding < target_std, rounding, target_std)
+    return tl.where(least > rounding, least, rounding)
+
+
+@triton.jit
+def normalize(log_ratio, kl_old, u, s, mean, std, floor, numbers, mode):
     """RatioNorm of a finite transition; only this function tells one norm from another.
 
     Returns ``excess = r_hat - 1``; ``outer`` and ``inner``, whose product is the derivative of the
@@ -106,7 +121,7 @@ def normalize(log_ratio, kl_old, u, s, mean, std, numbers, mode):
         outer, inner = 1.0 + excess, s
     elif mode.ratio_norm == STANDARDIZE:
         target_std = number(numbers.target_std)
-        spread = (std <= number(numbers.std_floor)) == 0  # also if the std is NaN
+        spread = (std <= floor) == 0  # also if the std is NaN
         denominator = tl.where(spread, std, target_std)
         excess = target_std * ((u - mean) / denominator)
         outer, inner = target_std / denominator, 1.0 + u

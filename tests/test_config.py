@@ -10,7 +10,7 @@ import guard_ops as go
 DEFAULTS = {
     "ratio_norm": "standardize",
     "target_std": 1.0,
-    "std_floor": 1e-8,
+    "std_floor": "auto",
     "detach_stats": True,
     "clip_low": 0.2,
     "clip_high": 0.2,

@@ -35,13 +35,13 @@ def test_opcheck_guard_loss(form, guided, dtype):
     t = operands(problem_of(form, guided=guided, dtype=dtype))
     advantages = torch.randn(3, 4, dtype=torch.float64)
     old = torch.randn(3, 4, dtype=torch.float64) if form == "log-prob" else None
-    weights, mean_std = torch.full((3, 4), 0.3, dtype=torch.float64), torch.ones(2, 3).double()
+    weights, statistics = torch.full((3, 4), 0.3, dtype=torch.float64), torch.ones(3, 3).double()
     choices, numbers = configs.objective_of(go.GuardConfig(kl_beta=0.01), True)
     # opcheck compares outputs as if NaN were an error, and the log-prob form's kl_old is NaN.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     if form != "log-prob":
         checks = (*checks, "test_aot_dispatch_dynamic")
-    for more in ((old, None, None), (old, weights, mean_std)):
+    for more in ((old, None, None), (old, weights, statistics)):
         arguments = (*t, [advantages, *more], list(choices), list(numbers), True, guided)
         operator = torch.ops.guard_ops.guard_loss.default
         torch.library.opcheck(operator, arguments, test_utils=checks)

@@ -14,7 +14,8 @@ constexpr int64_t steps = 3, batch = 4, rows = steps * batch;
 // The numbers that a Problem of [steps, batch] points to.
 struct Scalars {
   double table[5][rows], advantages[rows], old_log_prob[rows], step_weights[rows];
-  double mean[steps] = {-0.1, 0.02, 0.05}, std[steps] = {0.1, 0.2, 0};
+  double mean[steps] = {-0.1, 0.02, 0.05}, std[steps] = {0.1, 0.2, 0},
+         floor[steps] = {1e-8, 0.3, 1e-8};
 
   Scalars() {
     Uniform random(8, 1);
@@ -70,6 +71,7 @@ void for_each_problem(Form form, int64_t numel, Body body) {
   Problem known = of(config_of(RatioNorm::standardize, Balance::inverse_ratio));
   known.mean = scalars.mean;
   known.std = scalars.std;
+  known.floor = scalars.floor;
   body(known, false);
   known.step_weights = {scalars.step_weights, batch, 1};
   body(known, true);

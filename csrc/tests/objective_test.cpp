@@ -18,7 +18,7 @@ constexpr double numel = 48;
 // A batch of transitions with ratios about 1 +- 0.3, and the memory that its Problem points to.
 struct Batch {
   double table[5][rows], advantages[rows], old_log_prob[rows], step_weights[rows];
-  double mean[steps], std[steps];
+  double mean[steps], std[steps], floor[steps];
   std::vector<Sums> sums;
   Problem problem{};
 
@@ -78,6 +78,8 @@ Problem frozen(Batch& at, const Evaluation& base, std::vector<double>& weights) 
     std::copy_n(base.metrics.begin() + steps, steps, at.std);
     out.mean = at.mean;
     out.std = at.std;
+    std::fill_n(at.floor, steps, out.config.std_floor);
+    out.floor = at.floor;
   }
   return out;
 }
@@ -162,6 +164,32 @@ void test_degenerate_statistics() {
     for (int64_t n = 0; n < rows; ++n) {
       const double u = std::expm1(base.log_ratio[n]), mean = base.metrics[n / batch];
       CHECK_CLOSE(base.excess[n], u - mean, 1e-15);
+    }
+  });
+}
+
+// The floor that rounding makes: of a step, the root of the mean square of its samples' gains.
+void test_floor_of_rounding() {
+  for_each_config([](Batch& at) {
+    Config& c = at.problem.config;
+    if (c.ratio_norm != RatioNorm::standardize) return;
+    for (int64_t n = 0; n < rows; ++n) at.sums[n].ref = 0;
+    const Evaluation plain = cpu::evaluate(at.problem, at.sums.data());
+    const double* const std = plain.metrics.data() + steps;
+    double square = 0;
+    for (int64_t i = 0; i < batch; ++i) {  // 2 kappa s |b| / sqrt(D), or times D
+      const double s = at.table[2][i], kappa = at.table[3][i];
+      const double gain = 2 * kappa * s * std::fabs(at.table[1][i]) / std::sqrt(numel);
+      square += std::pow(c.reduction == Reduction::mean ? gain : gain * numel, 2) / double(batch);
+    }
+    for (const double share : {0.99, 1.01}) {
+      c.rounding = share * std[0] / std::sqrt(square);
+      c.target_std = 10;  // above which no rounding counts
+      const Evaluation got = cpu::evaluate(at.problem, at.sums.data());
+      CHECK(got.metrics[10 * steps] == (share > 1 ? 1.0 : 0.0));
+      c.target_std = std[0] / 2;
+      const Evaluation bounded = cpu::evaluate(at.problem, at.sums.data());
+      CHECK(bounded.metrics[10 * steps] == 0.0);
     }
   });
 }
@@ -301,6 +329,7 @@ int main() {
   using namespace guard_ops;
   test::test_coefficients();
   test::test_degenerate_statistics();
+  test::test_floor_of_rounding();
   test::test_on_policy();
   test::test_single_sample_is_degenerate();
   test::test_nonfinite_transitions();

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..config import CHOICES, FLAGS, NUMBERS, RATIO_NORMS, Objective, RatioNorm
+from ..config import CHOICES, FLAGS, OBJECTIVE_NUMBERS, RATIO_NORMS, Objective, RatioNorm
 from ..transitions import Latents, Rows, Transitions
 from . import results
 
@@ -27,7 +27,7 @@ def layout() -> dict[str, object]:
         "latents": Latents._fields,
         "rows": Rows._fields,
         "choices": (*CHOICES, *FLAGS),
-        "numbers": tuple(NUMBERS),
+        "numbers": OBJECTIVE_NUMBERS,
         **CHOICES,
         "ratio_norm": norms,
     }
@@ -72,7 +72,7 @@ def guard_loss(
 
     Returns:
         loss [], grad and grad_uncond (empty when not asked for), per_row [4, K, B] (log_ratio,
-        excess, weights, kl), metrics [10, K] as Metrics, and ``d loss / d sums`` [3, K, B] float64,
+        excess, weights, kl), metrics [11, K] as Metrics, and ``d loss / d sums`` [3, K, B] float64,
         from which :func:`gradient` makes the same gradient again, or a multiple of it.
     """
     out: tuple[Tensor, ...] = _ops.guard_loss(*t, rows, *objective, cond, uncond)

@@ -33,7 +33,7 @@ def gradients(latents: Operands, cond: bool, uncond: bool) -> tuple[Tensor, Tens
 
 
 def loss(latents: Operands, cond: bool, uncond: bool) -> tuple[Tensor, ...]:
-    """loss [], grad, grad_uncond, per_row [4, K, B], metrics [10, K], d loss / d sums [3, K, B]."""
+    """loss [], grad, grad_uncond, per_row [4, K, B], metrics [11, K], d loss / d sums [3, K, B]."""
     v = named(latents).model_output
     wide = compute_dtype(*named(latents).present())
     per_row = v.new_empty((4, *v.shape[:2]), dtype=wide)

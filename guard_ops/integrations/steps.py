@@ -1,9 +1,7 @@
 """One SDE step the way trainers' functions take and return it, on any schedule of sigmas.
 
 The frameworks' files share this. Steps are looked up on the device (the originals call
-``nonzero().item()`` once per sample), and the step itself runs on the fused ops. The mean that is
-returned remembers the transition it belongs to, so that a loss which later gets only means and
-log-probs can go back to the latents and form its ratio from differences.
+``nonzero().item()`` once per sample), and the step itself runs on the fused ops.
 """
 
 from __future__ import annotations
@@ -28,18 +26,8 @@ class Step(NamedTuple):
     coeffs: StepCoefficients  # [1, B]
 
 
-class Transition(NamedTuple):
-    """Where a mean comes from: the operands of :func:`guard_ops.log_ratio`, [1, B, *latent]."""
-
-    model_output: Tensor
-    sample: Tensor
-    prev_sample: Tensor
-    coeffs: StepCoefficients  # [1, B]
-
-
 # sigmas -> {(version, noise level, kind, device): schedule}
 _schedules: Any = WeakIdKeyDictionary()
-_MEMORY = "_guard_ops_transition"
 
 
 def schedule_of(sigmas: Tensor, noise_level: float, kind: SdeKind, device: Any) -> SdeSchedule:
@@ -163,11 +151,4 @@ def sde_step(
     log_prob = None
     if with_log_prob:
         log_prob = ops.log_prob(v, sample=x, prev_sample=y, coeffs=coeffs).squeeze(0).float()
-    setattr(mean, _MEMORY, Transition(v, x, y, coeffs))
     return Step(prev_sample, log_prob, mean, coeffs)
-
-
-def transition_of(mean: Tensor) -> Transition | None:
-    """The transition whose mean :func:`sde_step` returned, if this is still that very tensor."""
-    found: Transition | None = getattr(mean, _MEMORY, None)
-    return found

@@ -142,7 +142,7 @@ def configs(case: Case) -> st.SearchStrategy[go.GuardConfig]:
         go.GuardConfig,
         ratio_norm=st.sampled_from(norms),
         target_std=st.sampled_from((1.0, 0.3)),
-        std_floor=st.sampled_from((1e-8, 0.0, 1e-3)),
+        std_floor=st.sampled_from(("auto", 1e-8, 0.0, 1e-3)),
         detach_stats=st.booleans(),
         clip_low=st.sampled_from(clips),
         clip_high=st.sampled_from(clips),

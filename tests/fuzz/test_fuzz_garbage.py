@@ -166,13 +166,8 @@ def bad_calls(draw, call):
 
 
 def is_clear(refusal, arguments):
-    """Whether it names an argument: the one that is garbage, or one that it does not fit.
-
-    A gradient that torch's inference mode forbids is torch's RuntimeError, with what to do instead.
-    """
+    """Whether it names an argument: the one that is garbage, or one that it does not fit."""
     text = str(refusal)
-    if isinstance(refusal, RuntimeError):
-        return "inference mode" in text and "use torch.no_grad() instead" in text
     named = (f"`{x}" in text or (len(x) > 4 and x in text) for x in arguments)
     return isinstance(refusal, (TypeError, ValueError)) and any(named)
 

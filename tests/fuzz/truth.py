@@ -49,6 +49,9 @@ class Operands:
         self.result = torch.float64 if wide else torch.float32
         self.format = DOUBLE if wide else SINGLE
         self.dtype = v.dtype
+        velocities = ("model_output", "model_output_uncond", "old_model_output")
+        eps = [torch.finfo(given[x].dtype).eps for x in velocities if x in self.latents]
+        self.coarsest = max([each for each in eps if each > 1e-4], default=0.0)  # of 16 bits
         self.uncond_dtype = getattr(given.get("model_output_uncond"), "dtype", None)
         self.gaussian = coeffs.gaussian
         names = ("a", "b", "s", "kappa", "dt")

@@ -42,10 +42,11 @@ class Norm(NamedTuple):
     excess: Rounded  # [K, B]
     slope: Rounded
     by_std: Rounded  # (u - mean) / std, 0 where the step is degenerate
+    degenerate: Tensor | float = 0.0  # [K], 1 where it is
 
 
 def ratio_norm(
-    u: Rounded, unbiased: Rounded, s: Tensor, mean: Mean, config: Any, statistics: Any
+    u: Rounded, unbiased: Rounded, o: Operands, mean: Mean, config: Any, statistics: Any
 ) -> Norm:
     """RatioNorm of ``u = r - 1``; ``unbiased`` is ``log r + kl_old``, of which the paper's is."""
     zero = Rounded.exact(torch.zeros_like(u.value))
@@ -53,8 +54,9 @@ def ratio_norm(
     if config.ratio_norm == "none":
         return Norm(u, ratio, zero)
     if config.ratio_norm == "closed_form":
-        excess = (Rounded.exact(s) * unbiased).expm1()
-        return Norm(excess, Rounded.exact(s) * (excess + 1.0), zero)
+        s = Rounded.exact(o.table["s"])
+        excess = (s * unbiased).expm1()
+        return Norm(excess, s * (excess + 1.0), zero)
     if statistics is None:
         center = mean(u)
         spread = mean.std(u, center)
@@ -63,9 +65,12 @@ def ratio_norm(
             Rounded(x.reshape(-1), 4 * DOUBLE.unit * x.reshape(-1).abs(), DOUBLE)
             for x in (statistics.mean, statistics.std)
         )
-    floor, target = config.std_floor, config.target_std
+    floor, target = std_floor(o, config), config.target_std
     known = mean.count > 0
     above, below = spread.value - spread.error > floor, spread.value + spread.error <= floor
+    above, below = (
+        side & ((spread.value - floor).abs() > 1e-14 * floor) for side in (above, below)
+    )
     if bool((known & ~above & ~below).any()):
         raise UndecidedError("a std at its floor")
     spread = spread.where(above, target).shaped(lambda t: t.unsqueeze(-1))
@@ -73,7 +78,26 @@ def ratio_norm(
         z = mean.distance(u, center) / spread
     else:
         z = total(u, -center.shaped(lambda t: t.unsqueeze(-1))) / spread
-    return Norm(target * z, (target * ratio) / spread, z.where(above.unsqueeze(-1)))
+    degenerate = below.double()
+    return Norm(target * z, (target * ratio) / spread, z.where(above.unsqueeze(-1)), degenerate)
+
+
+def std_floor(o: Operands, config: Any) -> Tensor:
+    """The spread up to which a step is degenerate, [K]: docs/math.md, one step at a time."""
+    out = []
+    for k in range(o.steps):
+        if config.std_floor != "auto":
+            out.append(float(config.std_floor))
+            continue
+        scale = 1.0 if o.scale is None else float(o.scale)
+        rounding = math.sqrt(2) * o.coarsest * math.hypot(scale, 1 - scale)
+        b, s, kappa = (o.table[name][k] for name in ("b", "s", "kappa"))
+        gains = 2 * kappa * s * b.abs() / math.sqrt(o.numel)
+        if config.reduction == "sum":
+            gains = gains * o.numel
+        mean_square = math.fsum((gains**2).tolist()) / o.batch
+        out.append(max(1e-8, min(rounding * math.sqrt(mean_square), config.target_std)))
+    return torch.tensor(out, dtype=torch.float64)
 
 
 def beyond(excess: Rounded, bound: float) -> tuple[Tensor, Tensor]:
@@ -115,7 +139,7 @@ def loss(given: dict[str, Any], config: Any, factor: float = 1.0) -> Expected:
     if config.ratio_norm == "closed_form":  # the cancellation leaves S1 alone
         unbiased = Rounded(t.log_ratio.value + t.kl_old.value, unbiased.error, DOUBLE)
     mean = Mean(finite)
-    norm = ratio_norm(u, unbiased, o.table["s"], mean, config, given.get("statistics"))
+    norm = ratio_norm(u, unbiased, o, mean, config, given.get("statistics"))
     excess = norm.excess
     weights = balance(o, excess, finite, config)
 
@@ -152,6 +176,7 @@ def loss(given: dict[str, Any], config: Any, factor: float = 1.0) -> Expected:
     out |= metrics(
         t, u, excess, weights, mean, (clipped, maybe), (high, maybe_high), (low, maybe_low)
     )
+    out["degenerate"] = Rounded.exact(torch.zeros(o.steps).double() + norm.degenerate)
     kappa = o.table["kappa"] / (o.numel if config.reduction == "mean" else 1)
     scaled = d_log_ratio * Rounded.exact(kappa) * factor
     terms = [(2.0 * scaled, t.e)]
