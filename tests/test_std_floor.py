@@ -49,7 +49,8 @@ def test_the_formula_is_what_rounding_makes(kind, dtype):
             new, coeffs=coeffs, old_model_output=old, noise=torch.randn(steps, batch, numel)
         ).log_ratio.std(1, correction=0)
         share = seen.double() / formula
-        assert low < share.min() and share.max() < high, (more, share)
+        assert low < share.min(), (more, share)
+        assert share.max() < high, (more, share)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -88,7 +89,7 @@ def test_wide_velocities_keep_the_floor_of_a_number():
 
 
 def test_the_coarsest_velocity_counts(backend):
-    """A float32 velocity beside a stored one of 16 bits: the difference has the rounding of both."""
+    """Beside a stored velocity of 16 bits, a float32 one differs by that rounding."""
     _, old = twice((4, 8, 1024), torch.bfloat16)
     out = call(old.float() * (1 + 1e-3 * torch.randn(4, 8, 1024)), old, schedule()[:4])
     assert out.metrics.degenerate.tolist() == [1.0] * 4

@@ -67,10 +67,8 @@ def ratio_norm(
         )
     floor, target = std_floor(o, config), config.target_std
     known = mean.count > 0
-    above, below = spread.value - spread.error > floor, spread.value + spread.error <= floor
-    above, below = (
-        side & ((spread.value - floor).abs() > 1e-14 * floor) for side in (above, below)
-    )
+    error = spread.error + 1e-14 * floor
+    above, below = spread.value - error > floor, spread.value + error <= floor
     if bool((known & ~above & ~below).any()):
         raise UndecidedError("a std at its floor")
     spread = spread.where(above, target).shaped(lambda t: t.unsqueeze(-1))
