@@ -69,6 +69,8 @@ def inputs(goldens: Any, case: str, form: str, config: go.GuardConfig) -> Proble
         given["old_log_prob"] = flat.sum(-1) if config.reduction == "sum" else flat.mean(-1)
     if config.kl_beta:
         given["ref_model_output"] = goldens[f"{case}/ref_model_output"]
+    if config.balance == "inverse_ratio" and len(x) == 1:  # a call of one step has to be told this
+        given["step_weights"] = torch.ones(x.shape[:2], dtype=torch.float64)
     return given | {"coeffs": coeffs}
 
 

@@ -36,7 +36,7 @@ def nothing_kept():
 
 @pytest.fixture
 def given():
-    made = problem("noise", steps=1, batch=4, latent=LATENT, dtype=torch.float32)
+    made = problem("noise", steps=2, batch=2, latent=LATENT, dtype=torch.float32)
     cpu.release_memory()
     return made
 

@@ -147,7 +147,7 @@ def test_an_expanded_velocity_sums_its_gradient(backend):
 @pytest.mark.parametrize("form", FORMS)
 def test_one_step_is_a_trajectory_of_one(form, backend):
     given = problem(form, steps=None)
-    config = go.GuardConfig.article()
+    config = go.GuardConfig()
     out, grad = run(given, config)
     batched = {
         n: x.unsqueeze(0) for n, x in given.items() if n in (*LATENTS, "old_log_prob", "seed")

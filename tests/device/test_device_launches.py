@@ -8,7 +8,7 @@ from problems import run
 import guard_ops as go
 
 CONFIGS = {
-    "article": go.GuardConfig.article(),
+    "article": go.GuardConfig(),  # of one step, so without its balance
     "paper": go.GuardConfig.paper(clip_low=0.1, clip_high=0.1),
     "drop": go.GuardConfig("none", nonfinite="drop", clip_low=0.1, clip_high=0.1),
 }

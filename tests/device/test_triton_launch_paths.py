@@ -86,8 +86,9 @@ def test_one_launch_that_holds_its_tile(triton, monkeypatch):
     _, alone = problem_on(
         triton.device, "noise", steps=1, batch=1, latent=(70,), dtype=torch.float32, drift=0.3
     )
-    expected = result(alone, ARTICLE, "two_launches", monkeypatch)
-    assert same(result(alone, ARTICLE, "one_launch", monkeypatch), expected)
+    config = go.GuardConfig(**WIDE)
+    expected = result(alone, config, "two_launches", monkeypatch)
+    assert same(result(alone, config, "one_launch", monkeypatch), expected)
 
 
 def test_a_cooperative_launch_that_is_refused_is_two_and_not_tried_again(triton, monkeypatch):

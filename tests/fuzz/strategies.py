@@ -169,4 +169,6 @@ def losses(draw: st.DrawFn, poisoned: bool = True) -> tuple[Case, go.GuardConfig
         and draw(st.integers(0, 3)) == 3,
         "factor": draw(st.sampled_from((1.0, 1024.0, 0.5, -3.0))),
     }
+    if config.balance == "inverse_ratio" and case.steps == 1:  # which needs step_weights
+        options["step_weights"] = True
     return case, config, options

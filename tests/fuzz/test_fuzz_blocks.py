@@ -1,10 +1,12 @@
 """ratio_norm, balance_weights, clipped_surrogate, group_advantages, RatioStatistics: [K, B]."""
 
+import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
 
 import strategies
+import pytest
 import torch
 import truth
 import truth_loss
@@ -125,6 +127,10 @@ def test_statistics_are_those_of_all_samples_however_they_come(log_ratio, cuts, 
 ))  # fmt: skip
 def test_weights_and_surrogate_are_the_truth(log_ratio, config):
     excess = log_ratio.clamp(-1.0, 1e30)
+    if config.balance == "inverse_ratio" and len(excess) == 1:
+        with pytest.raises(ValueError, match="`config.balance` is inverse_ratio"):
+            go.balance_weights(excess, config=config)
+        config = dataclasses.replace(config, balance="none")
     coeffs = go.SdeSchedule((0.9, 0.7, 0.5, 0.3, 0.2, 0.1))[: excess.shape[0]]
     dt = coeffs.dt.unsqueeze(-1).expand(excess.shape)
     finite = excess.isfinite()
