@@ -168,5 +168,5 @@ def test_the_weights_of_one_step(balance):
 
 def test_one_step_has_no_others_to_weigh_it_against():
     for excess in (torch.zeros(4), torch.zeros(1, 4)):
-        with pytest.raises(ValueError, match="`config.balance` is inverse_ratio.* all K steps"):
+        with pytest.raises(ValueError, match=r"`config\.balance` is inverse_ratio.* all K steps"):
             go.balance_weights(excess, config=go.GuardConfig.article())

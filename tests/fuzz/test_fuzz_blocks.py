@@ -5,8 +5,8 @@ import itertools
 import math
 from types import SimpleNamespace
 
-import strategies
 import pytest
+import strategies
 import torch
 import truth
 import truth_loss
@@ -128,7 +128,7 @@ def test_statistics_are_those_of_all_samples_however_they_come(log_ratio, cuts, 
 def test_weights_and_surrogate_are_the_truth(log_ratio, config):
     excess = log_ratio.clamp(-1.0, 1e30)
     if config.balance == "inverse_ratio" and len(excess) == 1:
-        with pytest.raises(ValueError, match="`config.balance` is inverse_ratio"):
+        with pytest.raises(ValueError, match=r"`config\.balance` is inverse_ratio"):
             go.balance_weights(excess, config=config)
         config = dataclasses.replace(config, balance="none")
     coeffs = go.SdeSchedule((0.9, 0.7, 0.5, 0.3, 0.2, 0.1))[: excess.shape[0]]
