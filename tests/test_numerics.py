@@ -1,9 +1,11 @@
 """Precision: what survives float32, what is exactly 0 on policy, what 16-bit inputs cost."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from combinations import pairs_first
 from problems import (
     EXACT_ON_POLICY,
     FORMS,
@@ -67,9 +69,16 @@ def test_delta_is_a_difference_of_velocities_on_every_backend(form, backend):
     assert largest(out.excess, expected.excess) < 1e-5
 
 
-@pytest.mark.parametrize("norm", ["none", "standardize", "closed_form"])
-@pytest.mark.parametrize("dtype", [torch.float64, *NARROW])
-@pytest.mark.parametrize("form", EXACT_ON_POLICY)
+@pytest.mark.parametrize(
+    "form, dtype, norm",
+    pairs_first(
+        itertools.product(
+            EXACT_ON_POLICY,
+            [torch.float64, *NARROW],
+            ["none", "standardize", "closed_form"],
+        )
+    ),
+)
 def test_on_policy_is_exactly_on_policy(form, dtype, norm, backend):
     given = problem(form, latent=(41, 33), dtype=dtype, drift=0)
     config = go.GuardConfig(norm, balance="inverse_ratio")

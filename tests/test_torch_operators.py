@@ -98,14 +98,27 @@ def compiled_and_eager(given, config, compiler, dynamic=None):
 
 
 # The compiled graph holds the same operators; only the multiplication by grad_output is its own.
+# To trace a call takes a second.
+rarely = pytest.mark.slow_suite
+
+
 @pytest.mark.parametrize(
     "form, config, dtype",
     [
         ("mean", go.GuardConfig.article(), torch.float32),
-        ("velocity", go.GuardConfig.flow_grpo(clip_low=0.2), torch.float64),
-        ("noise", go.GuardConfig.paper(clip_low=0.2, clip_high=0.2), torch.bfloat16),
+        pytest.param(
+            "velocity", go.GuardConfig.flow_grpo(clip_low=0.2), torch.float64, marks=rarely
+        ),
+        pytest.param(
+            "noise", go.GuardConfig.paper(clip_low=0.2, clip_high=0.2), torch.bfloat16, marks=rarely
+        ),
         ("seeded", go.GuardConfig.article(detach_stats=False), torch.float16),
-        ("log-prob", go.GuardConfig("standardize", balance="inverse_dt"), torch.float32),
+        pytest.param(
+            "log-prob",
+            go.GuardConfig("standardize", balance="inverse_dt"),
+            torch.float32,
+            marks=rarely,
+        ),
     ],
 )
 def test_guard_loss_compiles_into_one_graph(form, config, dtype, backend):
@@ -116,7 +129,7 @@ def test_guard_loss_compiles_into_one_graph(form, config, dtype, backend):
         assert relative(got, expected) < (1e-12 if dtype == torch.float64 else 1e-6)
 
 
-@pytest.mark.parametrize("kl_beta", [0.0, 0.1])
+@pytest.mark.parametrize("kl_beta", [pytest.param(0.0, marks=rarely), 0.1])
 def test_guard_loss_compiles_with_symbolic_numbers(kl_beta, fused_backend):
     given = problem("mean", latent=(9, 4), dtype=torch.float32, reference=kl_beta > 0)
     config = go.GuardConfig.article(kl_beta=kl_beta)

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from combinations import pairs_first
 from on_device import moved, problem_on, rollout_on
 from problems import FORMS, largest, relative, run, truth, without_advantages
 
@@ -221,9 +222,21 @@ def test_the_rollouts_step(source, dtype, place):
     assert largest(step.log_prob.cpu(), expected.log_prob) < 2e-5
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("factor", [1.0, -3.0, 0.0])
-@pytest.mark.parametrize("steps, latent", [(3, (50,)), (3, (2, 5, 5)), (None, (10, 5))])
+SHAPES = [(3, (50,)), (3, (2, 5, 5)), (None, (10, 5))]
+
+
+@pytest.mark.parametrize(
+    "steps, latent, factor, dtype",
+    pairs_first(
+        (
+            (*shape, factor, dtype)
+            for shape in SHAPES
+            for factor in (1.0, -3.0, 0.0)
+            for dtype in NARROW
+        ),
+        lambda steps, latent, factor, dtype: ((steps, latent), factor, dtype),
+    ),
+)
 def test_backward_scales_what_forward_made(steps, latent, dtype, factor, place):
     here, there = problem_on(
         place.device, "mean", steps=steps, dtype=dtype, latent=latent, drift=0.3
