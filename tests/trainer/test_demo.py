@@ -17,11 +17,32 @@ ITERATIONS = 12
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """A demo of 12 iterations on a policy pretrained for 300 steps; takes 15 s on 2 cores."""
+def judges():
+    """Fitted once."""
+    digits = load_digits()
+    return {"ProxyReward": ProxyReward(digits), "Gold": Gold(digits)}
+
+
+@pytest.fixture
+def few(monkeypatch, judges):
+    """An evaluation sees few samples, and asks judges that are there."""
+    evaluate_few(monkeypatch, judges)
+
+
+def evaluate_few(patch, judges):
+    patch.setattr(jobs, "EVALUATION_SAMPLES", 5)
+    for name, judge in judges.items():
+        patch.setattr(demos, name, lambda digits, judge=judge: judge)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, judges):
+    """A demo of 12 iterations on a policy pretrained for 300 steps."""
     out = tmp_path_factory.mktemp("demo")
     options = ["--out", str(out), "--iterations", str(ITERATIONS), "--pretrain-steps", "300"]
-    assert main(["demo", *options, "--report", str(out / "page.md")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate_few(patch, judges)
+        assert main(["demo", *options, "--report", str(out / "page.md")]) == 0
     return out
 
 
@@ -71,6 +92,7 @@ def test_ratio_norm_makes_spread_and_clipping_the_same_at_every_step(runs):
     assert max(steep) - min(steep) > 0.2
 
 
+@pytest.mark.usefixtures("few")
 def test_a_demo_that_is_done_is_shown_again_without_work(demo, capsys, monkeypatch):
     before = (demo / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(Trainer, "iterate", lambda self: pytest.fail("it trains"))
@@ -101,13 +123,9 @@ def test_another_demo_is_refused_before_any_work(demo, options, message, capsys,
     assert after == before
 
 
+@pytest.mark.usefixtures("few")
 def test_an_interrupted_demo_continues_to_the_same_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "EVALUATION_SAMPLES", 2)
     monkeypatch.setattr(plots, "draw", lambda *_: None)
-    digits = load_digits()
-    judges = ProxyReward(digits), Gold(digits)
-    monkeypatch.setattr(demos, "ProxyReward", lambda _: judges[0])
-    monkeypatch.setattr(demos, "Gold", lambda _: judges[1])
     iterate, calls, stops = Trainer.iterate, [], {4, 8}
 
     def interrupted(trainer):
