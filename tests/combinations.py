@@ -9,6 +9,14 @@ from typing import Any
 import pytest
 
 
+def values_first(cases: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """The cases as parameters; those that add no value are marked ``slow_suite``.
+
+    For what takes seconds a case and does not look into the kernels.
+    """
+    return covering(1, cases, lambda *case: case)
+
+
 def pairs_first(
     cases: Iterable[tuple[Any, ...]],
     features: Callable[..., tuple[Hashable, ...]] = lambda *case: case,
@@ -19,13 +27,22 @@ def pairs_first(
     together in every case that has both, so that every pair is in ``make test``; what takes three
     waits for ``make test-all``. ``features``: a case's arguments are these values together.
     """
+    return covering(2, cases, features)
+
+
+def covering(
+    count: int,
+    cases: Iterable[tuple[Any, ...]],
+    features: Callable[..., tuple[Hashable, ...]],
+) -> list[Any]:
+    """As parameters, a few of the cases unmarked that have whatever ``count`` values meet."""
     cases = list(cases)
-    pairs = [set(itertools.combinations(enumerate(features(*case)), 2)) for case in cases]
-    missing, chosen = set().union(*pairs), set()
+    meet = [set(itertools.combinations(enumerate(features(*case)), count)) for case in cases]
+    missing, chosen = set().union(*meet), set()
     while missing:
-        best = max(range(len(cases)), key=lambda n: len(pairs[n] & missing))
+        best = max(range(len(cases)), key=lambda n: len(meet[n] & missing))
         chosen.add(best)
-        missing -= pairs[best]
+        missing -= meet[best]
     return [
         pytest.param(*case, marks=() if n in chosen else pytest.mark.slow_suite)
         for n, case in enumerate(cases)

@@ -2,7 +2,7 @@
 
 import itertools
 
-from combinations import pairs_first
+from combinations import pairs_first, values_first
 
 AXES = ("abc", range(4), (False, True), ("x", "y", "z"))
 
@@ -22,6 +22,12 @@ def test_every_pair_of_values_is_in_every_run_and_no_case_is_lost():
     assert 12 <= len(often) <= 16  # of 72; there are 12 pairs of the longest two
     rest = [parameter for parameter in parameters if parameter.marks]
     assert {mark.name for parameter in rest for mark in parameter.marks} == {"slow_suite"}
+
+
+def test_every_value_is_in_every_run():
+    often = every_run(values_first(itertools.product(*AXES)))
+    assert [set(values) for values in zip(*often, strict=True)] == [set(axis) for axis in AXES]
+    assert len(often) == 4
 
 
 def test_a_pair_that_no_case_has_is_not_asked_for():

@@ -1,7 +1,10 @@
 """The registered operators under torch's own checks, and torch.compile over the public ops."""
 
+import itertools
+
 import pytest
 import torch
+from combinations import values_first
 from problems import FORMS, operands, problem, relative, without_advantages
 from torch.utils._pytree import tree_leaves
 
@@ -18,8 +21,7 @@ def problem_of(form, *, guided=False, dtype=torch.float32):
     return problem(form, latent=(9, 4), dtype=dtype, guided=guided, reference=True)
 
 
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form, guided", values_first(itertools.product(FORMS, [False, True])))
 def test_opcheck_sums_and_gradient(form, guided):
     t = operands(problem_of(form, guided=guided))
     torch.library.opcheck(torch.ops.guard_ops.sums.default, t)
@@ -29,9 +31,11 @@ def test_opcheck_sums_and_gradient(form, guided):
         torch.library.opcheck(torch.ops.guard_ops.gradient.default, arguments)
 
 
-@pytest.mark.parametrize("guided, dtype", [(False, torch.float64), (True, torch.bfloat16)])
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck_guard_loss(form, guided, dtype):
+@pytest.mark.parametrize(
+    "form, dtype", values_first(itertools.product(FORMS, [torch.float64, torch.bfloat16]))
+)
+def test_opcheck_guard_loss(form, dtype):
+    guided = dtype == torch.bfloat16
     t = operands(problem_of(form, guided=guided, dtype=dtype))
     advantages = torch.randn(3, 4, dtype=torch.float64)
     old = torch.randn(3, 4, dtype=torch.float64) if form == "log-prob" else None
@@ -47,8 +51,10 @@ def test_opcheck_guard_loss(form, guided, dtype):
         torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-@pytest.mark.parametrize("source", ["noise", "seed"])
+@pytest.mark.parametrize(
+    "source, dtype",
+    values_first(itertools.product(["noise", "seed"], [torch.float64, torch.float16])),
+)
 def test_opcheck_sde_step(source, dtype):
     given = problem("velocity", latent=(9, 4), dtype=dtype)
     x, v = given["sample"].flatten(2), given["model_output"].flatten(2)
@@ -59,8 +65,10 @@ def test_opcheck_sde_step(source, dtype):
     torch.library.opcheck(torch.ops.guard_ops.sde_step.default, (v, x, coefficients, noise, seed))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize(
+    "factor, dtype",
+    values_first(itertools.product([1.0, 0.25], [torch.float64, torch.float32, torch.bfloat16])),
+)
 def test_opcheck_scaled(factor, dtype):
     t = operands(problem_of("velocity", guided=True, dtype=dtype))
     c = torch.randn(3, 3, 4, dtype=torch.float64)
