@@ -44,7 +44,7 @@ test-slow: $(VENV)/development emulated-extension $(ARM_BITS)
 	GUARD_OPS_EVERY_CASE=1 $(MAKE) test-cpp
 
 # The Triton kernels on the CPU, by Triton's interpreter: their own tests, and some of the others'.
-INTERPRETED_TESTS := -k "triton or unusable" tests/device tests/kernels \
+INTERPRETED_TESTS := -k "triton or unusable or have_the_shape" tests/device tests/kernels \
   $(patsubst %,tests/test_%.py,goldens sde_step torch_operators life_of_a_call)
 test-triton: $(VENV)/development
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q $(INTERPRETED_TESTS)
