@@ -1,6 +1,7 @@
 """The demo end to end, shortened: its files, and the effect on the ratio that it shows."""
 
 import json
+from typing import NamedTuple
 
 import pytest
 from tiny import full_disk
@@ -13,7 +14,6 @@ from guard_ops.trainer.digits import load_digits
 from guard_ops.trainer.judges import Gold, ProxyReward
 
 PICTURES = ("samples.png", "overoptimization.png", "ratio.png", "clip.png")
-ITERATIONS = 12
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +29,40 @@ def few(monkeypatch, judges):
     evaluate_few(monkeypatch, judges)
 
 
-def evaluate_few(patch, judges):
-    patch.setattr(jobs, "EVALUATION_SAMPLES", 5)
+def evaluate_few(patch, judges, samples=5):
+    patch.setattr(jobs, "EVALUATION_SAMPLES", samples)
     for name, judge in judges.items():
         patch.setattr(demos, name, lambda digits, judge=judge: judge)
 
 
+class Size(NamedTuple):
+    """How much a demo does."""
+
+    iterations: int
+    pretrain_steps: int
+    samples: int  # of a class, in an evaluation
+
+    @property
+    def options(self):
+        steps = str(self.pretrain_steps)
+        return ["--iterations", str(self.iterations), "--pretrain-steps", steps]
+
+
+LONG = pytest.param(Size(12, 300, 100), marks=pytest.mark.slow_suite, id="long")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(Size(3, 100, 5), id="short"), LONG])
+def size(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, judges):
-    """A demo of 12 iterations on a policy pretrained for 300 steps."""
+def demo(tmp_path_factory, judges, size):
+    """A demo of that size."""
     out = tmp_path_factory.mktemp("demo")
-    options = ["--out", str(out), "--iterations", str(ITERATIONS), "--pretrain-steps", "300"]
+    options = ["--out", str(out), *size.options]
     with pytest.MonkeyPatch.context() as patch:
-        evaluate_few(patch, judges)
+        evaluate_few(patch, judges, size.samples)
         assert main(["demo", *options, "--report", str(out / "page.md")]) == 0
     return out
 
@@ -56,15 +77,15 @@ def runs(demo):
     return runs
 
 
-def test_it_writes_all_its_files(demo):
+def test_it_writes_all_its_files(demo, size):
     for name in PICTURES:
         for path in (demo / "seed-0" / name, demo / "page" / name):
             assert path.read_bytes().startswith(b"\x89PNG")
             assert path.stat().st_size > 10_000
     lines = (demo / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 3 * ITERATIONS
+    assert len(lines) == 3 * size.iterations
     page = (demo / "page.md").read_text()
-    assert "guard-ops demo --seed 0 --iterations 12 --pretrain-steps 300" in page
+    assert f"guard-ops demo --seed 0 {' '.join(size.options)}" in page
     for name in PICTURES:
         assert f"(page/{name})" in page
 
@@ -93,13 +114,12 @@ def test_ratio_norm_makes_spread_and_clipping_the_same_at_every_step(runs):
 
 
 @pytest.mark.usefixtures("few")
-def test_a_demo_that_is_done_is_shown_again_without_work(demo, capsys, monkeypatch):
+def test_a_demo_that_is_done_is_shown_again_without_work(demo, size, capsys, monkeypatch):
     before = (demo / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(Trainer, "iterate", lambda self: pytest.fail("it trains"))
     monkeypatch.setattr(plots, "draw", lambda *_: None)
-    options = ["--out", str(demo), "--iterations", str(ITERATIONS), "--pretrain-steps", "300"]
-    assert main(["demo", *options]) == 0
-    assert "After 12 iterations" in capsys.readouterr().out
+    assert main(["demo", "--out", str(demo), *size.options]) == 0
+    assert f"After {size.iterations} iterations" in capsys.readouterr().out
     assert (demo / "metrics.jsonl").read_bytes() == before
 
 
@@ -107,18 +127,20 @@ def test_a_demo_that_is_done_is_shown_again_without_work(demo, capsys, monkeypat
     "options, message",
     [
         (["--pretrain-steps", "20"], "`--pretrain-steps` is 20 but the demo in `--out` was begun "
-                                     "with 300; continue with the same or choose another `--out`"),
-        (["--iterations", "40", "--pretrain-steps", "300"], "`--iterations` is 40 but the demo in"),
+                                     "with {size.pretrain_steps}; continue with the same or "
+                                     "choose another `--out`"),
+        (["--iterations", "40"], "`--iterations` is 40 but the demo in"),
         (["--report", "{out}"], "`--report` is {out}, which is a folder"),
     ],
 )  # fmt: skip
-def test_another_demo_is_refused_before_any_work(demo, options, message, capsys, monkeypatch):
+def test_another_demo_is_refused_before_any_work(demo, size, options, message, capsys, monkeypatch):
     monkeypatch.setattr(jobs, "load_or_pretrain", lambda *_: pytest.fail("it pretrains"))
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.suffix != ".lock"}
-    given = ["--out", str(demo), "--iterations", str(ITERATIONS)]
+    given = ["--out", str(demo), *size.options]
     given += [option.format(out=demo) for option in options]
     assert main(["demo", *given, "--seeds", "3", "0"]) == 1
-    assert capsys.readouterr().err.startswith("guard-ops: " + message.format(out=demo))
+    expected = "guard-ops: " + message.format(out=demo, size=size)
+    assert capsys.readouterr().err.startswith(expected)
     after = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.suffix != ".lock"}
     assert after == before
 
