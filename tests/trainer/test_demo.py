@@ -1,5 +1,6 @@
 """The demo end to end, shortened: its files, and the effect on the ratio that it shows."""
 
+import functools
 import json
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import pytest
 from tiny import full_disk
 
 from guard_ops.cli import main
-from guard_ops.trainer import RunFolderError, Trainer, jobs, plots, tables
+from guard_ops.trainer import RunFolderError, TrainConfig, Trainer, jobs, plots, tables
 from guard_ops.trainer import demo as demos
 from guard_ops.trainer.demo import Run, SeedResult, run_demo
 from guard_ops.trainer.digits import load_digits
@@ -148,7 +149,9 @@ def test_another_demo_is_refused_before_any_work(demo, size, options, message, c
 @pytest.mark.usefixtures("few")
 def test_an_interrupted_demo_continues_to_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "draw", lambda *_: None)
-    iterate, calls, stops = Trainer.iterate, [], {4, 8}
+    monkeypatch.setattr(demos, "TrainConfig", functools.partial(TrainConfig, group_size=4))
+    # where the second objective begins, and in the middle of it
+    iterate, calls, stops = Trainer.iterate, [], {3, 5}
 
     def interrupted(trainer):
         calls.append(trainer.guard.ratio_norm)
@@ -157,7 +160,7 @@ def test_an_interrupted_demo_continues_to_the_same_numbers(tmp_path, monkeypatch
         return iterate(trainer)
 
     def demo(out):
-        return run_demo(out, [0], iterations=3, pretrain_steps=2)
+        return run_demo(out, [0], iterations=2, pretrain_steps=2)
 
     whole = demo(tmp_path / "whole")
     monkeypatch.setattr(Trainer, "iterate", interrupted)
@@ -165,11 +168,11 @@ def test_an_interrupted_demo_continues_to_the_same_numbers(tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             demo(tmp_path / "parts")
     parts = demo(tmp_path / "parts")
-    assert len(calls) == 3 * 3 + len(stops)  # each iteration once, and those interrupted again
+    assert len(calls) == 3 * 2 + len(stops)  # each iteration once, and those interrupted again
     for name, run in whole.seeds[0].runs.items():
         assert run.samples.equal(parts.seeds[0].runs[name].samples)
         assert run.evaluations == parts.seeds[0].runs[name].evaluations
-    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 9
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"iterations": 3}', "[" * 100_000])

@@ -4,6 +4,7 @@ The processes are forks of one that has imported what they need, which takes lon
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import multiprocessing
@@ -38,10 +39,11 @@ def tiny(out, iterations):
 
 
 def train(*options):
-    """``guard-ops train``, in a process; it is evaluated by a judge that takes no time to fit."""
+    """``guard-ops train``, in a process, of small groups and a judge that takes no time to fit."""
     from guard_ops import cli
-    from guard_ops.trainer import jobs
+    from guard_ops.trainer import config, jobs
 
+    config.TrainConfig = functools.partial(config.TrainConfig, group_size=4)
     jobs.EVALUATION_SAMPLES = 2
     jobs.Gold = lambda digits: lambda samples, condition: {"gold": float(samples.mean())}
     torch.set_num_threads(1)
