@@ -204,6 +204,7 @@ def test_a_backend_that_is_missing_is_said_to_be(available, build, words, failed
     assert any(outcome.failed for outcome in outcomes) is failed
 
 
+@pytest.mark.slow_suite  # which imports torch
 def test_backends_are_asked_of_a_new_process(check, monkeypatch):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     available, unavailable = check.backends(environment)

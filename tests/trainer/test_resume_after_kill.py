@@ -21,7 +21,7 @@ from tiny import tiny_trainer
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["torch._dynamo", "torch.utils.tensorboard", "sklearn.linear_model", "guard_ops.trainer.jobs"]
+    ["torch._dynamo", "sklearn.linear_model", "guard_ops.trainer.jobs"]
 )
 
 
@@ -43,7 +43,7 @@ def train(*options):
     from guard_ops import cli
     from guard_ops.trainer import config, jobs
 
-    config.TrainConfig = functools.partial(config.TrainConfig, group_size=4)
+    config.TrainConfig = functools.partial(config.TrainConfig, group_size=4, tensorboard=False)
     jobs.EVALUATION_SAMPLES = 2
     jobs.Gold = lambda digits: lambda samples, condition: {"gold": float(samples.mean())}
     torch.set_num_threads(1)
