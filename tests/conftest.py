@@ -119,7 +119,8 @@ SLOW_SUITE = [
 ]
 
 # Taken first, in this order: a process that begins one of them last is waited for by the other.
-LONGEST = ["torch_operators", "resume_after_kill", "demo", "gradients", "install", "goldens"]
+LONGEST = ["demo", "torch_operators", "resume_after_kill", "gradients", "numerics", "determinism"]
+LONGEST += ["install", "goldens", "fuzz_loss", "fuzz_log_ratio", "package", "extension"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
