@@ -10,7 +10,6 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
-import fresh
 import pytest
 import torch
 
@@ -102,8 +101,15 @@ def test_a_pure_install_has_no_kernels_and_says_so_once(installed):
 
 def test_the_package_works_on_the_reference_and_says_so_once(installed):
     _, folder = installed
-    program = f"import sys; sys.path.insert(0, {str(folder)!r}){PROBE}"
-    seen = json.loads(fresh.run(program, folder=folder))
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seen = json.loads(done.stdout)
     assert Path(seen["file"]).parent == folder / "guard_ops"
     assert seen["kernels"] == [str(folder / "guard_ops" / "kernels")]
     assert Path(seen["benchmarks"]).parent == folder / "guard_ops" / "benchmarks"
