@@ -93,6 +93,7 @@ def python_tests(sanitizer: Sanitizer) -> int:
     (built,) = (compiling.build(definitions, "_C", sanitizer.folder) / "extension").glob("_C*.so")
     files = [f"tests/test_{name}.py" for name in PYTHON_TESTS]
     command = [sys.executable, __file__, "--pytest", str(built), "-q", "-k", "cpu", *files]
+    command += ["-m", "not slow"]  # every combination
     return subprocess.call(command, cwd=ROOT, env=environment())
 
 

@@ -103,12 +103,24 @@ def _reproducible(request):
     torch.set_num_threads(threads)
 
 
-# What takes minutes on a device that is emulated, where one case tests what the others do on a real
-# one.
-SLOW_SUITE = [r"number_of_threads", r"allocate_the_gradient.*-(paper|article-dtype[12])"]
+# What takes seconds on a device that is emulated or by Triton's interpreter, where one case tests
+# what the others do on a real device: what torch traces is not the kernels', and their bits are
+# compared by every path.
+SLOW_SUITE = [
+    r"number_of_threads",
+    r"allocate_the_gradient(?!.*-mean-article-dtype0)",
+    r"runs_repeat_bit_for_bit",
+    r"excess_survives_float32",
+    r"compiles_with_symbolic_numbers",
+    r"compiles_into_one_graph\[.*-seeded",
+    r"custom_objective_over_log_ratio_compiles",
+    r"more_samples_than_one_program_holds_in_one_graph",
+    r"test_device_loss.*every_size_of_latent.*-seeded-(2-7|2-4097|None-9000)",
+]
 
 # Taken first, in this order: a process that begins one of them last is waited for by the other.
-LONGEST = ["torch_operators", "resume_after_kill", "demo", "gradients", "install", "goldens"]
+LONGEST = ["demo", "torch_operators", "resume_after_kill", "gradients", "numerics", "determinism"]
+LONGEST += ["install", "goldens", "fuzz_loss", "fuzz_log_ratio", "package", "extension"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -116,7 +128,7 @@ def pytest_collection_modifyitems(config, items):
     """Longest files first; on an emulated device, without what is in float64, which it has not."""
     slow = re.compile("|".join(SLOW_SUITE))
     for item in items:
-        if emulated.EMULATED and slow.search(item.nodeid):
+        if (emulated.EMULATED or INTERPRETED) and slow.search(item.nodeid):
             item.add_marker(pytest.mark.slow_suite)
     rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

@@ -1,7 +1,8 @@
 """Programs in an interpreter that has imported torch and nothing of ours.
 
-Importing torch takes seconds and guard_ops tenths of one: a process that has done the first is
-copied (fork) for every program. What is tested before torch is imported needs a process of its own.
+Importing torch takes seconds, torch._dynamo for guard_ops three more, and the rest of guard_ops
+tenths of one: a process that has done the first two is copied (fork) for every program. What is
+tested before torch is imported needs a process of its own.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SERVER = """
-import json, os, sys, traceback
-import torch
+import importlib, json, os, sys, traceback
+importlib.import_module(sys.argv[1])
 for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
@@ -43,10 +44,10 @@ for line in sys.stdin:
 
 
 @functools.cache
-def _server() -> subprocess.Popen[str]:
+def _server(imported: str) -> subprocess.Popen[str]:
     """This process's, ended with it."""
-    pipe = subprocess.PIPE
-    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True)
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", SERVER, imported]
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
     atexit.register(server.kill)
     return server
 
@@ -56,9 +57,10 @@ def run(
     *arguments: str,
     environment: Mapping[str, str] = os.environ,
     folder: str | os.PathLike[str] = ".",
+    imported: str = "torch._dynamo",
 ) -> str:
     """What ``program`` printed; it fails where the program does."""
-    server = _server()
+    server = _server(imported)
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as temporary:

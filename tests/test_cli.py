@@ -58,10 +58,15 @@ assert status == 0
 
 
 def test_it_runs_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "guard_ops", "train", "--help"], capture_output=True, check=True
-    )
-    assert b"--objective {article,paper,flow_grpo}" in done.stdout
+    program = """
+import runpy, sys
+sys.argv = ["guard_ops", "train", "--help"]
+try:
+    runpy.run_module("guard_ops", run_name="__main__", alter_sys=True)  # python -m guard_ops
+except SystemExit as stop:
+    assert stop.code == 0
+"""
+    assert "--objective {article,paper,flow_grpo}" in fresh.run(program, folder=ROOT)
 
 
 def test_no_command_is_an_error(capsys):

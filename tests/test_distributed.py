@@ -1,11 +1,12 @@
 """RatioNorm over the ranks of a process group: two gloo processes against one with the batch."""
 
 import math
+from pathlib import Path
 
+import fresh
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from problems import problem, relative, run, without_advantages
 
 import guard_ops as go
@@ -81,11 +82,38 @@ def uneven(rank):
 REWARDS = torch.tensor([1.0, 5.0, 3.0, 0.0, 10.0, 4.0], dtype=torch.float64)
 
 
+PROGRAM = """
+import os, signal, sys, traceback
+sys.path.insert(0, sys.argv[2])
+import test_distributed
+
+children = set()
+for rank in range(test_distributed.RANKS):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            test_distributed.worker(rank, sys.argv[1])
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    children.add(child)
+while children:
+    child, status = os.wait()
+    children.remove(child)
+    if status:
+        for other in children:  # would wait for it
+            os.kill(other, signal.SIGKILL)
+        raise SystemExit(f"a rank ended with {status}")
+"""
+
+
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory):
     """What every rank got, from one start of the processes."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(worker, (folder,), nprocs=RANKS)
+    fresh.run(PROGRAM, folder, str(Path(__file__).parent))
     return [torch.load(f"{folder}/{rank}") for rank in range(RANKS)]
 
 

@@ -1,7 +1,10 @@
 """The specification's own numbers: tests/data/objective_f64.npz, every case and variant."""
 
+import re
+
 import pytest
 import torch
+from combinations import pairs_first
 from goldens import (
     CASES,
     PAIRS,
@@ -13,6 +16,11 @@ from goldens import (
     rounded,
 )
 from problems import run
+
+
+def parts(case, variant, form):
+    """A case is a kind of SDE, a shape and a drift."""
+    return *re.fullmatch(r"(.+?)_(\d.+)_(drift.+)", case).groups(), variant, form
 
 
 def test_the_file_holds_exactly_the_cases_that_are_tested(objective_goldens):
@@ -32,12 +40,15 @@ def test_schedule_coefficients(case, objective_goldens):
 
 @pytest.mark.parametrize(
     "case, variant, form",
-    [
-        (case, variant, form)
-        for case, variant in PAIRS
-        for form in ("velocity", "mean", "noise", "log-prob")
-        if not (form == "log-prob" and variant.startswith("paper"))  # does not know kl_old
-    ],
+    pairs_first(
+        (
+            (case, variant, form)
+            for case, variant in PAIRS
+            for form in ("velocity", "mean", "noise", "log-prob")
+            if not (form == "log-prob" and variant.startswith("paper"))  # does not know kl_old
+        ),
+        parts,
+    ),
 )
 def test_float64_equals_the_goldens(case, variant, form, backend, objective_goldens):
     config = VARIANTS[variant]
@@ -47,8 +58,10 @@ def test_float64_equals_the_goldens(case, variant, form, backend, objective_gold
 
 # Float32 inputs carry 6e-8 each; in these forms nothing magnifies it. (The mean form's delta is a
 # difference of rounded means: test_numerics.py has its own bound.)
-@pytest.mark.parametrize("form", ["velocity", "noise"])
-@pytest.mark.parametrize("case, variant", PAIRS)
+@pytest.mark.parametrize(
+    "case, variant, form",
+    pairs_first(((*pair, form) for pair in PAIRS for form in ("velocity", "noise")), parts),
+)
 def test_float32_is_close_to_float64_of_the_same_numbers(
     case, variant, form, fused_backend, objective_goldens
 ):

@@ -122,12 +122,13 @@ print(bounded.run({python(code)!r}, 2, ".", os.environ, output=subprocess.PIPE))
     assert done.stdout.strip() == repr((None, "begun\nso far: 3 passed\n"))
 
 
-def test_a_step_has_an_environment_and_a_grace_of_its_own(check, capfd):
+def test_a_step_has_an_environment_and_a_grace_of_its_own(check, capfd, monkeypatch):
+    monkeypatch.setattr(check.bounded, "GRACE_SECONDS", 0.5)
     code = (
         "import os, time\n"
         "print(os.environ['OMP_NUM_THREADS'], flush=True)\n"
         "try:\n    time.sleep(60)\n"
-        "except KeyboardInterrupt:\n    time.sleep(6); print('late', flush=True)"
+        "except KeyboardInterrupt:\n    time.sleep(1.5); print('late', flush=True)"
     )
     step = fake(check, "x", code, seconds=2, variables={"OMP_NUM_THREADS": "3"}, grace=20.0)
     (outcome,) = check.run_steps([step], {**os.environ, "OMP_NUM_THREADS": "1"})
@@ -203,6 +204,7 @@ def test_a_backend_that_is_missing_is_said_to_be(available, build, words, failed
     assert any(outcome.failed for outcome in outcomes) is failed
 
 
+@pytest.mark.slow_suite  # which imports torch
 def test_backends_are_asked_of_a_new_process(check, monkeypatch):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     available, unavailable = check.backends(environment)

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from combinations import pairs_first
 from problems import FORMS, arguments, problem, relative, run, without_advantages
 
 import guard_ops as go
@@ -50,7 +51,7 @@ def check(function, *inputs):
     assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form, norm, balance, detach", MODES)
+@pytest.mark.parametrize("form, norm, balance, detach", pairs_first(MODES))
 def test_guard_loss(form, norm, balance, detach, backend):
     config = go.GuardConfig(
         norm, balance=balance, detach_stats=detach, clip_low=0.02, clip_high=0.04
@@ -142,9 +143,10 @@ def test_kl_to_the_reference_model(norm, guided, backend):
     assert grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form, guided, reduction",
+    pairs_first(itertools.product(FORMS, [False, True], ["mean", "sum"])),
+)
 def test_log_ratio_and_its_kl(form, guided, reduction, backend):
     given = without_advantages(small(form, guided=guided))
     names = ["model_output", "model_output_uncond"][: 1 + guided]

@@ -198,6 +198,7 @@ def test_the_benchmarks_are_installed_without_pytests_files(installed):
     assert not (folder / "benchmarks").exists()  # nothing of that name beside other packages
 
 
+@pytest.mark.slow_suite  # takes ten seconds, to compute what tests/benchmarks test
 def test_the_installed_command_benches(installed, tmp_path):
     """On the reference backend, which is what there is without a compiler."""
     _, folder = installed

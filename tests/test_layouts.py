@@ -1,7 +1,10 @@
 """Trajectories as trainers store them are read in place, and what the loss allocates."""
 
+import itertools
+
 import pytest
 import torch
+from combinations import pairs_first
 from problems import FORMS, arguments, problem, relative, run, schedule, without_advantages
 
 import guard_ops as go
@@ -231,9 +234,14 @@ def test_the_measure_of_memory_sees_a_temporary():
     assert peak_of(lambda: x.add_(1).sum()) <= 4096
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("config", ["article", "paper"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form, config, dtype",
+    pairs_first(
+        itertools.product(
+            FORMS, ["article", "paper"], [torch.float32, torch.bfloat16, torch.float16]
+        )
+    ),
+)
 def test_loss_and_backward_allocate_the_gradient_and_little_more(
     form, config, dtype, fused_backend
 ):

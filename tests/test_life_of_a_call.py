@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 import guard_ops as go
@@ -21,7 +22,8 @@ import life_of_a_call  # noqa: E402
 # Run in a copy that has all four additions: each backend against reference, and reference against
 # what the additions are defined to be.
 USED = """
-import sys
+import sys, warnings
+warnings.simplefilter("ignore")
 sys.path[:0] = [".", "tests"]
 import torch
 if sys.argv[1] == "triton":
@@ -90,10 +92,7 @@ def copy(tmp_path_factory):
 
 
 def use(root: Path, backend: str, **environment: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", USED, backend]
-    env = {**os.environ, **environment, "PYTHONPATH": ""}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    fresh.run(USED, backend, environment=os.environ | environment, folder=root)
 
 
 def test_the_lists_of_places_are_whole_in_python(copy):
@@ -111,11 +110,14 @@ def test_an_extension_with_other_lists_is_not_loaded(copy):
     compiled = extension.load()
     built = [Path(compiled.__file__), Path(compiled.__file__).with_suffix(".json")]
     found = [shutil.copy2(file, copy / "guard_ops") for file in built if file.is_file()]
-    command = [sys.executable, "-c", "from guard_ops import backends as b; print(b._unavailable)"]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
+    program = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "from guard_ops import backends as b; print(b._unavailable)"
+    )
+    printed = fresh.run(program, folder=copy)
     for file in found:
         Path(file).unlink()
-    assert "the compiled kernels are those of another version of guard-ops" in done.stdout
+    assert "the compiled kernels are those of another version of guard-ops" in printed
 
 
 @pytest.mark.slow_suite  # compiles the extension

@@ -264,7 +264,8 @@ print(*(selftest.self_test(name) for name in ("cpu", "reference") if name in bac
 
 def test_nothing_optional_is_imported_on_the_way_to_a_kernel():
     """torch brings Triton and no numpy; a GPU user without it would run on ``reference``."""
-    available, tested = python(NEEDED, TRITON_INTERPRET="0").splitlines()
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    available, tested = fresh.run(NEEDED, environment=environment, imported="torch").splitlines()
     assert "triton" in available.split()
     assert set(tested.split()) == {"ok"}
 

@@ -1,7 +1,10 @@
 """The registered operators under torch's own checks, and torch.compile over the public ops."""
 
+import itertools
+
 import pytest
 import torch
+from combinations import values_first
 from problems import FORMS, operands, problem, relative, without_advantages
 from torch.utils._pytree import tree_leaves
 
@@ -18,8 +21,7 @@ def problem_of(form, *, guided=False, dtype=torch.float32):
     return problem(form, latent=(9, 4), dtype=dtype, guided=guided, reference=True)
 
 
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form, guided", values_first(itertools.product(FORMS, [False, True])))
 def test_opcheck_sums_and_gradient(form, guided):
     t = operands(problem_of(form, guided=guided))
     torch.library.opcheck(torch.ops.guard_ops.sums.default, t)
@@ -29,9 +31,11 @@ def test_opcheck_sums_and_gradient(form, guided):
         torch.library.opcheck(torch.ops.guard_ops.gradient.default, arguments)
 
 
-@pytest.mark.parametrize("guided, dtype", [(False, torch.float64), (True, torch.bfloat16)])
-@pytest.mark.parametrize("form", FORMS)
-def test_opcheck_guard_loss(form, guided, dtype):
+@pytest.mark.parametrize(
+    "form, dtype", values_first(itertools.product(FORMS, [torch.float64, torch.bfloat16]))
+)
+def test_opcheck_guard_loss(form, dtype):
+    guided = dtype == torch.bfloat16
     t = operands(problem_of(form, guided=guided, dtype=dtype))
     advantages = torch.randn(3, 4, dtype=torch.float64)
     old = torch.randn(3, 4, dtype=torch.float64) if form == "log-prob" else None
@@ -47,8 +51,10 @@ def test_opcheck_guard_loss(form, guided, dtype):
         torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-@pytest.mark.parametrize("source", ["noise", "seed"])
+@pytest.mark.parametrize(
+    "source, dtype",
+    values_first(itertools.product(["noise", "seed"], [torch.float64, torch.float16])),
+)
 def test_opcheck_sde_step(source, dtype):
     given = problem("velocity", latent=(9, 4), dtype=dtype)
     x, v = given["sample"].flatten(2), given["model_output"].flatten(2)
@@ -59,8 +65,10 @@ def test_opcheck_sde_step(source, dtype):
     torch.library.opcheck(torch.ops.guard_ops.sde_step.default, (v, x, coefficients, noise, seed))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize(
+    "factor, dtype",
+    values_first(itertools.product([1.0, 0.25], [torch.float64, torch.float32, torch.bfloat16])),
+)
 def test_opcheck_scaled(factor, dtype):
     t = operands(problem_of("velocity", guided=True, dtype=dtype))
     c = torch.randn(3, 3, 4, dtype=torch.float64)
@@ -98,14 +106,27 @@ def compiled_and_eager(given, config, compiler, dynamic=None):
 
 
 # The compiled graph holds the same operators; only the multiplication by grad_output is its own.
+# To trace a call takes a second.
+rarely = pytest.mark.slow_suite
+
+
 @pytest.mark.parametrize(
     "form, config, dtype",
     [
         ("mean", go.GuardConfig.article(), torch.float32),
-        ("velocity", go.GuardConfig.flow_grpo(clip_low=0.2), torch.float64),
-        ("noise", go.GuardConfig.paper(clip_low=0.2, clip_high=0.2), torch.bfloat16),
+        pytest.param(
+            "velocity", go.GuardConfig.flow_grpo(clip_low=0.2), torch.float64, marks=rarely
+        ),
+        pytest.param(
+            "noise", go.GuardConfig.paper(clip_low=0.2, clip_high=0.2), torch.bfloat16, marks=rarely
+        ),
         ("seeded", go.GuardConfig.article(detach_stats=False), torch.float16),
-        ("log-prob", go.GuardConfig("standardize", balance="inverse_dt"), torch.float32),
+        pytest.param(
+            "log-prob",
+            go.GuardConfig("standardize", balance="inverse_dt"),
+            torch.float32,
+            marks=rarely,
+        ),
     ],
 )
 def test_guard_loss_compiles_into_one_graph(form, config, dtype, backend):
@@ -116,7 +137,7 @@ def test_guard_loss_compiles_into_one_graph(form, config, dtype, backend):
         assert relative(got, expected) < (1e-12 if dtype == torch.float64 else 1e-6)
 
 
-@pytest.mark.parametrize("kl_beta", [0.0, 0.1])
+@pytest.mark.parametrize("kl_beta", [pytest.param(0.0, marks=rarely), 0.1])
 def test_guard_loss_compiles_with_symbolic_numbers(kl_beta, fused_backend):
     given = problem("mean", latent=(9, 4), dtype=torch.float32, reference=kl_beta > 0)
     config = go.GuardConfig.article(kl_beta=kl_beta)

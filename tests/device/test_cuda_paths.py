@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from combinations import pairs_first
 from emulated import EMULATED
 from on_device import capture
 from problems import FORMS, operands, problem, relative, truth
@@ -78,9 +79,12 @@ def paths(name, latent):
     return ["cooperative", *(alone if name in INDEPENDENT else [])]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("latent", [(7,), *SIZES])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype, latent, name",
+    pairs_first(
+        itertools.product([torch.float32, torch.bfloat16, torch.float16], [(7,), *SIZES], CONFIGS)
+    ),
+)
 def test_paths_give_the_same_bits(name, latent, dtype, cuda):
     given = on_device(
         made(latent=latent, steps=2, batch=3, dtype=dtype, reference=name == "article_kl")
@@ -102,8 +106,14 @@ def config_for(path, latent):
     return CONFIGS[name]
 
 
-@pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster", "in_turn"])
-@pytest.mark.parametrize("form, guided", list(itertools.product(FORMS, [False, True])))
+@pytest.mark.parametrize(
+    "form, guided, path",
+    pairs_first(
+        itertools.product(
+            FORMS, [False, True], ["two_launches", "cooperative", "cluster", "in_turn"]
+        )
+    ),
+)
 def test_every_form_by_every_path(form, guided, path, cuda):
     given = made(form, latent=(3, 31, 17), guided=guided)
     config = config_for(path, (3, 31, 17))
@@ -181,7 +191,7 @@ def test_calls_on_several_streams_and_graphs_beside_each_other(cuda):
 
 
 def test_more_rows_than_a_stream_has_counters_for(cuda):
-    small, large = on_device(made(latent=(64,))), on_device(made(latent=(64,), steps=5, batch=400))
+    small, large = on_device(made(latent=(64,))), on_device(made(latent=(64,), steps=5, batch=210))
     for path in ("two_launches", "cooperative"):
         cuda.force_cuda_path(path)
         for given in (small, large, small):

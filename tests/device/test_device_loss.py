@@ -4,10 +4,12 @@ Tolerances are those of tests/test_numerics.py: float32 operands of order 1 are 
 ones, and a 16-bit gradient is rounded once, to half of 2^-8 or 2^-11 of each element.
 """
 
+import itertools
 import math
 
 import pytest
 import torch
+from combinations import pairs_first, values_first
 from on_device import moved, problem_on, rollout_on
 from problems import FORMS, largest, relative, run, truth, without_advantages
 
@@ -63,8 +65,7 @@ def test_every_form_and_mode(form, mode, place):
     compare(there, here, MODES[mode], torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form, dtype", values_first(itertools.product(FORMS, NARROW[1:])))
 def test_every_form_in_16_bits(form, dtype, place):
     here, there = problem_on(place.device, form, dtype=dtype, latent=(40,), drift=0.5)
     compare(there, here, MODES["article"], dtype)
@@ -132,8 +133,9 @@ def test_weights_and_statistics_from_elsewhere(mode, place):
         assert relative(grad.cpu(), expected_grad) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("form", ["mean", "velocity", "noise", "seeded"])
+@pytest.mark.parametrize(
+    "form, dtype", values_first(itertools.product(["mean", "velocity", "noise", "seeded"], NARROW))
+)
 def test_on_policy_is_exactly_on_policy(form, dtype, place):
     if form == "mean":
         there = rollout_on(place.device, dtype, (41,))
@@ -221,9 +223,21 @@ def test_the_rollouts_step(source, dtype, place):
     assert largest(step.log_prob.cpu(), expected.log_prob) < 2e-5
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("factor", [1.0, -3.0, 0.0])
-@pytest.mark.parametrize("steps, latent", [(3, (50,)), (3, (2, 5, 5)), (None, (10, 5))])
+SHAPES = [(3, (50,)), (3, (2, 5, 5)), (None, (10, 5))]
+
+
+@pytest.mark.parametrize(
+    "steps, latent, factor, dtype",
+    pairs_first(
+        (
+            (*shape, factor, dtype)
+            for shape in SHAPES
+            for factor in (1.0, -3.0, 0.0)
+            for dtype in NARROW
+        ),
+        lambda steps, latent, factor, dtype: ((steps, latent), factor, dtype),
+    ),
+)
 def test_backward_scales_what_forward_made(steps, latent, dtype, factor, place):
     here, there = problem_on(
         place.device, "mean", steps=steps, dtype=dtype, latent=latent, drift=0.3

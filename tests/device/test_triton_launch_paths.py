@@ -1,7 +1,10 @@
 """The fused loss's three paths on Triton: the same bits, and counters that are zero again."""
 
+import itertools
+
 import pytest
 import torch
+from combinations import pairs_first
 from on_device import problem_on
 from problems import relative, run, truth
 
@@ -48,9 +51,12 @@ def same(first, second):
     return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("numel", [50, 4096, 9000, *LARGE])
-@pytest.mark.parametrize("config", INDEPENDENT)
+@pytest.mark.parametrize(
+    "config, numel, dtype",
+    pairs_first(
+        itertools.product(INDEPENDENT, [50, 4096, 9000, *LARGE], [torch.float32, torch.bfloat16])
+    ),
+)
 def test_rows_and_two_launches_give_the_same_bits(config, numel, dtype, triton, monkeypatch):
     of_a_size(triton, numel)
     _, given = problem_on(

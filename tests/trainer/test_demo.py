@@ -1,27 +1,70 @@
 """The demo end to end, shortened: its files, and the effect on the ratio that it shows."""
 
+import functools
 import json
+from typing import NamedTuple
 
 import pytest
 from tiny import full_disk
 
 from guard_ops.cli import main
-from guard_ops.trainer import RunFolderError, Trainer, jobs, plots, tables
+from guard_ops.trainer import RunFolderError, TrainConfig, Trainer, jobs, plots, tables
 from guard_ops.trainer import demo as demos
 from guard_ops.trainer.demo import Run, SeedResult, run_demo
 from guard_ops.trainer.digits import load_digits
 from guard_ops.trainer.judges import Gold, ProxyReward
 
 PICTURES = ("samples.png", "overoptimization.png", "ratio.png", "clip.png")
-ITERATIONS = 12
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """A demo of 12 iterations on a policy pretrained for 300 steps; takes 15 s on 2 cores."""
+def judges():
+    """Fitted once."""
+    digits = load_digits()
+    return {"ProxyReward": ProxyReward(digits), "Gold": Gold(digits)}
+
+
+@pytest.fixture
+def few(monkeypatch, judges):
+    """An evaluation sees few samples, and asks judges that are there."""
+    evaluate_few(monkeypatch, judges)
+
+
+def evaluate_few(patch, judges, samples=5):
+    patch.setattr(jobs, "EVALUATION_SAMPLES", samples)
+    for name, judge in judges.items():
+        patch.setattr(demos, name, lambda digits, judge=judge: judge)
+
+
+class Size(NamedTuple):
+    """How much a demo does."""
+
+    iterations: int
+    pretrain_steps: int
+    samples: int  # of a class, in an evaluation
+
+    @property
+    def options(self):
+        steps = str(self.pretrain_steps)
+        return ["--iterations", str(self.iterations), "--pretrain-steps", steps]
+
+
+LONG = pytest.param(Size(12, 300, 100), marks=pytest.mark.slow_suite, id="long")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(Size(3, 100, 5), id="short"), LONG])
+def size(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, judges, size):
+    """A demo of that size."""
     out = tmp_path_factory.mktemp("demo")
-    options = ["--out", str(out), "--iterations", str(ITERATIONS), "--pretrain-steps", "300"]
-    assert main(["demo", *options, "--report", str(out / "page.md")]) == 0
+    options = ["--out", str(out), *size.options]
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate_few(patch, judges, size.samples)
+        assert main(["demo", *options, "--report", str(out / "page.md")]) == 0
     return out
 
 
@@ -35,15 +78,15 @@ def runs(demo):
     return runs
 
 
-def test_it_writes_all_its_files(demo):
+def test_it_writes_all_its_files(demo, size):
     for name in PICTURES:
         for path in (demo / "seed-0" / name, demo / "page" / name):
             assert path.read_bytes().startswith(b"\x89PNG")
             assert path.stat().st_size > 10_000
     lines = (demo / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 3 * ITERATIONS
+    assert len(lines) == 3 * size.iterations
     page = (demo / "page.md").read_text()
-    assert "guard-ops demo --seed 0 --iterations 12 --pretrain-steps 300" in page
+    assert f"guard-ops demo --seed 0 {' '.join(size.options)}" in page
     for name in PICTURES:
         assert f"(page/{name})" in page
 
@@ -71,13 +114,13 @@ def test_ratio_norm_makes_spread_and_clipping_the_same_at_every_step(runs):
     assert max(steep) - min(steep) > 0.2
 
 
-def test_a_demo_that_is_done_is_shown_again_without_work(demo, capsys, monkeypatch):
+@pytest.mark.usefixtures("few")
+def test_a_demo_that_is_done_is_shown_again_without_work(demo, size, capsys, monkeypatch):
     before = (demo / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(Trainer, "iterate", lambda self: pytest.fail("it trains"))
     monkeypatch.setattr(plots, "draw", lambda *_: None)
-    options = ["--out", str(demo), "--iterations", str(ITERATIONS), "--pretrain-steps", "300"]
-    assert main(["demo", *options]) == 0
-    assert "After 12 iterations" in capsys.readouterr().out
+    assert main(["demo", "--out", str(demo), *size.options]) == 0
+    assert f"After {size.iterations} iterations" in capsys.readouterr().out
     assert (demo / "metrics.jsonl").read_bytes() == before
 
 
@@ -85,30 +128,30 @@ def test_a_demo_that_is_done_is_shown_again_without_work(demo, capsys, monkeypat
     "options, message",
     [
         (["--pretrain-steps", "20"], "`--pretrain-steps` is 20 but the demo in `--out` was begun "
-                                     "with 300; continue with the same or choose another `--out`"),
-        (["--iterations", "40", "--pretrain-steps", "300"], "`--iterations` is 40 but the demo in"),
+                                     "with {size.pretrain_steps}; continue with the same or "
+                                     "choose another `--out`"),
+        (["--iterations", "40"], "`--iterations` is 40 but the demo in"),
         (["--report", "{out}"], "`--report` is {out}, which is a folder"),
     ],
 )  # fmt: skip
-def test_another_demo_is_refused_before_any_work(demo, options, message, capsys, monkeypatch):
+def test_another_demo_is_refused_before_any_work(demo, size, options, message, capsys, monkeypatch):
     monkeypatch.setattr(jobs, "load_or_pretrain", lambda *_: pytest.fail("it pretrains"))
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.suffix != ".lock"}
-    given = ["--out", str(demo), "--iterations", str(ITERATIONS)]
+    given = ["--out", str(demo), *size.options]
     given += [option.format(out=demo) for option in options]
     assert main(["demo", *given, "--seeds", "3", "0"]) == 1
-    assert capsys.readouterr().err.startswith("guard-ops: " + message.format(out=demo))
+    expected = "guard-ops: " + message.format(out=demo, size=size)
+    assert capsys.readouterr().err.startswith(expected)
     after = {path: path.stat().st_mtime_ns for path in demo.rglob("*") if path.suffix != ".lock"}
     assert after == before
 
 
+@pytest.mark.usefixtures("few")
 def test_an_interrupted_demo_continues_to_the_same_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "EVALUATION_SAMPLES", 2)
     monkeypatch.setattr(plots, "draw", lambda *_: None)
-    digits = load_digits()
-    judges = ProxyReward(digits), Gold(digits)
-    monkeypatch.setattr(demos, "ProxyReward", lambda _: judges[0])
-    monkeypatch.setattr(demos, "Gold", lambda _: judges[1])
-    iterate, calls, stops = Trainer.iterate, [], {4, 8}
+    monkeypatch.setattr(demos, "TrainConfig", functools.partial(TrainConfig, group_size=4))
+    # where the second objective begins, and in the middle of it
+    iterate, calls, stops = Trainer.iterate, [], {3, 5}
 
     def interrupted(trainer):
         calls.append(trainer.guard.ratio_norm)
@@ -117,7 +160,7 @@ def test_an_interrupted_demo_continues_to_the_same_numbers(tmp_path, monkeypatch
         return iterate(trainer)
 
     def demo(out):
-        return run_demo(out, [0], iterations=3, pretrain_steps=2)
+        return run_demo(out, [0], iterations=2, pretrain_steps=2)
 
     whole = demo(tmp_path / "whole")
     monkeypatch.setattr(Trainer, "iterate", interrupted)
@@ -125,11 +168,11 @@ def test_an_interrupted_demo_continues_to_the_same_numbers(tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             demo(tmp_path / "parts")
     parts = demo(tmp_path / "parts")
-    assert len(calls) == 3 * 3 + len(stops)  # each iteration once, and those interrupted again
+    assert len(calls) == 3 * 2 + len(stops)  # each iteration once, and those interrupted again
     for name, run in whole.seeds[0].runs.items():
         assert run.samples.equal(parts.seeds[0].runs[name].samples)
         assert run.evaluations == parts.seeds[0].runs[name].evaluations
-    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 9
+    assert len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"iterations": 3}', "[" * 100_000])
