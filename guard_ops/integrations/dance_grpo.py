@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import loss, ops
 from ..config import GuardConfig
 from ..schedule import StepCoefficients
-from . import guard, steps
+from . import guard, steps, tail
 
 
 def flux_step(
@@ -104,6 +106,43 @@ def grpo_one_step_log_prob(
         prev_sample=pre_latents.unsqueeze(0),
         coeffs=_coefficients(sigma_schedule, i, eta, True, latents),
     ).squeeze(0)
+
+
+class TrainingLoss(NamedTuple):
+    """The loss of one timestep and the ratio that the scripts print."""
+
+    loss: Tensor  # []
+    ratio: Tensor  # [B]
+
+
+def training_loss(
+    args: Any,
+    pred: Tensor,
+    latents: Tensor,
+    pre_latents: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    sigma_schedule: Tensor,
+    i: int | Tensor,
+    train_timesteps: int,
+) -> TrainingLoss:
+    """All that ``train_one_step`` does between the velocity and ``loss.backward``, in one pass.
+
+    Args:
+        args: the script's; its ``eta``, ``clip_range``, ``adv_clip_max`` and
+            ``gradient_accumulation_steps`` are read.
+        pred: velocity, [B, *latent]. latents: x. pre_latents: y. old_log_probs, advantages: [B].
+        sigma_schedule, i: the step, as ``grpo_one_step`` has it.
+        train_timesteps: how many timesteps share the loss.
+    """
+    coeffs = _coefficients(sigma_schedule, i, args.eta, True, latents)
+    found = tail.plain(
+        tail.Transition(pred, latents, pre_latents, coeffs, old_log_prob=old_log_probs),
+        advantages,
+        tail.Bounds(args.clip_range, args.clip_range, args.adv_clip_max),
+    )
+    loss = found.loss / (args.gradient_accumulation_steps * train_timesteps)
+    return TrainingLoss(loss, 1 + found.excess)
 
 
 def grpo_loss(

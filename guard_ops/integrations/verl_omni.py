@@ -13,10 +13,16 @@ import torch
 from torch import Tensor
 
 from ..schedule import SDE_RULES, SdeKind
-from . import guard, steps
-from .flow_grpo import draw_noise, std_and_sqrt_dt
+from . import guard, steps, tail
+from .flow_grpo import averaged, draw_noise, std_and_sqrt_dt
 
 KINDS: dict[str, SdeKind] = {"sde": "flow_sde", "cps": "cps", "dance_sde": "dance_sde"}
+
+
+def _kind(sde_type: str) -> SdeKind:
+    if sde_type not in KINDS:
+        raise ValueError(f"`sde_type` is {sde_type!r}; it needs one of {', '.join(KINDS)}")
+    return KINDS[sde_type]
 
 
 def sample_previous_step(
@@ -50,11 +56,9 @@ def sample_previous_step(
             schedule.
         NotImplementedError: ``per_token_timesteps`` is given, which the original refuses too.
     """
-    if sde_type not in KINDS:
-        raise ValueError(f"`sde_type` is {sde_type!r}; it needs one of {', '.join(KINDS)}")
+    kind = _kind(sde_type)
     if per_token_timesteps is not None:
         raise NotImplementedError("`per_token_timesteps` is not supported, as in the original")
-    kind = KINDS[sde_type]
     index = (
         int(self.step_index)
         if timestep is None
@@ -175,6 +179,53 @@ class GRPOGuardFusedLoss:
         return _result(loss, metrics)
 
 
+def training_loss(
+    scheduler: Any,
+    noise_pred: Tensor,
+    micro_batch: Any,
+    step: int,
+    config: Any,
+    model_config: Any,
+) -> tuple[Tensor, dict[str, float]]:
+    """All of ``forward_step`` between the velocity and the loss, as one call.
+
+    ``config.diffusion_loss.loss_mode`` tells which objective: a name with "guard" is GRPO-Guard,
+    whose ratio comes from the stored mean in the mean form (exactly 1 on policy); any other is
+    Flow-GRPO's and DanceGRPO's, over the stored log-prob, in one pass.
+
+    Args:
+        scheduler: the engine's. noise_pred: velocity after guidance, [B, *latent], any floating
+            dtype.
+        micro_batch: the engine's: "all_latents" [B, T + 1, *latent], "all_timesteps",
+            "advantages", "old_log_probs" (or "old_prev_sample_mean"), each [B, T, ...], and maybe
+            "rollout_is_weights" [B]. step: the trained one.
+        config: the actor's; ``diffusion_loss`` is read. model_config: ``algo.noise_level`` and
+            ``algo.sde_type`` are read.
+
+    Returns:
+        The loss [] and verl-omni's metrics, numbers; reading them waits for the device, once.
+    """
+    settings, algo = config.diffusion_loss, model_config.algo
+    kind = _kind(algo.sde_type)
+    latents = micro_batch["all_latents"]
+    x, y = latents[:, step], latents[:, step + 1]
+    advantages = micro_batch["advantages"][:, step]
+    index = steps.index_for_timestep(scheduler.timesteps, micro_batch["all_timesteps"][:, step])
+    coeffs = steps.coefficients(
+        scheduler.sigmas, index, algo.noise_level, kind, len(x), noise_pred.device
+    )
+    weights, clip = micro_batch.get("rollout_is_weights", None), settings.clip_ratio
+    t = tail.Transition(noise_pred, x, y, coeffs)
+    bounds = tail.Bounds(clip, clip, settings.adv_clip_max)
+    if "guard" in settings.loss_mode:
+        t = t._replace(old_mean=micro_batch["old_prev_sample_mean"][:, step])
+        found = averaged(t, advantages, bounds, kind, "sample", weights)
+    else:
+        t = t._replace(old_log_prob=micro_batch["old_log_probs"][:, step])
+        found = tail.plain(t, advantages, bounds, weights)
+    return found.loss, _metrics(found.excess, found.log_ratio, clip)
+
+
 LOSSES = {"flow_grpo_fused": FlowGRPOFusedLoss, "grpo_guard_fused": GRPOGuardFusedLoss}
 
 
@@ -205,13 +256,16 @@ def _result(loss: Tensor, metrics: dict[str, float]) -> Any:
 
 def _metrics(excess: Tensor, log_ratio: Tensor, clip: float) -> dict[str, float]:
     """verl-omni's metrics as the numbers that its logger wants, in one read of the device."""
-    high, low = excess > clip, excess < -clip
-    values = {
-        "actor/ppo_kl": -log_ratio.detach().mean(),
-        "actor/pg_clipfrac": (high | low).double().mean(),
-        "actor/pg_clipfrac_higher": high.double().mean(),
-        "actor/pg_clipfrac_lower": low.double().mean(),
-        "actor/ratio_mean": 1 + excess.mean(),
-        "actor/ratio_std": excess.std(),
+    count, excess = len(excess), excess.double()
+    std = excess.std() if count > 1 else torch.zeros_like(excess[0])  # torch's is NaN for one
+    flags = torch.stack([excess > clip, excess < -clip]).double().mean(1)
+    means = torch.stack([log_ratio.detach().double().mean(), excess.mean(), std])
+    log_r, bias, spread, high, low = torch.cat([means, flags]).tolist()
+    return {
+        "actor/ppo_kl": -log_r,
+        "actor/pg_clipfrac": high + low,
+        "actor/pg_clipfrac_higher": high,
+        "actor/pg_clipfrac_lower": low,
+        "actor/ratio_mean": 1 + bias,
+        "actor/ratio_std": spread,
     }
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
