@@ -7,6 +7,9 @@ fused step under ``FlowMatchSDEDiscreteScheduler``.
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -227,25 +230,71 @@ def training_loss(
 
 
 LOSSES = {"flow_grpo_fused": FlowGRPOFusedLoss, "grpo_guard_fused": GRPOGuardFusedLoss}
+_ORIGINALS = {"flow_grpo_fused": "flow_grpo", "grpo_guard_fused": "grpo_guard"}
 
 
 def register() -> tuple[str, ...]:
-    """Put the losses into verl-omni's registry; returns their names. Repeating it is harmless."""
+    """Put the losses into verl-omni's registry, and their names among those its config takes.
+
+    Every process that makes a loss or its config needs it. Repeating it is harmless.
+
+    Returns:
+        The names, for ``actor.diffusion_loss.loss_mode``.
+    """
     from verl_omni.trainer.diffusion import diffusion_algos
 
     for name, loss in LOSSES.items():
         if name not in diffusion_algos.DIFFUSION_LOSS_REGISTRY:
             bases = (loss, diffusion_algos.DiffusionLossFn)
             diffusion_algos.register_diffusion_loss(name)(type(loss.__name__, bases, {}))
+    config = _loss_config()
+    if config is not None and not hasattr(config.__post_init__, "_guard_ops_original"):
+        config.__post_init__ = _accepting(config.__post_init__)
     return tuple(LOSSES)
 
 
 def unregister() -> None:
-    """Take the losses out of verl-omni's registry again."""
+    """Take the losses and their names out again."""
     from verl_omni.trainer.diffusion import diffusion_algos
 
     for name in LOSSES:
         diffusion_algos.DIFFUSION_LOSS_REGISTRY.pop(name, None)
+    config = _loss_config()
+    original = getattr(getattr(config, "__post_init__", None), "_guard_ops_original", None)
+    if original is not None:
+        config.__post_init__ = original
+
+
+def _loss_config() -> Any:
+    """``DiffusionLossConfig``, which keeps its own list of names; None where there is none."""
+    try:
+        module = importlib.import_module("verl_omni.workers.config.diffusion.actor")
+    except ModuleNotFoundError:
+        return None
+    return getattr(module, "DiffusionLossConfig", None)
+
+
+def _accepting(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """``__post_init__`` that checks a fused loss's settings as those of the one it replaces.
+
+    The list of names is a local of the original, so a name that is in it takes the fused one's
+    place for as long as the check runs. (The config refuses assignments; ``object`` does not.)
+    """
+
+    @functools.wraps(original)
+    def check(self: Any) -> None:
+        asked = self.loss_mode
+        if asked not in _ORIGINALS:
+            original(self)
+            return
+        object.__setattr__(self, "loss_mode", _ORIGINALS[asked])
+        try:
+            original(self)
+        finally:
+            object.__setattr__(self, "loss_mode", asked)
+
+    check._guard_ops_original = original  # type: ignore[attr-defined]
+    return check
 
 
 def _result(loss: Tensor, metrics: dict[str, float]) -> Any:
