@@ -185,7 +185,9 @@ def guard_loss(
 
     Args:
         model_output, latents, prev_sample, old_model_output: [B, *latent]. advantages: [B].
-        eta, sigmas, index: as :func:`flux_step`. config: ``GuardConfig.article()`` or any other.
+        eta, sigmas, index: as :func:`flux_step`.
+        config: any whose ``balance`` needs one step only. ``inverse_ratio`` (the article's) is over
+            all steps of a sample: docs/swap-in.md, "All steps at once".
     """
     coeffs = _coefficients(sigmas, index, eta, True, latents)
     return loss.guard_loss(

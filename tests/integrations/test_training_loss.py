@@ -7,7 +7,7 @@ import torch
 
 import guard_ops as go
 from benchmarks import measure, scripts
-from guard_ops.integrations import dance_grpo, flow_factory, flow_grpo, verl_omni
+from guard_ops.integrations import dance_grpo, flow_factory, flow_grpo, steps, verl_omni
 
 SHAPE = (6, 4, 8, 8)
 VARIANTS = {
@@ -152,6 +152,38 @@ def test_a_tail_is_few_operators(name, contender):
     call()  # its timestep is known from then on
     two_passes = contender.guarded and not name.startswith("Flow-Factory")
     assert measure.traffic(call, v.numel()).operators <= (50 if two_passes else 20)
+
+
+@pytest.mark.parametrize("name, contender", scripts.CONTENDERS.items())
+def test_a_devices_lookup_is_the_hosts(name, contender, monkeypatch):
+    """On an accelerator nothing is looked up by the host, which would have to wait for it."""
+    batch, velocity = scripts.make_batch(SHAPE, contender.kind, mixed=name != "DanceGRPO")
+    found = []
+    for host in (True, False):
+        if not host:
+            monkeypatch.setattr(steps, "_on_host", lambda x: False)
+            monkeypatch.setattr(torch, "_assert_async", lambda *_: None)
+        v = velocity.clone().requires_grad_()
+        loss, _ = contender.tail(batch, v)
+        loss.backward()
+        found.append((loss.detach(), v.grad))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, contender", scripts.CONTENDERS.items())
+def test_a_rollout_in_inference_mode_leaves_nothing_behind(name, contender):
+    """Its schedules are kept, and serve the update as well."""
+    steps._known.cache_clear()
+    steps._known_at.cache_clear()
+    steps._schedule.cache_clear()
+    with torch.inference_mode():
+        inside, velocity = scripts.make_batch(SHAPE, contender.kind, seed=3)
+        contender.tail(inside, velocity)
+    batch, velocity = scripts.make_batch(SHAPE, contender.kind, seed=3)
+    v = velocity.requires_grad_()
+    contender.tail(batch, v)[0].backward()
+    assert v.grad.any()
 
 
 def test_qwen_image_scripts_divide_both_losses():
