@@ -135,14 +135,21 @@ def training_loss(
         sigma_schedule, i: the step, as ``grpo_one_step`` has it.
         train_timesteps: how many timesteps share the loss.
     """
-    coeffs = _coefficients(sigma_schedule, i, args.eta, True, latents)
+    # as a weight, because dividing the loss would take a pass over the gradient
+    weight = 1 / (args.gradient_accumulation_steps * train_timesteps)
     found = tail.plain(
-        tail.Transition(pred, latents, pre_latents, coeffs, old_log_prob=old_log_probs),
+        tail.Transition(
+            pred,
+            latents,
+            pre_latents,
+            _coefficients(sigma_schedule, i, args.eta, True, latents),
+            old_log_prob=old_log_probs,
+        ),
         advantages,
         tail.Bounds(args.clip_range, args.clip_range, args.adv_clip_max),
+        torch.full_like(advantages, weight, dtype=torch.float64),
     )
-    loss = found.loss / (args.gradient_accumulation_steps * train_timesteps)
-    return TrainingLoss(loss, 1 + found.excess)
+    return TrainingLoss(found.loss, 1 + found.excess)
 
 
 def grpo_loss(

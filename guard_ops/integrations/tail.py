@@ -8,6 +8,7 @@ Nothing waits for a device.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -98,19 +99,24 @@ def numel(t: Transition) -> int:
 def _one_pass(
     t: Transition, advantages: Tensor, bounds: Bounds, norm: RatioNorm, weights: Tensor | None
 ) -> Clipped:
-    config = GuardConfig(
-        norm, clip_low=bounds.low, clip_high=bounds.high, adv_clip=bounds.adv, balance="none"
-    )
+    make = _config.__wrapped__ if torch.compiler.is_compiling() else _config
     given = _steps(t)
     found = loss.guard_loss(
         given.pop("model_output"),
         advantages=advantages.unsqueeze(0),
-        config=config,
+        config=make(norm, bounds),
         step_weights=None if weights is None else weights.unsqueeze(0),
         **given,
     )
     high, low = found.metrics.clip_fraction_high[0], found.metrics.clip_fraction_low[0]
     return Clipped(found.loss, found.log_ratio[0], found.excess[0], high, low)
+
+
+@functools.lru_cache(maxsize=64)
+def _config(norm: RatioNorm, bounds: Bounds) -> GuardConfig:
+    return GuardConfig(
+        norm, clip_low=bounds.low, clip_high=bounds.high, adv_clip=bounds.adv, balance="none"
+    )
 
 
 def _steps(t: Transition) -> dict[str, Any]:
