@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import loss, ops
 from ..config import GuardConfig
 from ..schedule import StepCoefficients
-from . import guard, steps
+from . import guard, steps, tail
 
 
 def flux_step(
@@ -34,7 +36,7 @@ def flux_step(
         ``(prev_sample, pred_original_sample, log_prob [B])``, or without ``grpo``
         ``(prev_sample_mean, pred_original_sample)``; float32.
     """
-    at = index if isinstance(index, Tensor) else int(index)
+    at = _from_the_front(index, len(sigmas))
     sigma = sigmas[at].to(latents.device)
     x, v = latents.float(), model_output
     pred_original_sample = torch.addcmul(x, -sigma, v.float())
@@ -57,6 +59,7 @@ def _coefficients(
     sigmas: Tensor, index: int | Tensor, eta: float, sde_solver: bool, x: Tensor
 ) -> StepCoefficients:
     """The step's coefficients for each sample, [1, B]."""
+    index = _from_the_front(index, len(sigmas))
     if isinstance(index, Tensor):
         index = index.reshape(1)
     coeffs = steps.coefficients(sigmas, index, eta, "dance_sde", len(x), x.device)
@@ -66,6 +69,19 @@ def _coefficients(
     ones = torch.ones_like(coeffs.a)
     table = torch.stack([ones, coeffs.dt, coeffs.s, coeffs.kappa, coeffs.dt])
     return StepCoefficients._of(table, True, coeffs.deterministic)
+
+
+def _from_the_front(index: int | Tensor, count: int) -> int | Tensor:
+    """A step's index >= 0; a negative one counts from the end of the ``count`` sigmas.
+
+    So -2 is the last step, and -1, at which no step begins, is out of range.
+    """
+    if isinstance(index, Tensor):
+        return torch.where(index < 0, index + count, index)
+    found = int(index) + (count if index < 0 else 0)
+    if not 0 <= found < count - 1:
+        raise ValueError(f"`index` is {index}; with {count} sigmas it needs 0 to {count - 2}")
+    return found
 
 
 def grpo_one_step_log_prob(
@@ -88,10 +104,52 @@ def grpo_one_step_log_prob(
         pred.unsqueeze(0),
         sample=latents.unsqueeze(0),
         prev_sample=pre_latents.unsqueeze(0),
-        coeffs=_coefficients(
-            sigma_schedule, i if isinstance(i, Tensor) else int(i), eta, True, latents
-        ),
+        coeffs=_coefficients(sigma_schedule, i, eta, True, latents),
     ).squeeze(0)
+
+
+class TrainingLoss(NamedTuple):
+    """The loss of one timestep and the ratio that the scripts print."""
+
+    loss: Tensor  # []
+    ratio: Tensor  # [B]
+
+
+def training_loss(
+    args: Any,
+    pred: Tensor,
+    latents: Tensor,
+    pre_latents: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    sigma_schedule: Tensor,
+    i: int | Tensor,
+    train_timesteps: int,
+) -> TrainingLoss:
+    """All that ``train_one_step`` does between the velocity and ``loss.backward``, in one pass.
+
+    Args:
+        args: the script's; its ``eta``, ``clip_range``, ``adv_clip_max`` and
+            ``gradient_accumulation_steps`` are read.
+        pred: velocity, [B, *latent]. latents: x. pre_latents: y. old_log_probs, advantages: [B].
+        sigma_schedule, i: the step, as ``grpo_one_step`` has it.
+        train_timesteps: how many timesteps share the loss.
+    """
+    # as a weight, because dividing the loss would take a pass over the gradient
+    weight = 1 / (args.gradient_accumulation_steps * train_timesteps)
+    found = tail.plain(
+        tail.Transition(
+            pred,
+            latents,
+            pre_latents,
+            _coefficients(sigma_schedule, i, args.eta, True, latents),
+            old_log_prob=old_log_probs,
+        ),
+        advantages,
+        tail.Bounds(args.clip_range, args.clip_range, args.adv_clip_max),
+        torch.full_like(advantages, weight, dtype=torch.float64),
+    )
+    return TrainingLoss(found.loss, 1 + found.excess)
 
 
 def grpo_loss(
@@ -134,11 +192,11 @@ def guard_loss(
 
     Args:
         model_output, latents, prev_sample, old_model_output: [B, *latent]. advantages: [B].
-        eta, sigmas, index: as :func:`flux_step`. config: ``GuardConfig.article()`` or any other.
+        eta, sigmas, index: as :func:`flux_step`.
+        config: any whose ``balance`` needs one step only. ``inverse_ratio`` (the article's) is over
+            all steps of a sample: docs/swap-in.md, "All steps at once".
     """
-    coeffs = _coefficients(
-        sigmas, index if isinstance(index, Tensor) else int(index), eta, True, latents
-    )
+    coeffs = _coefficients(sigmas, index, eta, True, latents)
     return loss.guard_loss(
         model_output.unsqueeze(0),
         advantages=advantages,

@@ -6,7 +6,8 @@ The frameworks' files share this. Steps are looked up on the device (the origina
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
+from ..checks import check_choice
 from ..schedule import SDE_RULES, SdeKind, SdeSchedule, StepCoefficients, coefficient_table
 
 
@@ -26,63 +28,121 @@ class Step(NamedTuple):
     coeffs: StepCoefficients  # [1, B]
 
 
-# sigmas -> {(version, noise level, kind, device): schedule}
+# sigmas on an accelerator -> {(version, noise level, kind, device): schedule}
 _schedules: Any = WeakIdKeyDictionary()
 
 
 def schedule_of(sigmas: Tensor, noise_level: float, kind: SdeKind, device: Any) -> SdeSchedule:
-    """The schedule of a scheduler's ``sigmas`` on ``device``, kept for as long as they live.
+    """The schedule of a scheduler's ``sigmas`` on ``device``, made once.
 
-    It is made once because that reads the sigmas on the host.
+    Sigmas on the CPU, where schedulers keep them, are known by their values. Those on an
+    accelerator, of which a look would make the host wait, are known by their version, which an
+    edit of ``sigmas.data`` does not change.
     """
+    level, where = float(noise_level), torch.device(device)
+    if sigmas.device.type == "cpu":
+        return _schedule(tuple(sigmas.tolist()), level, kind, where)
+    if sigmas.is_inference():  # which has no version
+        return SdeSchedule(sigmas, level, kind, where)
     known = _schedules.setdefault(sigmas, {})
-    key = (sigmas._version, float(noise_level), kind, torch.device(device))
+    key = (sigmas._version, level, kind, where)
     if key not in known:
-        known[key] = SdeSchedule(sigmas, float(noise_level), kind, device)
+        known[key] = SdeSchedule(sigmas, level, kind, where)
     found: SdeSchedule = known[key]
     return found
 
 
-def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> Tensor:
-    """Indices [B] of ``timestep`` [B] (or []) in a scheduler's ``timesteps`` [N], on their device.
+@functools.lru_cache(maxsize=64)
+def _schedule(
+    sigmas: tuple[float, ...], noise_level: float, kind: SdeKind, device: torch.device
+) -> SdeSchedule:
+    return SdeSchedule(sigmas, noise_level, kind, device)
+
+
+Index = int | tuple[int, ...] | Tensor  # of one step, or of each sample's
+
+
+def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> tuple[int, ...] | Tensor:
+    """The step of each ``timestep`` [B] (or []) in a scheduler's ``timesteps`` [N].
+
+    On the CPU, which is where diffusers keeps schedules, it is looked up by the host, which then
+    also knows the coefficients; on an accelerator by the device, so that nothing waits: [B].
 
     Raises:
-        ValueError: a timestep on the CPU is not in the schedule. On an accelerator, from which
-            nothing is read back, an assertion on the device fails instead.
+        ValueError: a timestep on the CPU is not in the schedule. On an accelerator an assertion on
+            the device fails instead.
     """
-    wanted = timestep.to(timesteps.device).reshape(-1, 1)
-    match = timesteps.unsqueeze(0) == wanted
-    if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
-        missing = (~match.any(1)).nonzero().flatten().tolist()
-        if missing:
-            raise ValueError(
-                f"`timestep` has {wanted[missing[0]].item()}, which is not one of the scheduler's "
-                f"{len(timesteps)} timesteps"
-            )
-    else:
-        torch._assert_async(match.any(1).all(), "`timestep` is not one of the scheduler's")
+    if _on_host(timesteps) and _on_host(timestep):
+        known: dict[float, int] = {}
+        for k, value in enumerate(timesteps.tolist()):
+            known.setdefault(value, k)
+        wanted = timestep.reshape(-1).tolist()
+        for value in wanted:
+            if value not in known:
+                raise ValueError(
+                    f"`timestep` has {value}, which is not one of the scheduler's "
+                    f"{len(timesteps)} timesteps"
+                )
+        return tuple([known[value] for value in wanted])
+    match = timesteps.unsqueeze(0) == timestep.to(timesteps.device).reshape(-1, 1)
+    torch._assert_async(match.any(1).all(), "`timestep` is not one of the scheduler's")
     return match.int().argmax(1)
+
+
+def _on_host(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def coefficients(
     sigmas: Tensor,  # [N + 1]
-    index: Tensor | int,  # [B], or one step for all samples
+    index: Index,
     noise_level: float | Tensor,
     kind: SdeKind,
     batch: int,
     device: torch.device,
 ) -> StepCoefficients:
-    """[1, B] coefficients of steps of a schedule; a tensor ``noise_level`` is per sample, [B]."""
-    if isinstance(noise_level, Tensor):
+    """[1, B] coefficients of steps of a schedule; a tensor ``noise_level`` is per sample, [B].
+
+    Where the density's constants are dropped (cps), the last step, of which ``s`` is 0, has a
+    log-prob like the others, and a noise level above 1 has the sine's value, as in the originals.
+    """
+    check_choice("kind", kind, tuple(SDE_RULES))
+    rule = SDE_RULES[kind]
+    known = not isinstance(noise_level, Tensor) and 0 <= noise_level <= rule.largest_noise_level
+    if not known or torch.compiler.is_compiling():
         at = torch.as_tensor(index, device=sigmas.device).reshape(-1)
-        return coefficients_at(sigmas[at], sigmas[at + 1], noise_level, kind, sigmas[1], batch)
-    schedule = schedule_of(sigmas, noise_level, kind, device)
+        found = coefficients_at(sigmas[at], sigmas[at + 1], noise_level, kind, sigmas[1], batch)
+        return found.to(device)
     if isinstance(index, Tensor):
-        return schedule[index.to(device).reshape(1, -1).expand(1, batch)]
-    one = schedule[index]
-    return StepCoefficients._of(
-        one.table.reshape(5, 1, 1).expand(5, 1, batch), one.gaussian, one.deterministic
-    )
+        schedule = schedule_of(sigmas, float(noise_level), kind, device)
+        table = schedule[index.to(device).reshape(1, -1).expand(1, batch)].table
+        return StepCoefficients._of(table, rule.gaussian, ())
+    steps = (index,) if isinstance(index, int) else index
+    if sigmas.device.type == "cpu":
+        values = tuple(sigmas.tolist())
+        return _known(values, steps, float(noise_level), kind, batch, torch.device(device))
+    return _rows(schedule_of(sigmas, float(noise_level), kind, device), steps, batch)
+
+
+@functools.lru_cache(maxsize=256)
+def _known(
+    sigmas: tuple[float, ...],
+    steps: tuple[int, ...],
+    noise_level: float,
+    kind: SdeKind,
+    batch: int,
+    device: torch.device,
+) -> StepCoefficients:
+    with torch.inference_mode(False):  # what is kept must serve a training step too
+        return _rows(_schedule(sigmas, noise_level, kind, device), steps, batch)
+
+
+def _rows(schedule: SdeSchedule, steps: tuple[int, ...], batch: int) -> StepCoefficients:
+    """[1, B] of one step for all samples or of each sample's."""
+    found = schedule[list(steps)]
+    table = found.table.unsqueeze(1).expand(5, 1, batch).contiguous()
+    gaussian = SDE_RULES[schedule.kind].gaussian
+    return StepCoefficients._of(table, gaussian, found.deterministic if gaussian else ())
 
 
 def coefficients_at(
@@ -90,18 +150,31 @@ def coefficients_at(
     sigma_next: Tensor,
     noise_level: float | Tensor,
     kind: SdeKind,
-    sigma_max: Tensor,  # []
+    sigma_max: float | Tensor,  # []
     batch: int,
 ) -> StepCoefficients:
     """[1, B] coefficients of steps between arbitrary sigmas, on their device."""
+    each = (sigma, sigma_next, noise_level, sigma_max)
+    if all(not isinstance(x, Tensor) or _on_host(x) for x in each):
+        rows = (tuple(x.reshape(-1).tolist()) if isinstance(x, Tensor) else (x,) for x in each)
+        return _known_at(tuple(rows), kind, batch)
+    return _table_at(each, kind, batch, sigma.device)
 
-    def row(x: float | Tensor) -> Tensor:
-        x = number(x, sigma.device)
-        return x.to(sigma.device, torch.float64).reshape(1, -1).expand(1, batch)
 
-    table = coefficient_table(
-        row(sigma), row(sigma_next), row(noise_level), kind, sigma_max.double().to(sigma.device)
-    )
+@functools.lru_cache(maxsize=256)
+def _known_at(rows: tuple[tuple[float, ...], ...], kind: SdeKind, batch: int) -> StepCoefficients:
+    cpu = torch.device("cpu")
+    with torch.inference_mode(False):
+        each = [torch.tensor(row, dtype=torch.float64, device=cpu) for row in rows]
+        return _table_at(each, kind, batch, cpu)
+
+
+def _table_at(
+    each: Sequence[float | Tensor], kind: SdeKind, batch: int, device: torch.device
+) -> StepCoefficients:
+    rows = [number(x, device).to(device, torch.float64).reshape(1, -1) for x in each]
+    sigma, sigma_next, level, sigma_max = (row.expand(1, batch) for row in rows)
+    table = coefficient_table(sigma, sigma_next, level, kind, sigma_max)
     return StepCoefficients._of(table, SDE_RULES[kind].gaussian, ())
 
 
@@ -130,25 +203,41 @@ def sde_step(
     """Sample, or score, one step: ``y = a x + b v + s noise``, ``log p(y)`` and the mean.
 
     With ``prev_sample`` (in an update) the log-prob and the mean carry gradients to
-    ``model_output``. Without it (in a rollout) ``draw`` is called for the noise.
+    ``model_output``, and to ``sample`` if that requires grad. Without it (in a rollout) ``draw``
+    is called for the noise.
 
     Args:
-        store_dtype: the dtype in which the trainer keeps latents. The log-prob is that of the
-            sample rounded to it, as it will be read back; the sample is returned in float32.
+        store_dtype: the dtype in which the trainer keeps the next sample, to which it is rounded;
+            the log-prob is that of the rounded sample, which is returned in float32.
     """
     v, x = model_output.unsqueeze(0), sample.unsqueeze(0)
-    learns = torch.is_grad_enabled() and model_output.requires_grad
+    learns = torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad)
     if prev_sample is None and not learns:
-        stored = x.to(store_dtype)
-        step = ops.sde_step(v, stored, coeffs, noise=draw().unsqueeze(0))
-        log_prob = step.log_prob.squeeze(0).float() if with_log_prob else None
-        return Step(step.prev_sample.squeeze(0).float(), log_prob, step.mean.squeeze(0), coeffs)
+        step = ops.sde_step(v, x, coeffs, noise=draw().unsqueeze(0))
+        y, log_prob = step.prev_sample, step.log_prob
+        if y.dtype != store_dtype:
+            y = y.to(store_dtype)
+            if with_log_prob:
+                log_prob = ops.log_prob(v, sample=x, prev_sample=y, coeffs=coeffs)
+        kept = log_prob.squeeze(0).float() if with_log_prob else None
+        return Step(y.squeeze(0).float(), kept, step.mean.squeeze(0), coeffs)
     a, b, s = (per_sample(each, model_output) for each in (coeffs.a, coeffs.b, coeffs.s))
     mean = torch.addcmul(a * sample.float(), b, model_output.float())
     if prev_sample is None:
         prev_sample = (mean + s * draw()).to(store_dtype).float()
-    y = prev_sample.detach().unsqueeze(0)
-    log_prob = None
+    scored = None
     if with_log_prob:
-        log_prob = ops.log_prob(v, sample=x, prev_sample=y, coeffs=coeffs).squeeze(0).float()
-    return Step(prev_sample, log_prob, mean, coeffs)
+        y = prev_sample.detach().unsqueeze(0)
+        if sample.requires_grad:  # the mean in the velocity's place, as the ops' x is a constant
+            v, x, coeffs_of_v = mean.unsqueeze(0), y, _of_mean(coeffs)
+        else:
+            coeffs_of_v = coeffs
+        scored = ops.log_prob(v, sample=x, prev_sample=y, coeffs=coeffs_of_v).squeeze(0).float()
+    return Step(prev_sample, scored, mean, coeffs)
+
+
+def _of_mean(coeffs: StepCoefficients) -> StepCoefficients:
+    """The coefficients with which a mean takes a velocity's place: a = 0, b = 1."""
+    zero = torch.zeros_like(coeffs.a)
+    table = torch.stack([zero, zero + 1, coeffs.s, coeffs.kappa, coeffs.dt])
+    return StepCoefficients._of(table, coeffs.gaussian, coeffs.deterministic)
