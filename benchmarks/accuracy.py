@@ -11,7 +11,7 @@ from torch import Tensor
 import guard_ops as go
 
 from . import baselines
-from .contenders import Inputs, make_inputs, on
+from .contenders import Inputs, config_of, make_inputs, on
 from .workloads import Workload
 
 DRIFTS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -149,7 +149,7 @@ def ours(inputs: Inputs, form: str, backend: str | None = None) -> Ratios:
             return go.guard_loss(
                 inputs.model_output.detach(),
                 advantages=inputs.advantages,
-                config=getattr(go.GuardConfig, objective)(std_floor=FLOOR),
+                config=config_of(objective, inputs, std_floor=FLOOR),
                 **inputs.form(form),
             )
 

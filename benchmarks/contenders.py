@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -110,9 +111,17 @@ def on(backend: str | None) -> AbstractContextManager[None]:
     return nullcontext() if backend is None else go.use_backend(backend)
 
 
+def config_of(objective: str, inputs: Inputs, **settings: Any) -> go.GuardConfig:
+    """``GuardConfig.<objective>()``; without the article's balance if there is one step."""
+    config: go.GuardConfig = getattr(go.GuardConfig, objective)(**settings)
+    if config.balance == "inverse_ratio" and len(inputs.model_output) == 1:
+        return dataclasses.replace(config, balance="none")
+    return config
+
+
 def ours(inputs: Inputs, form: str, objective: str, backend: str | None = None) -> Call:
     """``guard_loss`` in one of the forms under ``GuardConfig.<objective>()``, and its backward."""
-    config = getattr(go.GuardConfig, objective)()
+    config = config_of(objective, inputs)
     operands, v = inputs.form(form), inputs.model_output
 
     def call() -> None:
@@ -126,7 +135,7 @@ def ours(inputs: Inputs, form: str, objective: str, backend: str | None = None) 
 
 def loss_and_grad(inputs: Inputs, form: str, objective: str) -> Call:
     """``guard_loss_and_grad``: the same numbers as :func:`ours`, without autograd."""
-    config = getattr(go.GuardConfig, objective)()
+    config = config_of(objective, inputs)
     operands, v = inputs.form(form), inputs.model_output
     return lambda: go.guard_loss_and_grad(
         v, advantages=inputs.advantages, config=config, **operands

@@ -14,7 +14,7 @@ from torch import Tensor
 import guard_ops as go
 
 from .cases import Case
-from .contenders import Inputs, on
+from .contenders import Inputs, config_of, on
 from .measure import AGAIN, Call, Race
 
 
@@ -70,7 +70,7 @@ def _forward(case: Case, inputs: Inputs) -> Callable[[], Tensor]:
         # weights [K, B] stand in for a custom objective
         weights = inputs.advantages.expand(inputs.model_output.shape[:2])
         return lambda: (go.log_ratio(inputs.model_output, **operands).log_ratio * weights).sum()
-    config = getattr(go.GuardConfig, case.objective)()
+    config = config_of(case.objective, inputs)
     return lambda: (
         go.guard_loss(
             inputs.model_output, advantages=inputs.advantages, config=config, **operands

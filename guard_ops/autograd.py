@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import inference
 from .config import Objective
 from .transitions import DIFFERENTIATED, Rows, Transitions, flatten
 
@@ -39,6 +39,24 @@ def _once(name: str, grad: Tensor | None, *inputs: Tensor | None) -> Tensor | No
     return result
 
 
+def _save(ctx: Context, tensors: Sequence[Tensor | None]) -> None:
+    """``ctx.save_for_backward``, which refuses tensors that were made in inference mode.
+
+    Those are kept as they are: torch counts no change of theirs, so there is nothing to compare in
+    the backward pass.
+    """
+    apart = {}
+    if not torch.compiler.is_compiling():
+        apart = {n: x for n, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.apart = apart
+    ctx.save_for_backward(*(None if n in apart else x for n, x in enumerate(tensors)))
+
+
+def _saved(ctx: Context) -> Iterator[Tensor | None]:
+    """What :func:`_save` was given; raises if one was changed in place since."""
+    return iter([ctx.apart.get(n, x) for n, x in enumerate(ctx.saved_tensors)])
+
+
 class TransitionSums(torch.autograd.Function):
     """``S1``, ``S2`` and the reference sum, [3, K, B].
 
@@ -56,14 +74,14 @@ class TransitionSums(torch.autograd.Function):
     ) -> Tensor:
         ctx.backend, ctx.guidance_scale = backend, guidance_scale
         tensors = (model_output, model_output_uncond, *constants)
-        inference.save(ctx, tensors)
+        _save(ctx, tensors)
         out: Tensor = backend.sums(Transitions.take(iter(tensors), guidance_scale))
         return out
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Any:
         _, _, cond, uncond, *constants = ctx.needs_input_grad
-        t = Transitions.take(iter(inference.saved(ctx)), ctx.guidance_scale)
+        t = Transitions.take(_saved(ctx), ctx.guidance_scale)
         outputs = (t.latents.model_output, t.latents.model_output_uncond)
         grads = ctx.backend.gradient(t, grad, cond, uncond)
         if ctx.backend.FUSED:
@@ -119,14 +137,14 @@ class GuardLoss(torch.autograd.Function):
         given = t.latents._replace(
             model_output=model_output, model_output_uncond=model_output_uncond
         )
-        inference.save(ctx, t._replace(latents=given).tensors())
+        _save(ctx, t._replace(latents=given).tensors())
         ctx.mark_non_differentiable(per_row, metrics)
         return loss, per_row, metrics
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor | None, *_: Any) -> Any:
         # this raises if an operand was changed in place, even where no gradient is wanted
-        t = Transitions.take(iter(inference.saved(ctx)), ctx.guidance_scale)
+        t = Transitions.take(_saved(ctx), ctx.guidance_scale)
         if grad_output is None:
             return (None,) * 7
         outputs = (t.latents.model_output, t.latents.model_output_uncond)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import inference, objective
+from . import objective
 from .checks import check_floating
 from .config import RATIO_NORMS, GuardConfig
 from .schedule import StepCoefficients
 from .statistics import RatioStatistics, check_statistics
-from .transitions import check_balance, check_coefficients, check_config, check_gaussian
+from .transitions import check_balance, check_coefficients, check_config, check_gaussian, normal
 
 
 def ratio_norm(
@@ -41,7 +41,7 @@ def ratio_norm(
         check_gaussian(coeffs, config.ratio_norm)
         _check_rows("kl_old", kl_old, log_ratio)
     wide, limit = log_ratio.double(), objective.largest(log_ratio.dtype)
-    kl = torch.zeros_like(wide) if kl_old is None else inference.normal(kl_old).double()
+    kl = torch.zeros_like(wide) if kl_old is None else normal(kl_old).double()
     finite = objective.representable_ratio(log_ratio.detach(), log_ratio.dtype)
     if RATIO_NORMS[config.ratio_norm].debiased:
         finite = finite & (kl.detach().abs() <= limit)
@@ -88,7 +88,7 @@ def clipped_surrogate(excess: Tensor, advantages: Tensor, *, config: GuardConfig
             f"`advantages` has shape {tuple(advantages.shape)} but `excess` {tuple(excess.shape)}"
         )
     _check_device("advantages", advantages.device, "`excess`", excess)
-    advantages = inference.normal(advantages).double()
+    advantages = normal(advantages).double()
     losses, _ = objective.surrogate(excess.double(), advantages, config)
     return losses.to(excess.dtype)
 
@@ -113,7 +113,7 @@ def _check_device(name: str, device: torch.device, other: str, like: Tensor) -> 
 def _row_coefficients(coeffs: StepCoefficients, rows: Tensor) -> StepCoefficients:
     """Coefficients that broadcast over ``rows``: [K] or [K, B] for [K, B], [] for [B]."""
     check_coefficients(coeffs)
-    table, steps = inference.normal(coeffs.table), rows.shape[:-1]
+    table, steps = normal(coeffs.table), rows.shape[:-1]
     if coeffs.shape not in ((steps, rows.shape) if steps else (steps,)):
         raise ValueError(
             f"`coeffs` has shape {tuple(coeffs.shape)}; with [K, B] numbers of shape "

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
+
 from .checks import check_choice, check_number, describe
 
 RatioNorm = Literal["none", "standardize", "closed_form"]
@@ -48,7 +50,7 @@ NUMBERS: dict[str, tuple[bool, bool]] = {  # name -> (zero is allowed, infinity 
     "weight_floor": (False, False),
     "kl_beta": (True, False),
 }
-# All of an objective's; `rounding` comes from a call's velocities (objective.rounding_of).
+# All of an objective's; `rounding` comes from a call's velocities (rounding_of).
 OBJECTIVE_NUMBERS = (*NUMBERS, "rounding")
 
 
@@ -162,15 +164,45 @@ class GuardConfig:
         return cls.flow_grpo(**overrides)
 
 
+def rounding_of(
+    config: GuardConfig, velocities: tuple[torch.dtype, ...], guidance_scale: float
+) -> float:
+    """How large an error of the velocities ``std_floor="auto"`` has to allow for.
+
+    Two velocities that are equal but for their rounding to a dtype of epsilon ``eps`` differ by
+    about ``eps / 4`` of their size, which is sqrt(2) for a flow between unit variances; four times
+    that is ``sqrt(2) eps``. 0 for float32 and float64, and for a floor that is a number.
+
+    Args:
+        velocities: their dtypes, old and new.
+        guidance_scale: g of ``uncond + g (v - uncond)``, which adds the errors of both; else 1.
+    """
+    if config.std_floor != "auto":
+        return 0.0
+    eps = [torch.finfo(dtype).eps for dtype in velocities if torch.finfo(dtype).bits == 16]
+    return max(eps, default=0.0) * math.sqrt(2) * math.hypot(guidance_scale, 1 - guidance_scale)
+
+
 @functools.lru_cache(maxsize=256)
-def objective_of(config: GuardConfig, gaussian: bool, rounding: float = 0.0) -> Objective:
+def objective_of(
+    config: GuardConfig,
+    gaussian: bool,
+    velocities: tuple[torch.dtype, ...] = (),
+    guidance_scale: float = 1.0,
+) -> Objective:
     """The config as kernels take it, for coefficients that are ``gaussian`` or not.
 
-    ``rounding`` is what ``objective.rounding_of`` says of the call's velocities.
+    ``velocities`` and ``guidance_scale`` are those of :func:`rounding_of`.
     """
     named = [allowed.index(getattr(config, name)) for name, allowed in CHOICES.items()]
     flags = {"detach_stats": config.detach_stats, "gaussian": gaussian}
     choices = (*named, *(int(flags[name]) for name in FLAGS))
     values = {name: getattr(config, name) for name in NUMBERS}
     values["std_floor"] = config.least_std_floor
-    return Objective(choices, (*(float(values[name]) for name in NUMBERS), rounding))
+    return Objective(
+        choices,
+        (
+            *(float(values[name]) for name in NUMBERS),
+            rounding_of(config, velocities, guidance_scale),
+        ),
+    )

@@ -134,7 +134,7 @@ def _differentiated(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tenso
     latents = call.t.latents
     outputs = [latents.model_output, latents.model_output_uncond]
     with torch.enable_grad():
-        leaves = [inference.normal(x).detach().requires_grad_() for x in outputs if x is not None]
+        leaves = [transitions.normal(x).detach().requires_grad_() for x in outputs if x is not None]
         of = dict(zip(transitions.DIFFERENTIATED, leaves))  # noqa: B905, one without guidance
         call = call._replace(t=call.t._replace(latents=latents._replace(**of)))
         loss, per_row, metrics = _composed(call, given)
@@ -196,10 +196,9 @@ def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
     config = _ARTICLE if config is None else config
     old = transitions.old_log_prob(shape, model_output, given)
     mean_std = _check_objective(config, shape, model_output, given)
-    velocities = [x.dtype for x in t.latents.velocities()]
-    rounding = objectives.rounding_of(config, velocities, t.guidance_scale)
+    velocities = tuple([x.dtype for x in t.latents.velocities()])
     make = objective_of.__wrapped__ if torch.compiler.is_compiling() else objective_of
-    objective = make(config, coeffs.gaussian, rounding)
+    objective = make(config, coeffs.gaussian, velocities, t.guidance_scale)
     statistics = None
     if mean_std is not None:
         floor = _std_floor(t, config, objective, coeffs.gaussian)
@@ -292,7 +291,7 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, per_row and metrics as a fused backend returns them, by its sums and objective.py."""
     t, config, process_group = call.t, call.config, given.get("process_group")
     advantages, old_log_prob, step_weights, statistics = (
-        None if x is None else inference.normal(x).double() for x in call.rows
+        None if x is None else transitions.normal(x).double() for x in call.rows
     )
     assert advantages is not None
     mean_std = None if statistics is None else (statistics[0], statistics[1])

@@ -8,7 +8,6 @@ handled as differences from 1 throughout: ``u = expm1(log r)``, ``excess = r_hat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -143,23 +142,6 @@ def normalize(
         excess = torch.where(finite, config.target_std * ((u - mean) / denominator), 0.0)
         return excess, degenerate
     raise NotImplementedError(f"`normalize` lacks the ratio_norm {config.ratio_norm!r}")
-
-
-def rounding_of(config: GuardConfig, dtypes: Iterable[torch.dtype], guidance_scale: float) -> float:
-    """How large an error of the velocities ``std_floor="auto"`` has to allow for.
-
-    Two velocities that are equal but for their rounding to a dtype of epsilon ``eps`` differ by
-    about ``eps / 4`` of their size, which is sqrt(2) for a flow between unit variances; four times
-    that is ``sqrt(2) eps``. 0 for float32 and float64, and for a floor that is a number.
-
-    Args:
-        dtypes: of the velocities, old and new.
-        guidance_scale: g of ``uncond + g (v - uncond)``, which adds the errors of both; else 1.
-    """
-    if config.std_floor != "auto":
-        return 0.0
-    eps = [torch.finfo(dtype).eps for dtype in dtypes if torch.finfo(dtype).bits == 16]
-    return max(eps, default=0.0) * math.sqrt(2) * math.hypot(guidance_scale, 1 - guidance_scale)
 
 
 def std_floor(

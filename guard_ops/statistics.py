@@ -12,7 +12,7 @@ from . import inference, ranks
 from .checks import check_device, check_number, describe
 from .config import RATIO_NORMS, GuardConfig
 from .objective import masked_mean, masked_std, representable_ratio
-from .transitions import check_tensor
+from .transitions import check_tensor, normal
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -167,7 +167,7 @@ class RatioStatistics:
                     f"{tuple(self.count.shape)}"
                 )
         for name in self._STATE:
-            setattr(self, name, inference.normal(state[name]).to(self.count))
+            setattr(self, name, normal(state[name]).to(self.count))
 
 
 def check_statistics(
@@ -187,4 +187,4 @@ def check_statistics(
             f"`statistics` covers steps of shape {tuple(statistics.mean.shape)} on "
             f"{statistics.mean.device}; this call needs {tuple(steps)} on {device}"
         )
-    return inference.normal(statistics.mean), inference.normal(statistics.std)
+    return normal(statistics.mean), normal(statistics.std)

@@ -214,7 +214,7 @@ def check_shape(model_output: Tensor, coeffs: StepCoefficients) -> CallShape:
 
 def full_table(coeffs: StepCoefficients, shape: CallShape, model_output: Tensor) -> Tensor:
     """The coefficients, which a call takes as [], [K] or [K, B], as one table [5, K, B]."""
-    table: Tensor = inference.normal(coeffs.table)
+    table: Tensor = normal(coeffs.table)
     mode = getattr(model_output, "fake_mode", None)  # of FakeTensorMode, which mixes no tensors
     if mode is not None and type(table) is Tensor and not torch.compiler.is_compiling():
         table = mode.from_tensor(table)
@@ -246,6 +246,16 @@ def flatten(value: Tensor, steps: int, batch: int) -> Tensor:
     """``value`` as [K, B, D] with dense D; a view if its latents are dense."""
     value = value.reshape(steps, batch, -1)
     return value if value.stride(2) == 1 or value.shape[2] == 1 else value.contiguous()
+
+
+def normal(value: Tensor) -> Tensor:
+    """[K, B] numbers of which autograd may keep some: a copy if they were made in inference mode.
+
+    Latents need none, as nothing but our own Functions keeps them.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return value  # nothing is recorded in inference mode
+    return value.clone() if value.is_inference() else value
 
 
 def check_constant(name: str, value: Tensor) -> None:
@@ -281,7 +291,7 @@ def per_transition(
         )
     if value.device != device:
         raise ValueError(f"`{name}` is on {value.device} but `model_output` on {device}")
-    value = inference.normal(value).reshape(shape.steps, shape.batch)
+    value = normal(value).reshape(shape.steps, shape.batch)
     return value if value.element_size() > 2 else value.float()
 
 

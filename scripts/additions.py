@@ -66,7 +66,7 @@ RATIO_NORM = [
         "guard_ops/objective.py",
         '    if config.ratio_norm == "standardize":\n',
         '    if config.ratio_norm == "robust":\n'
-        "        return torch.where(finite, (u - mean) / (1 + std), 0.0)\n"
+        "        return torch.where(finite, (u - mean) / (1 + std), 0.0), degenerate\n"
         '    if config.ratio_norm == "standardize":\n',
         "`normalize`",
     ),

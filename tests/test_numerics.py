@@ -52,8 +52,8 @@ def plain_standardized(given, old_model_output):
 def test_excess_survives_float32_at_a_drift_that_plain_pytorch_loses(form, bound, fused_backend):
     size = {"steps": None, "batch": 32, "latent": (4096, 64), "drift": 1e-4}
     given = problem(form, dtype=torch.float32, **size)
-    out, grad = run(given, go.GuardConfig.article())
-    expected, expected_grad = truth(given, go.GuardConfig.article())
+    out, grad = run(given, go.GuardConfig())
+    expected, expected_grad = truth(given, go.GuardConfig())
     assert out.excess.dtype == torch.float32
     assert largest(out.excess, expected.excess) < bound
     assert relative(grad, expected_grad) < bound

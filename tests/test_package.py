@@ -97,6 +97,7 @@ RESULTS = {
         "kl_old",
         "grad_weight",
         "nonfinite",
+        "degenerate",
     ],
 }
 

@@ -8,6 +8,7 @@ from problems import schedule
 
 import guard_ops as go
 from guard_ops import objective
+from guard_ops.config import rounding_of
 
 KINDS = ["flow_sde", "dance_sde", "wan_sde", "cps"]
 HALVES = [torch.bfloat16, torch.float16]
@@ -38,7 +39,7 @@ def test_the_formula_is_what_rounding_makes(kind, dtype):
     steps, batch, numel = 3 if kind == "cps" else 4, 64, 4096
     coeffs = schedule(kind)[:steps]
     config = go.GuardConfig()
-    rounding = objective.rounding_of(config, [dtype], 1.0)
+    rounding = rounding_of(config, (dtype,), 1.0)
     assert rounding == pytest.approx(4 * torch.finfo(dtype).eps / 4 * math.sqrt(2))
     table = coeffs.table.unsqueeze(-1).expand(5, steps, batch)
     rows = go.StepCoefficients._of(table, coeffs.gaussian, ())
@@ -81,9 +82,9 @@ def test_a_policy_that_has_moved_is_standardized(dtype, backend):
 
 
 def test_wide_velocities_keep_the_floor_of_a_number():
-    for dtypes in ([torch.float32], [torch.float64, torch.float32]):
-        assert objective.rounding_of(go.GuardConfig(), dtypes, 1.0) == 0
-    assert objective.rounding_of(go.GuardConfig(std_floor=1e-8), [torch.bfloat16], 1.0) == 0
+    for dtypes in ((torch.float32,), (torch.float64, torch.float32)):
+        assert rounding_of(go.GuardConfig(), dtypes, 1.0) == 0
+    assert rounding_of(go.GuardConfig(std_floor=1e-8), (torch.bfloat16,), 1.0) == 0
     assert go.GuardConfig().least_std_floor == 1e-8
     assert go.GuardConfig(std_floor=0.5).least_std_floor == 0.5
 
