@@ -34,7 +34,7 @@ def flux_step(
         ``(prev_sample, pred_original_sample, log_prob [B])``, or without ``grpo``
         ``(prev_sample_mean, pred_original_sample)``; float32.
     """
-    at = index if isinstance(index, Tensor) else int(index)
+    at = _from_the_front(index, len(sigmas))
     sigma = sigmas[at].to(latents.device)
     x, v = latents.float(), model_output
     pred_original_sample = torch.addcmul(x, -sigma, v.float())
@@ -57,6 +57,7 @@ def _coefficients(
     sigmas: Tensor, index: int | Tensor, eta: float, sde_solver: bool, x: Tensor
 ) -> StepCoefficients:
     """The step's coefficients for each sample, [1, B]."""
+    index = _from_the_front(index, len(sigmas))
     if isinstance(index, Tensor):
         index = index.reshape(1)
     coeffs = steps.coefficients(sigmas, index, eta, "dance_sde", len(x), x.device)
@@ -66,6 +67,19 @@ def _coefficients(
     ones = torch.ones_like(coeffs.a)
     table = torch.stack([ones, coeffs.dt, coeffs.s, coeffs.kappa, coeffs.dt])
     return StepCoefficients._of(table, True, coeffs.deterministic)
+
+
+def _from_the_front(index: int | Tensor, count: int) -> int | Tensor:
+    """A step's index >= 0; a negative one counts from the end of the ``count`` sigmas.
+
+    So -2 is the last step, and -1, at which no step begins, is out of range.
+    """
+    if isinstance(index, Tensor):
+        return torch.where(index < 0, index + count, index)
+    found = int(index) + (count if index < 0 else 0)
+    if not 0 <= found < count - 1:
+        raise ValueError(f"`index` is {index}; with {count} sigmas it needs 0 to {count - 2}")
+    return found
 
 
 def grpo_one_step_log_prob(
@@ -88,9 +102,7 @@ def grpo_one_step_log_prob(
         pred.unsqueeze(0),
         sample=latents.unsqueeze(0),
         prev_sample=pre_latents.unsqueeze(0),
-        coeffs=_coefficients(
-            sigma_schedule, i if isinstance(i, Tensor) else int(i), eta, True, latents
-        ),
+        coeffs=_coefficients(sigma_schedule, i, eta, True, latents),
     ).squeeze(0)
 
 
@@ -136,9 +148,7 @@ def guard_loss(
         model_output, latents, prev_sample, old_model_output: [B, *latent]. advantages: [B].
         eta, sigmas, index: as :func:`flux_step`. config: ``GuardConfig.article()`` or any other.
     """
-    coeffs = _coefficients(
-        sigmas, index if isinstance(index, Tensor) else int(index), eta, True, latents
-    )
+    coeffs = _coefficients(sigmas, index, eta, True, latents)
     return loss.guard_loss(
         model_output.unsqueeze(0),
         advantages=advantages,

@@ -84,6 +84,18 @@ class FlowMatchSdeScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mi
         self.sde_kind: SdeKind = sde_kind
         self.generator: torch.Generator | list[torch.Generator] | None = None
 
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
+        """A scheduler of this class from any flow scheduler's configuration.
+
+        Wan's pipelines keep their shift as UniPC's ``flow_shift``, which is taken over as
+        ``shift``.
+        """
+        shift = None if config is None else config.get("flow_shift")
+        if shift is not None and "shift" not in config:
+            kwargs = {"shift": shift, **kwargs}
+        return super().from_config(config, **kwargs)
+
     @property
     def schedule(self) -> SdeSchedule:
         """The coefficients of the current timesteps, on their device."""
@@ -145,7 +157,7 @@ class FlowMatchSdeScheduler(FlowMatchEulerDiscreteScheduler):  # type: ignore[mi
             if deterministic
             else (lambda: draw_noise(model_output, generator or self.generator)),
             with_log_prob=not deterministic,
-            store_dtype=torch.float32,
+            store_dtype=model_output.dtype,
         )
         if not batched:
             self._step_index += 1

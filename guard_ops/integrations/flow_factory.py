@@ -35,18 +35,20 @@ def step(
 
     Args:
         noise_pred: velocity, [B, *latent]. latents: x. next_latents: y of the update, or None.
-        timestep, timestep_next: [] or [B], of ``self.timesteps``. If ``timestep_next`` is given,
-            they may be any two in [0, 1000], as nothing is looked up.
+        timestep, timestep_next: [] or [B], of ``self.timesteps``; an integer is a step's number.
+            If ``timestep_next`` is given, they may be any two in [0, 1000], as nothing is looked
+            up.
         noise_level: None takes the scheduler's for this step. dynamics_type: "Flow-SDE",
             "Dance-SDE", "CPS" or "ODE"; None takes the scheduler's.
 
     Returns:
         ``SDESchedulerOutput`` of ``return_kwargs``, or a tuple; float32. A fresh sample is rounded
-        to the dtype of ``latents``, and its log-prob is that of the rounded one.
+        to the dtype of ``latents``, and its log-prob is that of the rounded one. An evaluation is
+        the same with noise level 0: it draws and rounds, and a Gaussian's log-prob is not finite.
 
     Raises:
-        ValueError: ``dynamics_type`` is none of these, or (on the CPU) a timestep is not in the
-            schedule.
+        ValueError: ``dynamics_type`` is none of these, ``timestep`` has more than one dimension,
+            or (on the CPU) a timestep is not in the schedule.
     """
     dynamics = dynamics_type or self.dynamics_type
     if dynamics != "ODE" and dynamics not in KINDS:
@@ -54,9 +56,11 @@ def step(
             f"`dynamics_type` is {dynamics!r}; it needs one of {', '.join(KINDS)}, ODE"
         )
     batch, device = len(latents), latents.device
+    if self.is_eval or dynamics == "ODE":
+        noise_level = 0.0
     sigma, following, level = _sigmas(self, timestep, timestep_next, noise_level, latents)
     dt = steps.per_sample((following - sigma).expand(batch), latents)
-    if self.is_eval or dynamics == "ODE":
+    if dynamics == "ODE":
         mean = torch.addcmul(latents.float(), dt, noise_pred.float())
         zero = torch.zeros_like(dt)
         chosen = mean if next_latents is None else next_latents.float()
@@ -65,13 +69,13 @@ def step(
             self, (chosen, mean, noise_pred.float(), log_prob, zero, dt), return_dict, return_kwargs
         )
     kind = KINDS[dynamics]
-    top = self.sigmas[1] if sigma_max is None else steps.number(float(sigma_max), device)
+    top = self.sigmas[1] if not sigma_max else steps.number(float(sigma_max), device)
     # only where sigma is 1: from 0.9999 (UniPC's first) the original divides by 1 - sigma
     top = torch.where(sigma == 1, top.to(device), 1.0)
     coeffs = steps.coefficients_at(sigma, following, level, kind, top, batch)
     done = steps.sde_step(
         noise_pred,
-        latents.float(),
+        latents,
         coeffs,
         None if next_latents is None else next_latents.float(),
         lambda: draw_noise(noise_pred, generator),
@@ -108,7 +112,15 @@ def _sigmas(
     now = steps.number(timestep, device).to(device)
     index = None
     if timestep_next is None:
-        index = steps.index_for_timestep(self.timesteps.to(device), now)
+        if now.ndim > 1:
+            raise ValueError(
+                f"`timestep` has shape {tuple(now.shape)}; it needs [] or [B], the timestep before "
+                "it is expanded"
+            )
+        if isinstance(timestep, int) or not now.is_floating_point():
+            index = now.long().reshape(-1)  # the step's number, as the original takes it
+        else:
+            index = steps.index_for_timestep(self.timesteps.to(device), now)
         sigmas = self.sigmas.to(device)
         sigma, following = sigmas[index], sigmas[index + 1]
     else:

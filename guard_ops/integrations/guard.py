@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import objective, ops
 from ..blocks import clipped_surrogate
 from ..config import GuardConfig
-from .steps import transition_of
+from ..schedule import StepCoefficients
 
 LOG_SQRT_2PI = objective.LOG_SQRT_2PI
 BiasReduction = Literal["sample", "batch"]
@@ -26,6 +26,7 @@ class Difference(NamedTuple):
 
     log_ratio: Tensor
     mean_square: Tensor  # mean over the latent of (mean - old mean)^2
+    from_reference: Tensor | None = None  # the same of (mean - reference's mean)
 
 
 class Surrogate(NamedTuple):
@@ -44,23 +45,26 @@ def difference(
 ) -> Difference:
     """How the policy has moved, according to a trainer's means and log-probs.
 
-    A mean that came from our step remembers its transition. Both numbers then come from one pass
-    over the latents in the mean form, and are exactly 0 on policy. With a mean from elsewhere, the
-    log-ratio is the difference of two float32 log-probs, as in the original.
+    The means are read in one pass. The log-ratio is the difference of the log-probs, as in the
+    originals, and so has their rounding; a tail that is given the latents has not.
     """
-    transition = transition_of(prev_sample_mean)
-    if transition is None:
-        square = (prev_sample_mean - old_prev_sample_mean).double().square().flatten(1).mean(1)
-        return Difference((log_prob - old_log_prob).double(), square)
-    ratio = ops.log_ratio(
-        transition.model_output,
-        coeffs=transition.coeffs,
-        sample=transition.sample,
-        prev_sample=transition.prev_sample,
-        old_mean=old_prev_sample_mean.unsqueeze(0),
-    )
-    log_ratio, kl_old = ratio.log_ratio.double(), ratio.kl_old.double()
-    return Difference(log_ratio.squeeze(0), (kl_old / transition.coeffs.kappa).squeeze(0))
+    square = mean_square(prev_sample_mean, old_prev_sample_mean)
+    return Difference(log_prob.double() - old_log_prob.double(), square)
+
+
+def mean_square(mean: Tensor, old_mean: Tensor) -> Tensor:
+    """Mean over the latent of ``(mean - old_mean)^2``, [B] float64, differentiable in ``mean``.
+
+    It is the log-prob form with the mean in the place of the velocity (``a = 0, b = 1``) and the
+    old mean in that of the sample: ``kappa (mean - y)^2`` with ``kappa = 1``.
+    """
+    table = torch.zeros(5, 1, 1, dtype=torch.float64, device=mean.device)
+    table[1:4] = 1.0
+    table[4] = -1.0
+    coeffs = StepCoefficients._of(table.expand(5, 1, len(mean)), False, ())
+    old = old_mean.detach().unsqueeze(0)
+    found = ops.log_prob(mean.unsqueeze(0), sample=old, prev_sample=old, coeffs=coeffs)
+    return -found.squeeze(0).double()
 
 
 def guard_surrogate(

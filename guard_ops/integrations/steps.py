@@ -1,13 +1,12 @@
 """One SDE step the way trainers' functions take and return it, on any schedule of sigmas.
 
 The frameworks' files share this. Steps are looked up on the device (the originals call
-``nonzero().item()`` once per sample), and the step itself runs on the fused ops. The mean that is
-returned remembers the transition it belongs to, so that a loss which later gets only means and
-log-probs can go back to the latents and form its ratio from differences.
+``nonzero().item()`` once per sample), and the step itself runs on the fused ops.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
+from ..checks import check_choice
 from ..schedule import SDE_RULES, SdeKind, SdeSchedule, StepCoefficients, coefficient_table
 
 
@@ -28,31 +28,36 @@ class Step(NamedTuple):
     coeffs: StepCoefficients  # [1, B]
 
 
-class Transition(NamedTuple):
-    """Where a mean comes from: the operands of :func:`guard_ops.log_ratio`, [1, B, *latent]."""
-
-    model_output: Tensor
-    sample: Tensor
-    prev_sample: Tensor
-    coeffs: StepCoefficients  # [1, B]
-
-
-# sigmas -> {(version, noise level, kind, device): schedule}
+# sigmas on an accelerator -> {(version, noise level, kind, device): schedule}
 _schedules: Any = WeakIdKeyDictionary()
-_MEMORY = "_guard_ops_transition"
 
 
 def schedule_of(sigmas: Tensor, noise_level: float, kind: SdeKind, device: Any) -> SdeSchedule:
-    """The schedule of a scheduler's ``sigmas`` on ``device``, kept for as long as they live.
+    """The schedule of a scheduler's ``sigmas`` on ``device``, made once.
 
-    It is made once because that reads the sigmas on the host.
+    Sigmas on the CPU, where schedulers keep them, are known by their values. Those on an
+    accelerator, of which a look would make the host wait, are known by their version, which an
+    edit of ``sigmas.data`` does not change.
     """
+    level, where = float(noise_level), torch.device(device)
+    if sigmas.device.type == "cpu":
+        return _schedule(tuple(sigmas.tolist()), level, kind, where)
+    if sigmas.is_inference():  # which has no version
+        return SdeSchedule(sigmas, level, kind, where)
     known = _schedules.setdefault(sigmas, {})
-    key = (sigmas._version, float(noise_level), kind, torch.device(device))
+    key = (sigmas._version, level, kind, where)
     if key not in known:
-        known[key] = SdeSchedule(sigmas, float(noise_level), kind, device)
+        known[key] = SdeSchedule(sigmas, level, kind, where)
     found: SdeSchedule = known[key]
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def _schedule(
+    sigmas: tuple[float, ...], noise_level: float, kind: SdeKind, device: torch.device
+) -> SdeSchedule:
+    with torch.inference_mode(False):  # what is kept must serve a training step too
+        return SdeSchedule(sigmas, noise_level, kind, device)
 
 
 def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> Tensor:
@@ -84,17 +89,26 @@ def coefficients(
     batch: int,
     device: torch.device,
 ) -> StepCoefficients:
-    """[1, B] coefficients of steps of a schedule; a tensor ``noise_level`` is per sample, [B]."""
-    if isinstance(noise_level, Tensor):
+    """[1, B] coefficients of steps of a schedule; a tensor ``noise_level`` is per sample, [B].
+
+    Where the density's constants are dropped (cps), the last step, of which ``s`` is 0, has a
+    log-prob like the others, and a noise level above 1 has the sine's value, as in the originals.
+    """
+    check_choice("kind", kind, tuple(SDE_RULES))
+    rule = SDE_RULES[kind]
+    known = not isinstance(noise_level, Tensor) and 0 <= noise_level <= rule.largest_noise_level
+    if not known or torch.compiler.is_compiling():
         at = torch.as_tensor(index, device=sigmas.device).reshape(-1)
-        return coefficients_at(sigmas[at], sigmas[at + 1], noise_level, kind, sigmas[1], batch)
-    schedule = schedule_of(sigmas, noise_level, kind, device)
+        found = coefficients_at(sigmas[at], sigmas[at + 1], noise_level, kind, sigmas[1], batch)
+        return found.to(device)
+    schedule = schedule_of(sigmas, float(noise_level), kind, device)
     if isinstance(index, Tensor):
-        return schedule[index.to(device).reshape(1, -1).expand(1, batch)]
-    one = schedule[index]
-    return StepCoefficients._of(
-        one.table.reshape(5, 1, 1).expand(5, 1, batch), one.gaussian, one.deterministic
-    )
+        steps = schedule[index.to(device).reshape(1, -1).expand(1, batch)]
+        table = steps.table
+    else:
+        steps = schedule[index]
+        table = steps.table.reshape(5, 1, 1).expand(5, 1, batch)
+    return StepCoefficients._of(table, rule.gaussian, steps.deterministic if rule.gaussian else ())
 
 
 def coefficients_at(
@@ -142,32 +156,41 @@ def sde_step(
     """Sample, or score, one step: ``y = a x + b v + s noise``, ``log p(y)`` and the mean.
 
     With ``prev_sample`` (in an update) the log-prob and the mean carry gradients to
-    ``model_output``. Without it (in a rollout) ``draw`` is called for the noise.
+    ``model_output``, and to ``sample`` if that requires grad. Without it (in a rollout) ``draw``
+    is called for the noise.
 
     Args:
-        store_dtype: the dtype in which the trainer keeps latents. The log-prob is that of the
-            sample rounded to it, as it will be read back; the sample is returned in float32.
+        store_dtype: the dtype in which the trainer keeps the next sample, to which it is rounded;
+            the log-prob is that of the rounded sample, which is returned in float32.
     """
     v, x = model_output.unsqueeze(0), sample.unsqueeze(0)
-    learns = torch.is_grad_enabled() and model_output.requires_grad
+    learns = torch.is_grad_enabled() and (model_output.requires_grad or sample.requires_grad)
     if prev_sample is None and not learns:
-        stored = x.to(store_dtype)
-        step = ops.sde_step(v, stored, coeffs, noise=draw().unsqueeze(0))
-        log_prob = step.log_prob.squeeze(0).float() if with_log_prob else None
-        return Step(step.prev_sample.squeeze(0).float(), log_prob, step.mean.squeeze(0), coeffs)
+        step = ops.sde_step(v, x, coeffs, noise=draw().unsqueeze(0))
+        y, log_prob = step.prev_sample, step.log_prob
+        if y.dtype != store_dtype:
+            y = y.to(store_dtype)
+            if with_log_prob:
+                log_prob = ops.log_prob(v, sample=x, prev_sample=y, coeffs=coeffs)
+        kept = log_prob.squeeze(0).float() if with_log_prob else None
+        return Step(y.squeeze(0).float(), kept, step.mean.squeeze(0), coeffs)
     a, b, s = (per_sample(each, model_output) for each in (coeffs.a, coeffs.b, coeffs.s))
     mean = torch.addcmul(a * sample.float(), b, model_output.float())
     if prev_sample is None:
         prev_sample = (mean + s * draw()).to(store_dtype).float()
-    y = prev_sample.detach().unsqueeze(0)
-    log_prob = None
+    scored = None
     if with_log_prob:
-        log_prob = ops.log_prob(v, sample=x, prev_sample=y, coeffs=coeffs).squeeze(0).float()
-    setattr(mean, _MEMORY, Transition(v, x, y, coeffs))
-    return Step(prev_sample, log_prob, mean, coeffs)
+        y = prev_sample.detach().unsqueeze(0)
+        if sample.requires_grad:  # the mean in the velocity's place, as the ops' x is a constant
+            v, x, coeffs_of_v = mean.unsqueeze(0), y, _of_mean(coeffs)
+        else:
+            coeffs_of_v = coeffs
+        scored = ops.log_prob(v, sample=x, prev_sample=y, coeffs=coeffs_of_v).squeeze(0).float()
+    return Step(prev_sample, scored, mean, coeffs)
 
 
-def transition_of(mean: Tensor) -> Transition | None:
-    """The transition whose mean :func:`sde_step` returned, if this is still that very tensor."""
-    found: Transition | None = getattr(mean, _MEMORY, None)
-    return found
+def _of_mean(coeffs: StepCoefficients) -> StepCoefficients:
+    """The coefficients with which a mean takes a velocity's place: a = 0, b = 1."""
+    zero = torch.zeros_like(coeffs.a)
+    table = torch.stack([zero, zero + 1, coeffs.s, coeffs.kappa, coeffs.dt])
+    return StepCoefficients._of(table, coeffs.gaussian, coeffs.deterministic)

@@ -2,8 +2,7 @@
 
 ``register()`` adds ``grpo_guard_fused`` and ``flow_grpo_fused`` to verl-omni's loss registry, to be
 asked for as ``actor.diffusion_loss.loss_mode``. :func:`guard_ops.integrations.apply` also puts the
-fused step under ``FlowMatchSDEDiscreteScheduler``; ``grpo_guard_fused`` then forms its ratio from
-the latents instead of from stored log-probs.
+fused step under ``FlowMatchSDEDiscreteScheduler``.
 """
 
 from __future__ import annotations
@@ -122,11 +121,9 @@ class FlowGRPOFusedLoss:
 
 
 class GRPOGuardFusedLoss:
-    """``GRPOGuardLoss``: the same inputs, loss and metrics; its ratio comes from the latents.
+    """``GRPOGuardLoss``: the same inputs, loss and metrics; one pass over the two means.
 
-    The ``prev_sample_mean`` of our step remembers its transition, so the log-ratio and the bias
-    take one pass over the latents, in the mean form. With a mean from another step, the loss
-    computes on the stored log-probs as the original does, in float64.
+    It computes on the log-probs that it is given, as the original does, in float64.
     """
 
     required_model_output_keys = ("log_probs", "prev_sample_mean", "std_dev_t", "sqrt_dt")

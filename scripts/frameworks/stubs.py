@@ -62,6 +62,8 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name.partition(".")[0] in (*self.packages, "guard_ops", "__main__"):
             return None
+        if name.rpartition(".")[2][:1].isupper():  # a name that an installed module lacks
+            return None
         if not _asked_by(self.packages):  # a library looks what is installed, and finds nothing
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)

@@ -210,7 +210,9 @@ def flow_factory_schedulers():
                 dynamics_type=None, sigma_max=None,
             ):  # fmt: skip
                 if timestep_next is None:
-                    numbers = [self.index_for_timestep(t) for t in timestep.reshape(-1)]
+                    numbers = [timestep]  # an integer is a step's number
+                    if isinstance(timestep, torch.Tensor) and timestep.is_floating_point():
+                        numbers = [self.index_for_timestep(t) for t in timestep.reshape(-1)]
                     timestep = self.timesteps[numbers]
                     now, then = self.sigmas[numbers], self.sigmas[[k + 1 for k in numbers]]
                 else:

@@ -41,6 +41,19 @@ def test_takes_the_configuration_of_diffusers_own():
     assert torch.equal(scheduler.timesteps, euler.timesteps)
 
 
+def test_takes_the_flow_shift_of_wans_unipc():
+    unipc = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    scheduler = FlowMatchSdeScheduler.from_config(unipc.config)
+    assert scheduler.config.shift == 5.0
+    assert FlowMatchSdeScheduler.from_config(unipc.config, shift=2.0).config.shift == 2.0
+    expected = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    for each in (scheduler, expected):
+        each.set_timesteps(6)
+    assert torch.equal(scheduler.sigmas, expected.sigmas)
+
+
 def test_without_noise_it_is_the_euler_scheduler():
     euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     euler.set_timesteps(8)
@@ -103,6 +116,18 @@ def test_dtype_of_the_model_output_is_kept(dtype):
     out = scheduler.step(v.to(dtype), scheduler.timesteps[1], x.to(dtype))
     assert out.prev_sample.dtype == dtype
     assert out.log_prob.dtype == out.prev_sample_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
+def test_log_prob_is_that_of_the_sample_returned(kind, dtype):
+    """bf16's rounding moves it by 1e-4, which is a clip range."""
+    scheduler, (v, x, _) = made(sde_kind=kind), latents()
+    out = scheduler.step(v.to(dtype), scheduler.timesteps[1], x)
+    again = scheduler.step(
+        v.to(dtype), scheduler.timesteps[[1, 1, 1]], x, prev_sample=out.prev_sample
+    )
+    assert torch.equal(out.log_prob, again.log_prob)
 
 
 def test_device_moves_with_set_timesteps():

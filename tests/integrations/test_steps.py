@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 
 import originals
@@ -122,16 +123,110 @@ def test_flow_factory_steps_between_any_two_timesteps(scheduler):
     agree(found[3], originals.step(scheduler, "flow_sde", v, at, x, y).log_prob, 3e-6)
 
 
-def test_flow_factory_evaluates_with_the_ode(scheduler):
-    v, x = latents("v", "x")
-    scheduler.is_eval, scheduler.dynamics_type = True, "Flow-SDE"
-    y, mean, _, log_prob, std, dt = flow_factory.step(
-        scheduler, v, scheduler.timesteps[2], x, noise_level=0.7, return_dict=False
+def flow_factory_step(scheduler, kind, v, at, x, y=None, **given):
+    """next_latents, their mean, log_prob, std_dev_t, dt."""
+    scheduler.is_eval = given.pop("is_eval", False)
+    scheduler.dynamics_type = {"flow_sde": "Flow-SDE", "dance_sde": "Dance-SDE", "cps": "CPS"}[kind]
+    given = {"noise_level": 0.7, **given}
+    out = flow_factory.step(scheduler, v, at, x, next_latents=y, return_dict=False, **given)
+    return out[0], out[1], out[3], out[4], out[5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
+def test_flow_factory_evaluates_with_the_ode(scheduler, kind, dtype):
+    """The original draws its noise all the same, and rounds to the dtype of the latents."""
+    v, x = (t.to(dtype) for t in latents("v", "x"))
+    generator, same = (torch.Generator().manual_seed(3) for _ in range(2))
+    y, mean, log_prob, std, dt = flow_factory_step(
+        scheduler, kind, v, scheduler.timesteps[2], x, is_eval=True, generator=generator
     )
-    agree(y, x + v * dt)
-    assert torch.equal(y, mean)
-    assert not log_prob.any()
+    torch.randn(v.shape, generator=same)
+    assert torch.equal(generator.get_state(), same.get_state())
+    agree(mean, x.float() + v.float() * dt)
+    assert torch.equal(y, mean.to(dtype).float())
     assert not std.any()
+    if kind == "cps":
+        agree(log_prob, -((y - mean) ** 2).mean((1, 2, 3)))
+    else:
+        assert not log_prob.isfinite().any()  # the original's is 0 / 0
+
+
+def test_flow_factory_takes_a_steps_number(scheduler):
+    v, x, y = latents("v", "x", "y")
+    expected = flow_factory_step(scheduler, "flow_sde", v, scheduler.timesteps[2], x, y)
+    for number in (2, torch.tensor(2), torch.tensor(2, dtype=torch.int32)):
+        found = flow_factory_step(scheduler, "flow_sde", v, number, x, y)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_flow_factory_refuses_expanded_timesteps(scheduler):
+    v, x, y = latents("v", "x", "y")
+    with pytest.raises(ValueError, match=r"`timestep` has shape \(4, 7\); it needs \[\] or \[B\]"):
+        flow_factory_step(scheduler, "flow_sde", v, torch.full((4, 7), 900.0), x, y)
+
+
+LAST_STEP = [("flow_grpo", "cps"), ("verl_omni", "cps"), ("flow_factory", "cps")]
+
+
+@pytest.mark.parametrize("framework, kind", LAST_STEP)
+def test_the_last_step_of_cps_has_a_log_prob(scheduler, framework, kind):
+    v, x, y = latents("v", "x", "y")
+    at = scheduler.timesteps[[7, 7, 7, 7]]
+    leaf = v.clone().requires_grad_()
+    _, log_prob, mean, std, _ = call(framework, scheduler, kind, leaf, at, x, y)
+    out = originals.step(scheduler, kind, v, at, x, y)
+    assert not std.any()
+    agree(log_prob, out.log_prob, 3e-6)
+    agree(mean, out.prev_sample_mean)
+    log_prob.sum().backward()
+    assert leaf.grad.isfinite().all()
+    assert leaf.grad.any()
+
+
+@pytest.mark.parametrize("level", [1.2, 2.5])
+@pytest.mark.parametrize("framework", ["flow_grpo", "verl_omni", "flow_factory"])
+def test_cps_takes_a_noise_level_above_one(scheduler, framework, level):
+    v, x, y = latents("v", "x", "y")
+    at = timesteps(scheduler, mixed=True)
+    if framework == "flow_grpo":
+        found = flow_grpo.sde_step_with_logprob(
+            scheduler, v, at, x, noise_level=level, prev_sample=y, sde_type="cps"
+        )
+    elif framework == "verl_omni":
+        found = verl_omni.sample_previous_step(
+            scheduler, x, v, at, noise_level=level, prev_sample=y, sde_type="cps"
+        )
+    else:
+        y_, mean, log_prob, std, _ = flow_factory_step(
+            scheduler, "cps", v, at, x, y, noise_level=level
+        )
+        found = y_, log_prob, mean, std
+    out = originals.step(scheduler, "cps", v, at, x, y, noise_level=level)
+    agree(found[1], out.log_prob, 3e-6)
+    agree(found[2], out.prev_sample_mean)
+    agree(found[3], out.std_dev_t)
+
+
+@pytest.mark.parametrize("framework, kind", CASES)
+def test_a_sample_that_requires_grad_gets_one(scheduler, framework, kind):
+    v, x, y = latents("v", "x", "y")
+    at = timesteps(scheduler, mixed=True)
+    grads = []
+    for ours in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (v, x)]
+        if ours:
+            _, log_prob, mean, _, _ = call(framework, scheduler, kind, leaves[0], at, leaves[1], y)
+        else:
+            log_prob, mean, *_ = originals.step(scheduler, kind, *_order(leaves, at, y))
+        (log_prob.sum() + mean.square().mean()).backward()
+        grads.append([log_prob.detach(), *(leaf.grad for leaf in leaves)])
+    for original, swapped in zip(*grads, strict=True):
+        agree(swapped, original, 5e-6)
+
+
+def _order(leaves, at, y):
+    return leaves[0], at, leaves[1], y
 
 
 @pytest.mark.parametrize("solver", [True, False], ids=["sde_solver", "ode mean"])
@@ -162,6 +257,18 @@ def test_flux_step_is_dance_grpos(scheduler, solver, index):
     one = dance_grpo.grpo_one_step_log_prob(v, x, y, eta, sigmas, index)
     if solver:
         agree(one, log_prob.detach())
+
+
+def test_a_negative_index_counts_sigmas_as_dance_grpo_does(scheduler):
+    v, x, y = latents("v", "x", "y")
+    sigmas = scheduler.sigmas
+    for index in (-2, -5):
+        expected = dance_grpo.flux_step(v, x, 0.3, sigmas, index + len(sigmas), y, True, True)
+        for given in (index, torch.tensor(index)):
+            found = dance_grpo.flux_step(v, x, 0.3, sigmas, given, y, True, True)
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match=r"`index` is -1; with 9 sigmas it needs 0 to 7"):
+        dance_grpo.flux_step(v, x, 0.3, sigmas, -1, y, True, True)
 
 
 class RefuseHost(TorchDispatchMode):
@@ -202,8 +309,50 @@ def test_schedule_is_made_once_and_again_when_the_sigmas_change(scheduler):
     first = steps.schedule_of(scheduler.sigmas, 0.7, "flow_sde", "cpu")
     assert steps.schedule_of(scheduler.sigmas, 0.7, "flow_sde", "cpu") is first
     assert steps.schedule_of(scheduler.sigmas, 0.5, "flow_sde", "cpu") is not first
+    scheduler.sigmas.data[1] -= 1e-3
+    edited = steps.schedule_of(scheduler.sigmas, 0.7, "flow_sde", "cpu")
+    assert edited is not first
+    assert edited.sigmas == tuple(scheduler.sigmas.tolist())
     scheduler.sigmas[1] -= 1e-3
     assert steps.schedule_of(scheduler.sigmas, 0.7, "flow_sde", "cpu") is not first
+
+
+@pytest.mark.parametrize("framework, kind", [*CASES, ("dance_grpo", "dance_sde")])
+def test_a_step_is_one_graph(scheduler, framework, kind):
+    v, x, y = latents("v", "x", "y")
+    at = timesteps(scheduler, mixed=True)
+    sigmas = scheduler.sigmas
+
+    def step(v, x, y):
+        if framework == "dance_grpo":
+            return dance_grpo.flux_step(v, x, 0.3, sigmas, 3, y, True, True)
+        return call(framework, scheduler, kind, v, at, x, y)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(v, x, y), step(v, x, y), strict=True):
+        agree(found, expected, 3e-6)
+
+
+def pinned(tensor):
+    """What a tensor keeps besides itself: its attributes."""
+    return [name for name in vars(tensor) if not name.startswith("__")] if vars(tensor) else []
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("framework, kind", CASES)
+def test_a_mean_keeps_nothing_but_itself(scheduler, framework, kind, grad):
+    """48 MiB for a mean of 16, and pickles that ``weights_only`` refuses, if it did."""
+    v, x, y = latents("v", "x", "y")
+    at = timesteps(scheduler, mixed=False)
+    with torch.set_grad_enabled(grad):
+        _, _, mean, *_ = call(framework, scheduler, kind, v, at, x, y)
+    assert not pinned(mean)
+    file = io.BytesIO()
+    torch.save(mean, file)
+    assert file.tell() < mean.nbytes + 4096
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), mean)
 
 
 def test_noise_level_per_sample(scheduler):

@@ -30,10 +30,11 @@ def step(owner: Any) -> Cases:
 
     options = {
         "_sampling": ("given", "its default"),
+        "_learns": operands.LEARNS,
         "_grpo": (True, False),
         "_sde_solver": (True, False),
         "_eta": (0.3, 0.7),
-        "_index": (2, 0, 4),
+        "_index": (2, 0, operands.STEPS - 1, -3),
         "_shape": ((6, 8), (4, 4, 4), (2, 2, 4, 4)),
         "_dtype": (torch.float32,),
     }

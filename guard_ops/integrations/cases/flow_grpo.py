@@ -51,10 +51,11 @@ def step(owner: Any) -> Cases:
     """``sde_step_with_logprob`` of the image models."""
     options = {
         "_sampling": operands.SAMPLING,
+        "_learns": operands.LEARNS,
         "sde_type": (OMITTED, "sde", "cps"),
         "noise_level": (OMITTED, 0.7, 0.3),
         "return_sqrt_dt": (OMITTED, False, True),
-        "_steps": ("mixed", "first", "middle"),
+        "_steps": ("mixed", "first", "middle", "last"),
         "_shape": ((4, 4, 4), (6, 8)),
         "_dtype": DTYPES,
     }
@@ -65,10 +66,11 @@ def wan_step(owner: Any) -> Cases:
     """``sde_step_with_logprob`` of Wan2.1, whose latents are videos."""
     options = {
         "_sampling": operands.SAMPLING,
+        "_learns": operands.LEARNS,
         "determistic": (OMITTED, False, True),
         "return_pixel_log_prob": (OMITTED, True),
         "return_dt_and_std_dev_t": (OMITTED, False, True),
-        "_steps": ("mixed", "first", "middle"),
+        "_steps": ("mixed", "first", "middle", "last"),
         "_shape": ((2, 2, 4, 4),),
         "_dtype": DTYPES,
     }
@@ -81,7 +83,7 @@ def bagel_step(owner: Any) -> Cases:
 
     def build(chosen: dict[str, Any]) -> dict[str, Any]:
         v, x, y = operands.transition(chosen)
-        k = {"first": 0, "middle": 3}[chosen["_steps"]]
+        k = {"first": 0, "middle": 3, "last": operands.STEPS - 1}[chosen["_steps"]]
         change = sigmas[k + 1] - sigmas[k]
         return {
             "self": object(),
@@ -98,9 +100,10 @@ def bagel_step(owner: Any) -> Cases:
 
     options = {
         "_sampling": ("given", "its default", "a generator"),
+        "_learns": operands.LEARNS,
         "sde_type": (OMITTED, "sde", "cps"),
         "noise_level": (OMITTED, 0.7, 0.3),
-        "_steps": ("first", "middle"),
+        "_steps": ("first", "middle", "last"),
         "_change": ("[1]", "[]"),
         "_shape": ((8,),),
         "_dtype": DTYPES,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 BATCH = 3
 STEPS = 6
-DRAWN = ("its default", "a generator", "generators")
-SAMPLING = ("given", *DRAWN)  # the next latents: given, or drawn, from where
+SAMPLING = ("given", "its default", "a generator", "generators")  # the next latents: or drawn from
+LEARNS = (True, False)  # whether the velocity requires a gradient
 
 
 def noise(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -22,7 +22,7 @@ def transition(chosen: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Velocity, x, and y (None where it is to be drawn) of ``_shape``, ``_dtype``, ``_learns``."""
     shape = (BATCH, *chosen["_shape"])
     v, x = noise(shape, 1, chosen["_dtype"]), noise(shape, 2, chosen["_dtype"])
-    v.requires_grad_(chosen["_sampling"] == "given")
+    v.requires_grad_(chosen["_learns"])
     # near x, as a step's sample is
     y = (x.float() + 0.3 * noise(shape, 3)).to(x.dtype) if chosen["_sampling"] == "given" else None
     return v, x, y
@@ -37,7 +37,12 @@ def generators(sampling: str) -> Any:
 
 def step_numbers(which: str) -> list[int]:
     """The step of each sample."""
-    return {"first": [0] * BATCH, "middle": [3] * BATCH, "mixed": [4, 0, 2]}[which]
+    return {
+        "first": [0] * BATCH,
+        "middle": [3] * BATCH,
+        "last": [STEPS - 1] * BATCH,
+        "mixed": [4, 0, 2],
+    }[which]
 
 
 def optional(chosen: dict[str, Any]) -> dict[str, Any]:

@@ -34,12 +34,13 @@ def step(owner: Any) -> Cases:
 
     options = {
         "_sampling": operands.SAMPLING,
+        "_learns": operands.LEARNS,
         "sde_type": (OMITTED, "sde", "cps", "dance_sde"),
         "noise_level": (OMITTED, 0.7, 0.3),
         "return_logprobs": (OMITTED, False),
         "return_sqrt_dt": (OMITTED, False, True),
         "include_logprob_normalizer": (OMITTED, False),
-        "_steps": ("mixed", "first", "middle", "own first", "own middle"),
+        "_steps": ("mixed", "first", "middle", "last", "own first", "own middle"),
         "_shape": ((6, 8), (4, 4, 4), (2, 2, 4, 4)),
         "_dtype": (torch.float32,),  # the original asserts it
     }
