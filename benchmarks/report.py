@@ -153,6 +153,21 @@ def memory_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def tails_table(rows: Rows) -> str:
+    """Time of each framework's block, of its one-call tail and of guard_loss alone."""
+    head = ("script's block, loss and gradient", "original", "one-call tail", "times faster",
+            "guard_loss", "share of its speed-up", "noise")  # fmt: skip
+    lines = [_line(*head), _line("---", *["---:"] * (len(head) - 1))]
+    for row in rows:
+        times = [f"{row[f'{name}_ms']:.2f} ms" for name in ("original", "tail", "guard_loss")]
+        faster, share = f"{row['times_faster']:.1f}", f"{row['share']:.0%}"
+        lines.append(
+            _line(row["block"], times[0], times[1], faster, times[2], share, f"{row['noise']:.0%}")
+        )
+    lines += ["", f"Median of {rows[0]['rounds']} interleaved rounds on {rows[0]['shape']}."]
+    return "\n".join(lines)
+
+
 def accuracy_table(rows: Rows) -> str:
     """Max error of ``r_hat`` and wrong clips of every contender, a row per dtype and drift."""
     names = list(dict.fromkeys(row["contender"] for row in rows))
@@ -232,6 +247,7 @@ PLACES: dict[str, tuple[tuple[str, Callable[[Rows], str]], ...]] = {
     "ops": (("ops", markdown("ops")),),
     "accuracy_details": (("accuracy", markdown("accuracy")),),
     "share": (("share", markdown("share")),),
+    "tails": (("tails", tails_table),),
     "device": (("device", device_table),),
 }
 PICTURES = {"workloads": ("speed_up", "roofline"), "accuracy_details": ("accuracy",)}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import loss, ops
 from ..config import GuardConfig
 from ..schedule import StepCoefficients
-from . import guard, steps
+from . import guard, steps, tail
 
 
 def flux_step(
@@ -106,6 +108,43 @@ def grpo_one_step_log_prob(
     ).squeeze(0)
 
 
+class TrainingLoss(NamedTuple):
+    """The loss of one timestep and the ratio that the scripts print."""
+
+    loss: Tensor  # []
+    ratio: Tensor  # [B]
+
+
+def training_loss(
+    args: Any,
+    pred: Tensor,
+    latents: Tensor,
+    pre_latents: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    sigma_schedule: Tensor,
+    i: int | Tensor,
+    train_timesteps: int,
+) -> TrainingLoss:
+    """All that ``train_one_step`` does between the velocity and ``loss.backward``, in one pass.
+
+    Args:
+        args: the script's; its ``eta``, ``clip_range``, ``adv_clip_max`` and
+            ``gradient_accumulation_steps`` are read.
+        pred: velocity, [B, *latent]. latents: x. pre_latents: y. old_log_probs, advantages: [B].
+        sigma_schedule, i: the step, as ``grpo_one_step`` has it.
+        train_timesteps: how many timesteps share the loss.
+    """
+    coeffs = _coefficients(sigma_schedule, i, args.eta, True, latents)
+    found = tail.plain(
+        tail.Transition(pred, latents, pre_latents, coeffs, old_log_prob=old_log_probs),
+        advantages,
+        tail.Bounds(args.clip_range, args.clip_range, args.adv_clip_max),
+    )
+    loss = found.loss / (args.gradient_accumulation_steps * train_timesteps)
+    return TrainingLoss(loss, 1 + found.excess)
+
+
 def grpo_loss(
     new_log_probs: Tensor,
     old_log_probs: Tensor,
@@ -146,7 +185,9 @@ def guard_loss(
 
     Args:
         model_output, latents, prev_sample, old_model_output: [B, *latent]. advantages: [B].
-        eta, sigmas, index: as :func:`flux_step`. config: ``GuardConfig.article()`` or any other.
+        eta, sigmas, index: as :func:`flux_step`.
+        config: any whose ``balance`` needs one step only. ``inverse_ratio`` (the article's) is over
+            all steps of a sample: docs/swap-in.md, "All steps at once".
     """
     coeffs = _coefficients(sigmas, index, eta, True, latents)
     return loss.guard_loss(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..schedule import SDE_RULES, SdeKind
-from . import guard, steps
+from . import guard, steps, tail
 from .flow_grpo import draw_noise
 
 KINDS: dict[str, SdeKind] = {"Flow-SDE": "flow_sde", "Dance-SDE": "dance_sde", "CPS": "cps"}
@@ -120,7 +121,8 @@ def _sigmas(
         if isinstance(timestep, int) or not now.is_floating_point():
             index = now.long().reshape(-1)  # the step's number, as the original takes it
         else:
-            index = steps.index_for_timestep(self.timesteps.to(device), now)
+            found = steps.index_for_timestep(self.timesteps.to(device), now)
+            index = torch.as_tensor(found, device=device)
         sigmas = self.sigmas.to(device)
         sigma, following = sigmas[index], sigmas[index + 1]
     else:
@@ -128,7 +130,8 @@ def _sigmas(
         following = steps.number(timestep_next, device).to(device) / 1000
     if noise_level is None:
         if index is None:
-            index = steps.index_for_timestep(self.sigmas.to(device), sigma)
+            found = steps.index_for_timestep(self.sigmas.to(device), sigma)
+            index = torch.as_tensor(found, device=device)
         eligible = torch.isin(index, self.current_sde_steps.to(device, non_blocking=True))
         noise_level = torch.where(eligible, float(self.noise_level), 0.0)
     if isinstance(noise_level, Tensor):
@@ -196,3 +199,103 @@ def grpo_guard_loss(
         (excess > high).double().mean(),
         (excess < low).double().mean(),
     )
+
+
+class TrainingLoss(NamedTuple):
+    """The loss of one timestep, and what the trainer appends to its ``loss_info`` for it."""
+
+    loss: Tensor  # []
+    loss_info: dict[str, Tensor]  # float32, without a gradient
+
+
+def training_loss(
+    scheduler: Any,
+    noise_pred: Tensor,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor,
+    advantage: Tensor,
+    training_args: Any,
+    *,
+    old_log_prob: Tensor | None = None,
+    old_next_latents_mean: Tensor | None = None,
+    ref_noise_pred: Tensor | None = None,
+) -> TrainingLoss:
+    """All that ``optimize`` does between the velocity and ``accelerator.backward``.
+
+    With ``old_log_prob`` it is ``GRPOTrainer``'s objective, with ``old_next_latents_mean`` that of
+    ``GRPOGuardTrainer``: each sample's own scale, no division by dt, and a ratio from differences.
+    Without a KL either is one pass (GRPO-Guard over "CPS" is two).
+
+    Args:
+        scheduler: ``self.adapter.scheduler``; its ``dynamics_type`` and ``noise_level`` are read.
+        noise_pred: ``output.noise_pred``, [B, *latent], any floating dtype. ref_noise_pred: the
+            reference's, where ``training_args.kl_beta`` > 0.
+        t, t_next: [] or [B], in [0, 1000]. latents: x. next_latents: y. advantage: [B].
+        training_args: its ``clip_range`` and ``adv_clip_range`` (negative, positive), ``kl_beta``
+            and ``kl_type`` ("v-based" or "x-based") are read.
+
+    Returns:
+        TrainingLoss with the trainer's keys: ratio, unclipped_loss, clipped_loss [B]; policy_loss,
+        kl_div and kl_loss where kl_beta > 0, loss, clip_frac_high, clip_frac_low, clip_frac_total.
+
+    Raises:
+        ValueError: not exactly one of the two old ones is given, the scheduler is an ODE's, or
+            kl_beta > 0 without ``ref_noise_pred``.
+    """
+    if (old_log_prob is None) == (old_next_latents_mean is None):
+        raise ValueError("exactly one of `old_log_prob` and `old_next_latents_mean` is needed")
+    if scheduler.dynamics_type not in KINDS:
+        raise ValueError(
+            f"`scheduler.dynamics_type` is {scheduler.dynamics_type!r}; a policy needs one of "
+            f"{', '.join(KINDS)}"
+        )
+    kl_beta = float(training_args.kl_beta)
+    if kl_beta > 0 and ref_noise_pred is None:
+        raise ValueError(f"`ref_noise_pred` is missing; with `kl_beta` {kl_beta} it is needed")
+    kind = KINDS[scheduler.dynamics_type]
+    sigma, following, level = _sigmas(scheduler, t, t_next, float(scheduler.noise_level), latents)
+    coeffs = steps.coefficients_at(sigma, following, level, kind, scheduler.sigmas[1], len(latents))
+    adv = advantage.clamp(*training_args.adv_clip_range)
+    low, high = training_args.clip_range
+    reference = ref_noise_pred if kl_beta > 0 else None
+    transition = tail.Transition(
+        noise_pred,
+        latents,
+        next_latents,
+        coeffs,
+        old_next_latents_mean,
+        old_log_prob,
+        reference,
+    )
+    bounds = tail.Bounds(-low, high, math.inf)
+    if old_next_latents_mean is None:
+        found = tail.plain(transition, adv, bounds)
+    else:  # scaled by sqrt(-dt) std_dev_t, which is an SDE's s
+        scale = coeffs.s if SDE_RULES[kind].diffusion else coeffs.s * (-coeffs.dt).sqrt()
+        found = tail.closed_form(transition, adv, bounds, scale[0])
+    from_reference = found.from_reference
+    loss = found.loss
+    info = {"policy_loss": loss}
+    if from_reference is not None:
+        if training_args.kl_type == "v-based":
+            from_reference = from_reference / coeffs.b[0] ** 2
+        kl_div = from_reference.mean().float()
+        loss = loss + kl_beta * kl_div
+        info |= {"kl_div": kl_div, "kl_loss": kl_beta * kl_div}
+    ratio = 1 + found.excess
+    negative = -adv
+    rows = {
+        "ratio": ratio,
+        "unclipped_loss": negative * ratio,
+        "clipped_loss": negative * ratio.clamp(1 + low, 1 + high),
+    }
+    shares = {
+        "loss": loss,
+        "clip_frac_high": found.high,
+        "clip_frac_low": found.low,
+        "clip_frac_total": found.high + found.low,
+    }
+    logged = rows | info | shares
+    return TrainingLoss(loss, {name: value.detach().float() for name, value in logged.items()})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..schedule import SdeKind, StepCoefficients
-from . import guard, steps
+from . import guard, steps, tail
 from .guard import BiasReduction
 
 KINDS: dict[str, SdeKind] = {"sde": "flow_sde", "cps": "cps"}
@@ -43,13 +45,10 @@ def sde_step_with_logprob(
     Raises:
         ValueError: ``sde_type`` is neither, or (on the CPU) a timestep is not in the schedule.
     """
-    if sde_type not in KINDS:
-        raise ValueError(f"`sde_type` is {sde_type!r}; it needs one of {', '.join(KINDS)}")
+    kind = _kind(sde_type)
     wanted = torch.as_tensor(timestep)
     index = steps.index_for_timestep(self.timesteps, wanted)
-    coeffs = steps.coefficients(
-        self.sigmas, index, noise_level, KINDS[sde_type], len(sample), sample.device
-    )
+    coeffs = steps.coefficients(self.sigmas, index, noise_level, kind, len(sample), sample.device)
     step = steps.sde_step(
         model_output,
         sample.float(),
@@ -57,22 +56,33 @@ def sde_step_with_logprob(
         None if prev_sample is None else prev_sample.float(),
         lambda: draw_noise(model_output, generator),
     )
-    std, sqrt_dt = std_and_sqrt_dt(coeffs, KINDS[sde_type], sample)
+    std, sqrt_dt = std_and_sqrt_dt(coeffs, kind, sample)
     assert step.log_prob is not None
     out = (step.prev_sample, step.log_prob, step.mean, std)
     return (*out, sqrt_dt) if return_sqrt_dt else out
 
 
+def _kind(sde_type: str | None) -> SdeKind:
+    if sde_type not in KINDS:
+        raise ValueError(f"`sde_type` is {sde_type!r}; it needs one of {', '.join(KINDS)}")
+    return KINDS[sde_type]
+
+
 def std_and_sqrt_dt(
     coeffs: StepCoefficients, kind: SdeKind, sample: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``std_dev_t`` as the public implementations return it, and sqrt(-dt), both [B, 1, ...].
+    """:func:`std_and_sqrt_dt_of` as steps return them: float32 [B, 1, ...]."""
+    std, sqrt_dt = std_and_sqrt_dt_of(coeffs, kind)
+    return steps.per_sample(std, sample), steps.per_sample(sqrt_dt, sample)
+
+
+def std_and_sqrt_dt_of(coeffs: StepCoefficients, kind: SdeKind) -> tuple[Tensor, Tensor]:
+    """``std_dev_t`` as the public implementations have it, and sqrt(-dt), float64 [1, B].
 
     The one of Flow-SDE leaves sqrt(-dt) out; the others are the density's standard deviation.
     """
     sqrt_dt = (-coeffs.dt).sqrt()
-    std = coeffs.s / sqrt_dt if kind == "flow_sde" else coeffs.s
-    return steps.per_sample(std, sample), steps.per_sample(sqrt_dt, sample)
+    return (coeffs.s / sqrt_dt if kind == "flow_sde" else coeffs.s), sqrt_dt
 
 
 def draw_noise(like: Tensor, generator: Any) -> Tensor:
@@ -86,10 +96,132 @@ def draw_noise(like: Tensor, generator: Any) -> Tensor:
 
 
 class PolicyLoss(NamedTuple):
-    """The tail of a training script: the loss, and what the script logs (tensors, no host sync)."""
+    """The tail of a training script: the loss, and what the script logs.
+
+    ``info`` has tensors [], float32 and without a gradient; nothing waits for the device.
+    """
 
     loss: Tensor  # []
     info: dict[str, Tensor]
+
+
+def training_loss(
+    scheduler: Any,
+    noise_pred: Tensor,
+    sample: Mapping[str, Tensor],
+    j: int,
+    config: Any,
+    noise_pred_ref: Tensor | None = None,
+    *,
+    sde_type: str = "sde",
+    bias_reduction: BiasReduction = "batch",
+    gradient_accumulation_steps: int = 1,
+) -> PolicyLoss:
+    """All that ``scripts/train_*.py`` do between the velocity and ``accelerator.backward``.
+
+    With ``config.rationorm`` it is the GRPO-Guard script's objective, whose ratio comes from the
+    stored mean in the mean form (exactly 1 on policy), else Flow-GRPO's over the stored log-prob.
+
+    Args:
+        scheduler: ``pipeline.scheduler``. noise_pred: velocity after guidance, [B, *latent], any
+            floating dtype. noise_pred_ref: the reference's, where ``config.train.beta`` > 0.
+        sample: the script's: "timesteps", "latents", "next_latents", "log_probs" (or
+            "prev_sample_mean"), "advantages", each [B, T, ...]. j: the trained timestep.
+        config: its ``rationorm`` (False if absent), ``train.clip_range``, ``train.adv_clip_max``,
+            ``train.beta`` and ``sample.noise_level`` are read.
+        sde_type: "sde" or "cps" (``config.sample.sde_type`` in the scripts that have it).
+        bias_reduction: "batch" is the script's, whose bias is one number for the whole batch (its
+            issue 244); "sample" is what the paper says.
+        gradient_accumulation_steps: of the Qwen-Image scripts, which divide both losses by it.
+
+    Returns:
+        PolicyLoss with the script's keys: approx_kl, clipfrac, clipfrac_gt_one, clipfrac_lt_one,
+        policy_loss (the divided one), kl_loss where beta > 0, loss.
+
+    Raises:
+        ValueError: ``sde_type`` is neither, beta > 0 without ``noise_pred_ref``, or (on the CPU) a
+            timestep is not in the schedule.
+    """
+    kind = _kind(sde_type)
+    train, beta = config.train, float(config.train.beta)
+    if beta > 0 and noise_pred_ref is None:
+        raise ValueError(
+            f"`noise_pred_ref` is missing; with `config.train.beta` {beta} it is needed"
+        )
+    x, y = sample["latents"][:, j], sample["next_latents"][:, j]
+    advantages = sample["advantages"][:, j]
+    index = steps.index_for_timestep(scheduler.timesteps, sample["timesteps"][:, j])
+    level = config.sample.noise_level
+    coeffs = steps.coefficients(scheduler.sigmas, index, level, kind, len(x), x.device)
+    reference = noise_pred_ref if beta > 0 else None
+    clip = train.clip_range
+    t = tail.Transition(noise_pred, x, y, coeffs, ref_model_output=reference)
+    bounds = tail.Bounds(clip, clip, train.adv_clip_max)
+    if getattr(config, "rationorm", False):
+        t = t._replace(old_mean=sample["prev_sample_mean"][:, j])
+        found = averaged(t, advantages, bounds, kind, bias_reduction)
+    else:
+        t = t._replace(old_log_prob=sample["log_probs"][:, j])
+        found = tail.plain(t, advantages, bounds)
+    loss = found.loss
+    if gradient_accumulation_steps != 1:
+        loss = loss / gradient_accumulation_steps
+    info = {
+        "approx_kl": 0.5 * found.log_ratio.square().mean().float(),
+        "clipfrac": found.high + found.low,
+        "clipfrac_gt_one": found.high,
+        "clipfrac_lt_one": found.low,
+        "policy_loss": loss.detach(),
+    }
+    if found.from_reference is not None:
+        std, _ = std_and_sqrt_dt_of(coeffs, kind)
+        kl_loss = (found.from_reference / (2 * std[0] ** 2)).mean().float()
+        kl_loss = kl_loss / gradient_accumulation_steps
+        loss = loss + beta * kl_loss
+        info["kl_loss"] = kl_loss.detach()
+    return PolicyLoss(loss, info | {"loss": loss.detach()})
+
+
+def averaged(
+    t: tail.Transition,
+    advantages: Tensor,
+    bounds: tail.Bounds,
+    kind: SdeKind,
+    bias_reduction: BiasReduction,
+    weights: Tensor | None = None,
+) -> tail.Clipped:
+    """:func:`guard.averaged_surrogate` from the latents: its ratio is formed from differences."""
+    guard.check_bias_reduction(bias_reduction)
+    on_host = t.coeffs.device.type == "cpu" and not torch.compiler.is_compiling()
+    make = _known_scale if on_host else _averaged_scale
+    exponent, by_dt = make(t.coeffs, kind, tail.numel(t), bias_reduction)
+    return tail.of_sums(
+        t, advantages, bounds, exponent, by_dt if weights is None else by_dt * weights
+    )
+
+
+def _averaged_scale(
+    coeffs: StepCoefficients, kind: SdeKind, numel: int, bias_reduction: BiasReduction
+) -> tuple[tail.Exponent, Tensor]:
+    """The exponent ``scale (log r + bias)`` and ``1 / mean(sqrt_dt)^2``."""
+    std, sqrt_dt = std_and_sqrt_dt_of(coeffs, kind)
+    root = sqrt_dt.mean()
+    scale = root * std.mean()
+    log_ratio = tail.log_ratio_rates(coeffs, numel)
+    rates, shared = log_ratio * scale, 1 / (2 * scale * numel)
+    if bias_reduction == "sample":
+        rates[1] += shared
+        return tail.Exponent(rates, log_ratio), 1 / root**2
+    return tail.Exponent(rates, log_ratio, shared), 1 / root**2
+
+
+@functools.lru_cache(maxsize=256)
+def _known_scale(
+    coeffs: StepCoefficients, kind: SdeKind, numel: int, bias_reduction: BiasReduction
+) -> tuple[tail.Exponent, Tensor]:
+    """The same, kept: the coefficients of steps that the host looks up are kept too."""
+    with torch.inference_mode(False):
+        return _averaged_scale(coeffs, kind, numel, bias_reduction)
 
 
 def grpo_loss(
@@ -159,7 +291,7 @@ def _info(found: guard.Surrogate, log_ratio: Tensor, clip_range: float) -> dict[
         "clipfrac": (excess.abs() > clip_range).double().mean(),
         "clipfrac_gt_one": (excess > clip_range).double().mean(),
         "clipfrac_lt_one": (excess < -clip_range).double().mean(),
-        "policy_loss": found.losses.mean(),
+        "policy_loss": found.loss.detach(),
         "ratio_bias": excess.mean(),
         "ratio_std": excess.std(correction=0),
     }

@@ -7,13 +7,14 @@ means, and differ from one another in details; the switches here are those detai
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .. import objective, ops
 from ..blocks import clipped_surrogate
+from ..checks import check_choice
 from ..config import GuardConfig
 from ..schedule import StepCoefficients
 
@@ -84,12 +85,16 @@ def guard_surrogate(
         bias_reduction: "sample": every sample's own bias. "batch": one bias, the mean over the
             batch (flow_grpo's published script, its issue 244).
     """
-    if bias_reduction not in ("sample", "batch"):
-        raise ValueError(f"`bias_reduction` is {bias_reduction!r}; it needs one of sample, batch")
+    check_bias_reduction(bias_reduction)
     scale = scale.double()
     square = moved.mean_square.mean() if bias_reduction == "batch" else moved.mean_square
     excess = torch.expm1((moved.log_ratio + square / (2 * scale**2)) * scale)
     return _surrogate(excess, advantages, clip_low, clip_high, adv_clip, sample_weights)
+
+
+def check_bias_reduction(bias_reduction: str) -> None:
+    """Raises unless it is a way to take GRPO-Guard's bias over a batch."""
+    check_choice("bias_reduction", bias_reduction, get_args(BiasReduction))
 
 
 def averaged_surrogate(

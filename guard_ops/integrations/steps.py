@@ -7,7 +7,7 @@ The frameworks' files share this. Steps are looked up on the device (the origina
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,30 +60,43 @@ def _schedule(
         return SdeSchedule(sigmas, noise_level, kind, device)
 
 
-def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> Tensor:
-    """Indices [B] of ``timestep`` [B] (or []) in a scheduler's ``timesteps`` [N], on their device.
+Index = int | tuple[int, ...] | Tensor  # of one step, or of each sample's
+
+
+def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> tuple[int, ...] | Tensor:
+    """The step of each ``timestep`` [B] (or []) in a scheduler's ``timesteps`` [N].
+
+    On the CPU, which is where diffusers keeps schedules, it is looked up by the host, which then
+    also knows the coefficients; on an accelerator by the device, so that nothing waits: [B].
 
     Raises:
-        ValueError: a timestep on the CPU is not in the schedule. On an accelerator, from which
-            nothing is read back, an assertion on the device fails instead.
+        ValueError: a timestep on the CPU is not in the schedule. On an accelerator an assertion on
+            the device fails instead.
     """
-    wanted = timestep.to(timesteps.device).reshape(-1, 1)
-    match = timesteps.unsqueeze(0) == wanted
-    if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
-        missing = (~match.any(1)).nonzero().flatten().tolist()
-        if missing:
-            raise ValueError(
-                f"`timestep` has {wanted[missing[0]].item()}, which is not one of the scheduler's "
-                f"{len(timesteps)} timesteps"
-            )
-    else:
-        torch._assert_async(match.any(1).all(), "`timestep` is not one of the scheduler's")
+    if _on_host(timesteps) and _on_host(timestep):
+        known: dict[float, int] = {}
+        for k, value in enumerate(timesteps.tolist()):
+            known.setdefault(value, k)
+        wanted = timestep.reshape(-1).tolist()
+        for value in wanted:
+            if value not in known:
+                raise ValueError(
+                    f"`timestep` has {value}, which is not one of the scheduler's "
+                    f"{len(timesteps)} timesteps"
+                )
+        return tuple([known[value] for value in wanted])
+    match = timesteps.unsqueeze(0) == timestep.to(timesteps.device).reshape(-1, 1)
+    torch._assert_async(match.any(1).all(), "`timestep` is not one of the scheduler's")
     return match.int().argmax(1)
+
+
+def _on_host(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def coefficients(
     sigmas: Tensor,  # [N + 1]
-    index: Tensor | int,  # [B], or one step for all samples
+    index: Index,
     noise_level: float | Tensor,
     kind: SdeKind,
     batch: int,
@@ -101,14 +114,36 @@ def coefficients(
         at = torch.as_tensor(index, device=sigmas.device).reshape(-1)
         found = coefficients_at(sigmas[at], sigmas[at + 1], noise_level, kind, sigmas[1], batch)
         return found.to(device)
-    schedule = schedule_of(sigmas, float(noise_level), kind, device)
     if isinstance(index, Tensor):
-        steps = schedule[index.to(device).reshape(1, -1).expand(1, batch)]
-        table = steps.table
-    else:
-        steps = schedule[index]
-        table = steps.table.reshape(5, 1, 1).expand(5, 1, batch)
-    return StepCoefficients._of(table, rule.gaussian, steps.deterministic if rule.gaussian else ())
+        schedule = schedule_of(sigmas, float(noise_level), kind, device)
+        table = schedule[index.to(device).reshape(1, -1).expand(1, batch)].table
+        return StepCoefficients._of(table, rule.gaussian, ())
+    steps = (index,) if isinstance(index, int) else index
+    if sigmas.device.type == "cpu":
+        values = tuple(sigmas.tolist())
+        return _known(values, steps, float(noise_level), kind, batch, torch.device(device))
+    return _rows(schedule_of(sigmas, float(noise_level), kind, device), steps, batch)
+
+
+@functools.lru_cache(maxsize=256)
+def _known(
+    sigmas: tuple[float, ...],
+    steps: tuple[int, ...],
+    noise_level: float,
+    kind: SdeKind,
+    batch: int,
+    device: torch.device,
+) -> StepCoefficients:
+    with torch.inference_mode(False):  # what is kept must serve a training step too
+        return _rows(_schedule(sigmas, noise_level, kind, device), steps, batch)
+
+
+def _rows(schedule: SdeSchedule, steps: tuple[int, ...], batch: int) -> StepCoefficients:
+    """[1, B] of one step for all samples or of each sample's."""
+    found = schedule[list(steps)]
+    table = found.table.unsqueeze(1).expand(5, 1, batch).contiguous()
+    gaussian = SDE_RULES[schedule.kind].gaussian
+    return StepCoefficients._of(table, gaussian, found.deterministic if gaussian else ())
 
 
 def coefficients_at(
@@ -116,18 +151,31 @@ def coefficients_at(
     sigma_next: Tensor,
     noise_level: float | Tensor,
     kind: SdeKind,
-    sigma_max: Tensor,  # []
+    sigma_max: float | Tensor,  # []
     batch: int,
 ) -> StepCoefficients:
     """[1, B] coefficients of steps between arbitrary sigmas, on their device."""
+    each = (sigma, sigma_next, noise_level, sigma_max)
+    if all(not isinstance(x, Tensor) or _on_host(x) for x in each):
+        rows = (tuple(x.reshape(-1).tolist()) if isinstance(x, Tensor) else (x,) for x in each)
+        return _known_at(tuple(rows), kind, batch)
+    return _table_at(each, kind, batch, sigma.device)
 
-    def row(x: float | Tensor) -> Tensor:
-        x = number(x, sigma.device)
-        return x.to(sigma.device, torch.float64).reshape(1, -1).expand(1, batch)
 
-    table = coefficient_table(
-        row(sigma), row(sigma_next), row(noise_level), kind, sigma_max.double().to(sigma.device)
-    )
+@functools.lru_cache(maxsize=256)
+def _known_at(rows: tuple[tuple[float, ...], ...], kind: SdeKind, batch: int) -> StepCoefficients:
+    cpu = torch.device("cpu")
+    with torch.inference_mode(False):
+        each = [torch.tensor(row, dtype=torch.float64, device=cpu) for row in rows]
+        return _table_at(each, kind, batch, cpu)
+
+
+def _table_at(
+    each: Sequence[float | Tensor], kind: SdeKind, batch: int, device: torch.device
+) -> StepCoefficients:
+    rows = [number(x, device).to(device, torch.float64).reshape(1, -1) for x in each]
+    sigma, sigma_next, level, sigma_max = (row.expand(1, batch) for row in rows)
+    table = coefficient_table(sigma, sigma_next, level, kind, sigma_max)
     return StepCoefficients._of(table, SDE_RULES[kind].gaussian, ())
 
 

@@ -7,16 +7,25 @@ fused step under ``FlowMatchSDEDiscreteScheduler``.
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..schedule import SDE_RULES, SdeKind
-from . import guard, steps
-from .flow_grpo import draw_noise, std_and_sqrt_dt
+from . import guard, steps, tail
+from .flow_grpo import averaged, draw_noise, std_and_sqrt_dt
 
 KINDS: dict[str, SdeKind] = {"sde": "flow_sde", "cps": "cps", "dance_sde": "dance_sde"}
+
+
+def _kind(sde_type: str) -> SdeKind:
+    if sde_type not in KINDS:
+        raise ValueError(f"`sde_type` is {sde_type!r}; it needs one of {', '.join(KINDS)}")
+    return KINDS[sde_type]
 
 
 def sample_previous_step(
@@ -50,11 +59,9 @@ def sample_previous_step(
             schedule.
         NotImplementedError: ``per_token_timesteps`` is given, which the original refuses too.
     """
-    if sde_type not in KINDS:
-        raise ValueError(f"`sde_type` is {sde_type!r}; it needs one of {', '.join(KINDS)}")
+    kind = _kind(sde_type)
     if per_token_timesteps is not None:
         raise NotImplementedError("`per_token_timesteps` is not supported, as in the original")
-    kind = KINDS[sde_type]
     index = (
         int(self.step_index)
         if timestep is None
@@ -175,26 +182,119 @@ class GRPOGuardFusedLoss:
         return _result(loss, metrics)
 
 
+def training_loss(
+    scheduler: Any,
+    noise_pred: Tensor,
+    micro_batch: Any,
+    step: int,
+    config: Any,
+    model_config: Any,
+) -> tuple[Tensor, dict[str, float]]:
+    """All of ``forward_step`` between the velocity and the loss, as one call.
+
+    ``config.diffusion_loss.loss_mode`` tells which objective: a name with "guard" is GRPO-Guard,
+    whose ratio comes from the stored mean in the mean form (exactly 1 on policy); any other is
+    Flow-GRPO's and DanceGRPO's, over the stored log-prob, in one pass.
+
+    Args:
+        scheduler: the engine's. noise_pred: velocity after guidance, [B, *latent], any floating
+            dtype.
+        micro_batch: the engine's: "all_latents" [B, T + 1, *latent], "all_timesteps",
+            "advantages", "old_log_probs" (or "old_prev_sample_mean"), each [B, T, ...], and maybe
+            "rollout_is_weights" [B]. step: the trained one.
+        config: the actor's; ``diffusion_loss`` is read. model_config: ``algo.noise_level`` and
+            ``algo.sde_type`` are read.
+
+    Returns:
+        The loss [] and verl-omni's metrics, numbers; reading them waits for the device, once.
+    """
+    settings, algo = config.diffusion_loss, model_config.algo
+    kind = _kind(algo.sde_type)
+    latents = micro_batch["all_latents"]
+    x, y = latents[:, step], latents[:, step + 1]
+    advantages = micro_batch["advantages"][:, step]
+    index = steps.index_for_timestep(scheduler.timesteps, micro_batch["all_timesteps"][:, step])
+    coeffs = steps.coefficients(
+        scheduler.sigmas, index, algo.noise_level, kind, len(x), noise_pred.device
+    )
+    weights, clip = micro_batch.get("rollout_is_weights", None), settings.clip_ratio
+    t = tail.Transition(noise_pred, x, y, coeffs)
+    bounds = tail.Bounds(clip, clip, settings.adv_clip_max)
+    if "guard" in settings.loss_mode:
+        t = t._replace(old_mean=micro_batch["old_prev_sample_mean"][:, step])
+        found = averaged(t, advantages, bounds, kind, "sample", weights)
+    else:
+        t = t._replace(old_log_prob=micro_batch["old_log_probs"][:, step])
+        found = tail.plain(t, advantages, bounds, weights)
+    return found.loss, _metrics(found.excess, found.log_ratio, clip)
+
+
 LOSSES = {"flow_grpo_fused": FlowGRPOFusedLoss, "grpo_guard_fused": GRPOGuardFusedLoss}
+_ORIGINALS = {"flow_grpo_fused": "flow_grpo", "grpo_guard_fused": "grpo_guard"}
 
 
 def register() -> tuple[str, ...]:
-    """Put the losses into verl-omni's registry; returns their names. Repeating it is harmless."""
+    """Put the losses into verl-omni's registry, and their names among those its config takes.
+
+    Every process that makes a loss or its config needs it. Repeating it is harmless.
+
+    Returns:
+        The names, for ``actor.diffusion_loss.loss_mode``.
+    """
     from verl_omni.trainer.diffusion import diffusion_algos
 
     for name, loss in LOSSES.items():
         if name not in diffusion_algos.DIFFUSION_LOSS_REGISTRY:
             bases = (loss, diffusion_algos.DiffusionLossFn)
             diffusion_algos.register_diffusion_loss(name)(type(loss.__name__, bases, {}))
+    config = _loss_config()
+    if config is not None and not hasattr(config.__post_init__, "_guard_ops_original"):
+        config.__post_init__ = _accepting(config.__post_init__)
     return tuple(LOSSES)
 
 
 def unregister() -> None:
-    """Take the losses out of verl-omni's registry again."""
+    """Take the losses and their names out again."""
     from verl_omni.trainer.diffusion import diffusion_algos
 
     for name in LOSSES:
         diffusion_algos.DIFFUSION_LOSS_REGISTRY.pop(name, None)
+    config = _loss_config()
+    original = getattr(getattr(config, "__post_init__", None), "_guard_ops_original", None)
+    if original is not None:
+        config.__post_init__ = original
+
+
+def _loss_config() -> Any:
+    """``DiffusionLossConfig``, which keeps its own list of names; None where there is none."""
+    try:
+        module = importlib.import_module("verl_omni.workers.config.diffusion.actor")
+    except ModuleNotFoundError:
+        return None
+    return getattr(module, "DiffusionLossConfig", None)
+
+
+def _accepting(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """``__post_init__`` that checks a fused loss's settings as those of the one it replaces.
+
+    The list of names is a local of the original, so a name that is in it takes the fused one's
+    place for as long as the check runs. (The config refuses assignments; ``object`` does not.)
+    """
+
+    @functools.wraps(original)
+    def check(self: Any) -> None:
+        asked = self.loss_mode
+        if asked not in _ORIGINALS:
+            original(self)
+            return
+        object.__setattr__(self, "loss_mode", _ORIGINALS[asked])
+        try:
+            original(self)
+        finally:
+            object.__setattr__(self, "loss_mode", asked)
+
+    check._guard_ops_original = original  # type: ignore[attr-defined]
+    return check
 
 
 def _result(loss: Tensor, metrics: dict[str, float]) -> Any:
@@ -205,13 +305,16 @@ def _result(loss: Tensor, metrics: dict[str, float]) -> Any:
 
 def _metrics(excess: Tensor, log_ratio: Tensor, clip: float) -> dict[str, float]:
     """verl-omni's metrics as the numbers that its logger wants, in one read of the device."""
-    high, low = excess > clip, excess < -clip
-    values = {
-        "actor/ppo_kl": -log_ratio.detach().mean(),
-        "actor/pg_clipfrac": (high | low).double().mean(),
-        "actor/pg_clipfrac_higher": high.double().mean(),
-        "actor/pg_clipfrac_lower": low.double().mean(),
-        "actor/ratio_mean": 1 + excess.mean(),
-        "actor/ratio_std": excess.std(),
+    count, excess = len(excess), excess.double()
+    std = excess.std() if count > 1 else torch.zeros_like(excess[0])  # torch's is NaN for one
+    flags = torch.stack([excess > clip, excess < -clip]).double().mean(1)
+    means = torch.stack([log_ratio.detach().double().mean(), excess.mean(), std])
+    log_r, bias, spread, high, low = torch.cat([means, flags]).tolist()
+    return {
+        "actor/ppo_kl": -log_r,
+        "actor/pg_clipfrac": high + low,
+        "actor/pg_clipfrac_higher": high,
+        "actor/pg_clipfrac_lower": low,
+        "actor/ratio_mean": 1 + bias,
+        "actor/ratio_std": spread,
     }
-    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))

@@ -239,9 +239,89 @@ def _factory_guard(s: Scene) -> Tensor:
     ).loss
 
 
+def _flow_grpo_whole(guard: bool) -> Callable[[Scene], Tensor]:
+    def run(s: Scene) -> Tensor:
+        c = s.call
+        at = c["schedule"].timesteps[c["k"]].expand(len(c["sample"]))
+        sample = {
+            "timesteps": at[:, None],
+            "latents": c["sample"][:, None],
+            "next_latents": c["prev_sample"][:, None],
+            "log_probs": s.old_log_prob[:, None],
+            "prev_sample_mean": s.old_mean[:, None],
+            "advantages": s.advantages[:, None],
+        }
+        config = SimpleNamespace(
+            rationorm=guard,
+            train=SimpleNamespace(clip_range=CLIP, adv_clip_max=ADV_CLIP, beta=0),
+            sample=SimpleNamespace(noise_level=0.7),
+        )
+        return flow_grpo.training_loss(
+            c["schedule"], c["model_output"], sample, 0, config, sde_type=c["sde_type"]
+        ).loss
+
+    return run
+
+
+def _dance_whole(s: Scene) -> Tensor:
+    c = s.call
+    args = SimpleNamespace(
+        eta=0.3, clip_range=CLIP, adv_clip_max=ADV_CLIP, gradient_accumulation_steps=1
+    )
+    return dance_grpo.training_loss(
+        args, c["model_output"], c["sample"], c["prev_sample"], s.old_log_prob, s.advantages,
+        c["schedule"].sigmas, c["k"], 2,
+    ).loss  # fmt: skip
+
+
+def _verl_whole(mode: str) -> Callable[[Scene], Tensor]:
+    def run(s: Scene) -> Tensor:
+        c = s.call
+        at = c["schedule"].timesteps[c["k"]].expand(len(c["sample"]))
+        batch = {
+            "all_latents": torch.stack([c["sample"], c["prev_sample"]], 1),
+            "all_timesteps": at[:, None],
+            "advantages": s.advantages[:, None],
+            "old_log_probs": s.old_log_prob[:, None],
+            "old_prev_sample_mean": s.old_mean[:, None],
+        }
+        settings = SimpleNamespace(loss_mode=mode, clip_ratio=CLIP, adv_clip_max=ADV_CLIP)
+        algo = SimpleNamespace(noise_level=0.7, sde_type=c["sde_type"])
+        return verl_omni.training_loss(
+            c["schedule"], c["model_output"], batch, 0,
+            SimpleNamespace(diffusion_loss=settings), SimpleNamespace(algo=algo),
+        )[0]  # fmt: skip
+
+    return run
+
+
+def _factory_whole(guard: bool) -> Callable[[Scene], Tensor]:
+    def run(s: Scene) -> Tensor:
+        c = s.call
+        t, t_next = (c["schedule"].timesteps[k].float() for k in (c["k"], c["k"] + 1))
+        args = SimpleNamespace(
+            clip_range=(-CLIP, CLIP), adv_clip_range=(-ADV_CLIP, ADV_CLIP), kl_beta=0
+        )
+        old = {"old_next_latents_mean": s.old_mean} if guard else {"old_log_prob": s.old_log_prob}
+        return flow_factory.training_loss(
+            c["schedule"], c["model_output"], t, t_next, c["sample"], c["prev_sample"],
+            s.advantages, args, **old,
+        ).loss  # fmt: skip
+
+    return run
+
+
 _GUARD_SCRIPT = "train_sd3_GRPO_Guard.py"
 TAILS = {
     "flow_grpo": Tail(
+        "flow_grpo/scripts/train_sd3.py",
+        flow_grpo_script("train_sd3.py", False),
+        {
+            "flow_grpo.grpo_loss": _plain,
+            "flow_grpo.training_loss": _flow_grpo_whole(False),
+        },
+    ),
+    "flow_grpo, bagel": Tail(
         "flow_grpo/scripts/train_sd3.py",
         flow_grpo_script("train_sd3.py", False),
         {"flow_grpo.grpo_loss": _plain},
@@ -249,7 +329,10 @@ TAILS = {
     "flow_grpo, guard": Tail(
         f"flow_grpo/scripts/{_GUARD_SCRIPT}",
         flow_grpo_script(_GUARD_SCRIPT, True),
-        {"flow_grpo.grpo_guard_loss, bias over the batch": _guard("batch")},
+        {
+            "flow_grpo.grpo_guard_loss": _guard("batch"),
+            "flow_grpo.training_loss": _flow_grpo_whole(True),
+        },
     ),
     "flow_grpo, wan": Tail(
         "flow_grpo/scripts/train_wan2_1.py",
@@ -257,13 +340,16 @@ TAILS = {
         {"flow_grpo.grpo_loss": _plain},
     ),
     "dance_grpo": Tail(
-        "fastvideo/train_grpo_flux.py", dance_grpo_script, {"dance_grpo.grpo_loss": _dance}
+        "fastvideo/train_grpo_flux.py",
+        dance_grpo_script,
+        {"dance_grpo.grpo_loss": _dance, "dance_grpo.training_loss": _dance_whole},
     ),
     "verl_omni": Tail(
         "verl_omni FlowGRPOLoss",
         verl_registered("FlowGRPOLoss", False),
         {
             "flow_grpo_fused": lambda s: verl_loss(verl_omni.FlowGRPOFusedLoss, s, False),
+            "verl_omni.training_loss": _verl_whole("flow_grpo"),
         },
     ),
     "verl_omni, guard": Tail(
@@ -271,14 +357,20 @@ TAILS = {
         verl_registered("GRPOGuardLoss", True),
         {
             "grpo_guard_fused": lambda s: verl_loss(verl_omni.GRPOGuardFusedLoss, s, True),
+            "verl_omni.training_loss": _verl_whole("grpo_guard"),
         },
     ),
     "flow_factory": Tail(
-        "flow_factory GRPOTrainer", flow_factory_trainer(0), {"flow_grpo.grpo_loss": _plain}
+        "flow_factory GRPOTrainer",
+        flow_factory_trainer(0),
+        {"flow_factory.training_loss": _factory_whole(False)},
     ),
     "flow_factory, guard": Tail(
         "flow_factory GRPOGuardTrainer",
         flow_factory_trainer(1),
-        {"flow_factory.grpo_guard_loss": _factory_guard},
+        {
+            "flow_factory.grpo_guard_loss": _factory_guard,
+            "flow_factory.training_loss": _factory_whole(True),
+        },
     ),
 }

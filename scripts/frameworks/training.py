@@ -46,6 +46,7 @@ class Loop:
     schedule: Callable[[], Any]
     tail: Tail
     latent: tuple[int, ...] = (4, 8, 8)
+    sde_type: str = "sde"
 
 
 class Velocity(nn.Module):
@@ -154,14 +155,23 @@ _VIDEO = (4, 2, 4, 4)
 
 LOOPS = (
     Loop("flow_grpo", "image models, sde", _images("sde"), _EULER, TAILS["flow_grpo"]),
-    Loop("flow_grpo", "image models, cps", _images("cps"), _EULER, TAILS["flow_grpo"]),
+    Loop(
+        "flow_grpo", "image models, cps", _images("cps"), _EULER, TAILS["flow_grpo"], sde_type="cps"
+    ),
     Loop("flow_grpo", "GRPO-Guard", _images("sde"), _EULER, TAILS["flow_grpo, guard"]),
     Loop("flow_grpo", "Wan2.1", _wan, _UNIPC, TAILS["flow_grpo, wan"], _VIDEO),
-    Loop("flow_grpo", "Bagel", _bagel, _EULER, TAILS["flow_grpo"]),
+    Loop("flow_grpo", "Bagel", _bagel, _EULER, TAILS["flow_grpo, bagel"]),
     Loop("dance_grpo", "flux", _flux, _EULER, TAILS["dance_grpo"]),
     Loop("verl_omni", "flow_grpo", _verl("sde"), _VERL, TAILS["verl_omni"]),
-    Loop("verl_omni", "dance_grpo", _verl("dance_sde"), _VERL, TAILS["verl_omni"]),
-    Loop("verl_omni", "flow_grpo, cps", _verl("cps"), _VERL, TAILS["verl_omni"]),
+    Loop(
+        "verl_omni",
+        "dance_grpo",
+        _verl("dance_sde"),
+        _VERL,
+        TAILS["verl_omni"],
+        sde_type="dance_sde",
+    ),
+    Loop("verl_omni", "flow_grpo, cps", _verl("cps"), _VERL, TAILS["verl_omni"], sde_type="cps"),
     Loop("verl_omni", "grpo_guard", _verl("sde"), _VERL, TAILS["verl_omni, guard"]),
     Loop("flow_factory", "GRPO", _factory, _FACTORY, TAILS["flow_factory"]),
     Loop("flow_factory", "GRPO-Guard", _factory, _FACTORY, TAILS["flow_factory, guard"]),
@@ -194,6 +204,7 @@ class Rollout:
         v = network(x, k)
         now = self.loop.step(self.schedule, v, x, y, k)
         call = {"schedule": self.schedule, "k": k, "model_output": v, "sample": x, "prev_sample": y}
+        call["sde_type"] = self.loop.sde_type
         return Scene(
             now.log_prob, before.log_prob, now.mean, before.mean, now.std_dev_t, now.sqrt_dt,
             self.advantages, call,

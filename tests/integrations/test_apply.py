@@ -14,6 +14,7 @@ import torch
 from restated import module
 
 import guard_ops.integrations as integrations
+from guard_ops.integrations import verl_omni
 
 pytest.importorskip("diffusers", reason="needs diffusers' schedulers")
 
@@ -429,6 +430,55 @@ def test_verl_omni_gets_the_step_and_two_losses(verl_package):
         assert sorted(registry) == ["flow_grpo_fused", "grpo_guard_fused"]
     assert scheduler.sample_previous_step is held[0]
     assert not registry
+
+
+@pytest.fixture
+def verl_config(monkeypatch):
+    """verl-omni's loss config: it refuses assignments, and its names are a local list."""
+
+    class BaseConfig:
+        def __setattr__(self, name, value):
+            if name in self.__dict__:
+                raise AttributeError(f"Field {name!r} is frozen and cannot be modified")
+            super().__setattr__(name, value)
+
+    @dataclass
+    class DiffusionLossConfig(BaseConfig):
+        loss_mode: str = "flow_grpo"
+        adv_clip_max: float = 5.0
+
+        def __post_init__(self):
+            valid_modes = ["flow_grpo", "flow_dppo", "grpo_guard"]
+            if self.loss_mode not in valid_modes:
+                raise ValueError(f"Invalid diffusion loss_mode: {self.loss_mode}")
+            if self.adv_clip_max <= 0:
+                raise ValueError("adv_clip_max must be positive")
+
+    module(
+        monkeypatch,
+        "verl_omni.workers.config.diffusion.actor",
+        DiffusionLossConfig=DiffusionLossConfig,
+    )
+    return DiffusionLossConfig
+
+
+def test_verl_omnis_config_takes_the_fused_names(verl_package, verl_config):
+    original = verl_config.__post_init__
+    for name in verl_omni.LOSSES:
+        with pytest.raises(ValueError, match="Invalid diffusion loss_mode"):
+            verl_config(loss_mode=name)
+    with integrations.apply("verl_omni"):
+        verl_omni.register()
+        for name in verl_omni.LOSSES:
+            assert verl_config(loss_mode=name).loss_mode == name
+            with pytest.raises(ValueError, match="adv_clip_max must be positive"):
+                verl_config(loss_mode=name, adv_clip_max=0.0)
+        assert verl_config().loss_mode == "flow_grpo"
+        with pytest.raises(ValueError, match="Invalid diffusion loss_mode: other"):
+            verl_config(loss_mode="other")
+    assert verl_config.__post_init__ is original
+    with pytest.raises(ValueError, match="Invalid diffusion loss_mode"):
+        verl_config(loss_mode="flow_grpo_fused")
 
 
 def test_another_class_with_that_method_is_named(verl_package, monkeypatch):

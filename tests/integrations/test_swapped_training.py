@@ -424,7 +424,7 @@ def test_guard_loss_of_a_dance_rollout_that_kept_its_velocity(scheduler, network
     rollout, policy = Rollout(scheduler, network, "dance_sde", 0.3), moved(network)
     timestep, x, y, _, _ = rollout.step(2)
     old_v, v = network(x, timestep).detach(), policy(x, timestep)
-    config = go.GuardConfig.article()
+    config = go.GuardConfig.article(balance="none")
     found = dance_grpo.guard_loss(
         v, x, y, old_v, rollout.advantages, 0.3, scheduler.sigmas, 2, config
     )
@@ -434,3 +434,33 @@ def test_guard_loss_of_a_dance_rollout_that_kept_its_velocity(scheduler, network
         old_model_output=old_v,
     )  # fmt: skip
     assert torch.equal(found.loss, expected.loss)
+
+
+def test_all_steps_at_once_in_micro_batches(scheduler, network):
+    """docs/swap-in.md: velocities without a graph, one objective, backward by micro-batch."""
+    rollout, policy = Rollout(scheduler, network, "flow_sde", 0.7), moved(network)
+    schedule = go.SdeSchedule.from_scheduler(scheduler, 0.7)
+    config = go.GuardConfig.article()
+    given = {
+        "advantages": rollout.advantages, "coeffs": schedule[:TRAINED], "config": config,
+        "sample": torch.stack(rollout.latents[:-1]),
+        "prev_sample": torch.stack(rollout.latents[1:]), "old_mean": torch.stack(rollout.means),
+    }  # fmt: skip
+
+    def velocity(k, rows=slice(None)):
+        timestep, x, *_ = rollout.step(k)
+        return policy(x[rows], timestep[rows])
+
+    whole = go.guard_loss(torch.stack([velocity(k) for k in range(TRAINED)]), **given)
+    whole.loss.backward()
+    expected = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    with torch.no_grad():
+        velocities = torch.stack([velocity(k) for k in range(TRAINED)])
+    out = go.guard_loss_and_grad(velocities, **given)
+    for k in range(TRAINED):
+        for rows in (slice(0, 2), slice(2, BATCH)):
+            velocity(k, rows).backward(out.grad[k, rows])
+    for parameter, grad in zip(policy.parameters(), expected, strict=True):
+        assert (parameter.grad - grad).norm() <= 1e-5 * grad.norm()
+    assert (whole.weights - 1 / TRAINED).abs().max() > 1e-3  # which one step a call does not have

@@ -1,0 +1,127 @@
+"""UniRL's transitions and Flow-DPPO's loss, against its arithmetic restated."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from guard_ops.integrations import unirl
+
+BATCH, LATENT = 4, (4, 8, 8)
+KINDS = ["flow", "dance", "cps"]
+
+
+def latents(count, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(BATCH, *LATENT, generator=generator).to(dtype) for _ in range(count)]
+
+
+def original(kind, v, x, sigma, following, eta, y, sigma_max=0.99):
+    """``step`` and ``_finalize_logp`` of a strategy; y is given or made of zero noise."""
+    dtype = x.dtype
+    v, x = v.float(), x.float()
+    shape = (-1, *[1] * len(LATENT))
+    sigma, following = sigma.float().reshape(shape), following.float().reshape(shape)
+    dt = following - sigma
+    if kind == "cps":
+        s = following * math.sin(eta * math.pi / 2)
+        mean = (x - sigma * v) * (1 - following) + (x + v * (1 - sigma)) * torch.sqrt(
+            following**2 - s**2
+        )
+    else:
+        std = torch.full_like(sigma, eta)
+        if kind == "flow":
+            std = torch.sqrt(sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))) * eta
+        mean = (
+            x * (1 + std**2 / (2 * sigma) * dt) + v * (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt
+        )
+        s = std * torch.sqrt(-dt)
+    y = y.float().to(dtype).float()
+    log_prob = -((y.detach() - mean) ** 2)
+    if kind != "cps":
+        log_prob = log_prob / (2 * s**2) - torch.log(s) - 0.5 * math.log(2 * math.pi)
+    return y, log_prob.mean((1, 2, 3)), mean
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sigmas", [(0.8, 0.7), (1.0, 0.9), ([0.9, 0.5, 1.0, 0.3], None)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_replay_is_the_strategys(kind, sigmas, dtype):
+    sigma = torch.tensor(sigmas[0], dtype=torch.float64)
+    following = sigma - 0.1 if sigmas[1] is None else torch.tensor(sigmas[1], dtype=torch.float64)
+    v, x, y = latents(3, dtype)
+    y = y.float() + 1e-3  # not what a bf16 can hold
+    results = []
+    for ours in (False, True):
+        leaf = v.float().requires_grad_()
+        if ours:
+            self = SimpleNamespace(canonical_name=kind)
+            out = unirl.denoise(self, leaf, x, sigma, following, eta=0.7, prev_sample=y)
+        else:
+            out = original(kind, leaf, x, sigma, following, 0.7, y)
+        (out[1].sum() + out[2].square().mean()).backward()
+        results.append((*(t.detach() for t in out), leaf.grad))
+    for theirs, mine in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=5e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_is_scored_as_it_is_stored(kind):
+    v, x = latents(2, torch.bfloat16)
+    self, sigma = SimpleNamespace(canonical_name=kind), torch.tensor(0.8)
+    y, log_prob, mean = unirl.denoise(self, v, x, sigma, sigma - 0.1, eta=0.7)
+    assert torch.equal(y, y.bfloat16().float())
+    expected = original(kind, v, x, sigma, sigma - 0.1, 0.7, y)
+    torch.testing.assert_close(log_prob, expected[1], rtol=5e-6, atol=5e-6)
+    torch.testing.assert_close(mean, expected[2], rtol=5e-6, atol=5e-6)
+
+
+def test_without_eta_there_is_no_log_prob_and_no_rounding():
+    v, x = latents(2, torch.bfloat16)
+    self, sigma = SimpleNamespace(canonical_name="flow"), torch.tensor(0.8)
+    y, log_prob, mean = unirl.denoise(self, v, x, sigma, sigma - 0.1, eta=0.0)
+    assert log_prob is None
+    assert torch.equal(y, mean)
+    with pytest.raises(ValueError, match="the strategy is 'dpm2'; it needs one of flow, cps"):
+        unirl.denoise(SimpleNamespace(canonical_name="dpm2"), v, x, sigma, sigma - 0.1)
+
+
+@pytest.mark.parametrize("steps", [3, 1])
+def test_flow_dppo_is_unirls(steps):
+    generator = torch.Generator().manual_seed(2)
+    shape = (BATCH, steps, *LATENT)
+    old_means = torch.randn(shape, generator=generator)
+    new_means = old_means + 0.01 * torch.randn(shape, generator=generator)
+    old_logp = torch.randn(BATCH, steps, generator=generator)
+    drift = 0.01 * torch.randn(BATCH, steps, generator=generator)
+    advantages = torch.randn(BATCH, 1, generator=generator).expand(BATCH, steps)
+    sigma_t = torch.linspace(0.3, 0.6, steps).reshape(1, -1, 1, 1, 1)
+    results = []
+    for ours in (False, True):
+        new_logp = (old_logp + drift).requires_grad_()
+        if ours:
+            losses, metrics = unirl.flowdppo_kl_adv_loss(
+                new_logp=new_logp, old_logp=old_logp, new_means=new_means, old_means=old_means,
+                advantages=advantages, sigma_t=sigma_t, kl_mask_threshold=2.4e-4,
+            )  # fmt: skip
+        else:
+            ratio = torch.exp(new_logp - old_logp)
+            kl = ((new_means - old_means) ** 2 / (2 * sigma_t**2)).mean((2, 3, 4))
+            far = kl >= 2.4e-4
+            up, down = far & (ratio > 1) & (advantages > 0), far & (ratio < 1) & (advantages < 0)
+            losses = torch.where(up | down, 0.0, -advantages * ratio)
+            metrics = {"ratio_mean": ratio.mean(), "ratio_std": ratio.std(), "kl_new_old_max":
+                       kl.max(), "kl_mask_fraction": far.float().mean(), "masked_fraction":
+                       (up | down).float().mean()}  # fmt: skip
+            if steps > 1:
+                assert 0 < metrics["masked_fraction"] < metrics["kl_mask_fraction"] < 1
+        losses.mean().backward()
+        results.append((losses.detach(), new_logp.grad, metrics))
+    (losses, grad, metrics), (ours, our_grad, our_metrics) = results
+    torch.testing.assert_close(ours, losses, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(our_grad, grad, rtol=1e-6, atol=1e-7)
+    for name, value in metrics.items():
+        torch.testing.assert_close(our_metrics[name], value.detach(), rtol=1e-5, atol=1e-6)
