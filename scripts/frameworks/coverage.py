@@ -61,8 +61,11 @@ def _flow_grpo(root: Path) -> list[Row]:
         elif "Guard" in name:
             found.append(Row("flow_grpo", name, "yes", "yes: `flow_grpo` tail, GRPO-Guard"))
         elif re.search(r"ratio = torch\.exp", text):
-            step = "yes (its own)" if "wan_pipeline_with_logprob" in text else "yes"
-            found.append(Row("flow_grpo", name, step, "yes: `flow_grpo` tail"))
+            wan = "wan_pipeline_with_logprob" in text
+            step = "yes (its own)" if wan else "yes"
+            loss = "its arithmetic: `grpo_loss`" if wan else "yes: `flow_grpo` tail"
+            why = "the tail has no Wan step; `go.guard_loss` has, kind `wan_sde`" if wan else ""
+            found.append(Row("flow_grpo", name, step, loss, why))
         else:
             found.append(Row("flow_grpo", name, "no", "no", "not known"))
     return found
