@@ -1,91 +1,69 @@
 """Guard Ops inside the trainers people already run: one import, one line.
 
     import guard_ops.integrations
-    guard_ops.integrations.apply("flow_grpo")
+    print(guard_ops.integrations.apply("flow_grpo"))
 
 See docs/swap-in.md for every framework's diff and for what differs from docs/math.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from . import dance_grpo, flow_factory, flow_grpo, verl_omni
-from .patch import Patch, Target, replace
+from .patch import Installation, Patch
+from .targets import KNOWN
 
-__all__ = ["FRAMEWORKS", "Patch", "apply"]
+__all__ = [
+    "FRAMEWORKS",
+    "Patch",
+    "apply",
+    "dance_grpo",
+    "flow_factory",
+    "flow_grpo",
+    "verl_omni",
+]
 
-_SCRIPTS = (
-    "flux",
-    "flux_lora",
-    "hunyuan",
-    "qwenimage",
-    "qwenimage_edit",
-    "skyreels_i2v",
-    "wan_2_1",
-)
-TARGETS: dict[str, tuple[Target, ...]] = {
-    "flow_grpo": (
-        Target(
-            ("flow_grpo.diffusers_patch.sd3_sde_with_logprob",),
-            "sde_step_with_logprob",
-            flow_grpo.sde_step_with_logprob,
-        ),
-    ),
-    "dance_grpo": (
-        Target(
-            ("__main__", *(f"fastvideo.train_grpo_{script}" for script in _SCRIPTS)),
-            "flux_step",
-            dance_grpo.flux_step,
-        ),
-    ),
-    "verl_omni": (
-        Target(
-            ("verl_omni.pipelines.schedulers.flow_match_sde",),
-            "FlowMatchSDEDiscreteScheduler.sample_previous_step",
-            verl_omni.sample_previous_step,
-        ),
-    ),
-    "flow_factory": (
-        Target(
-            ("flow_factory.scheduler.flow_match_euler_discrete",),
-            "FlowMatchEulerDiscreteSDEScheduler.step",
-            flow_factory.step,
-        ),
-    ),
-}
-FRAMEWORKS = tuple(TARGETS)
+FRAMEWORKS = tuple(KNOWN)
 
-_applied: dict[str, Patch] = {}
+_installations: dict[str, Installation] = {}
 
 
-def apply(framework: str) -> Patch:
-    """Put the fused functions under an importable framework's own names.
+def apply(framework: str, modules: Sequence[str] = ()) -> Patch:
+    """Put the fused functions under a framework's own names, once they are proved to be equal.
 
-    Every module that holds the original is changed, also one that imported it by name. A second
-    call returns the patch of the first. ``verl_omni`` also gets the losses ``flow_grpo_fused`` and
-    ``grpo_guard_fused`` in its registry.
+    Before anything is replaced, the original and ours answer the same calls on small CPU tensors,
+    over the options and defaults of the original's signature; every return value and gradient is
+    compared. Then every namespace that holds the original gets ours, under whatever name. Applying
+    again looks again, and counts: the originals are back when every patch has been undone.
+    ``verl_omni`` also gets the losses ``flow_grpo_fused`` and ``grpo_guard_fused`` in its registry.
 
     Args:
         framework: one of ``FRAMEWORKS``: flow_grpo, dance_grpo, verl_omni, flow_factory.
+        modules: more modules to import and look at. Otherwise only the one module is imported that
+            has the framework's main step (DanceGRPO has none), and what is imported is looked at.
 
     Returns:
-        Patch: ``print`` it to see what was replaced, ``.undo()`` it, or use it in a ``with``.
+        Patch: ``print`` it to see what was replaced, on what proof, and what was left alone;
+        ``.undo()`` it, ``.rescan()`` after later imports, or use it in a ``with``.
 
     Raises:
-        ValueError: there is no such framework, or its functions do not look as expected (it is
-            another version); nothing is replaced then.
-        ImportError: the framework cannot be imported.
+        ValueError: there is no such framework, or the function of the main module, of one in
+            ``modules`` or of the running script does something else than ours: the message has
+            the first difference, and nothing is replaced.
+        ImportError: the framework or one of ``modules`` cannot be imported, or no module has a
+            function to replace.
     """
-    if framework not in TARGETS:
+    if framework not in KNOWN:
         raise ValueError(f"`framework` is {framework!r}; it needs one of {', '.join(FRAMEWORKS)}")
-    if framework in _applied and _applied[framework].active:
-        return _applied[framework]
-    patch = replace(framework, TARGETS[framework])
-    if framework == "verl_omni":
+    if isinstance(modules, str):
+        raise TypeError(f"`modules` is {modules!r}; it needs a sequence of module names")
+    known = KNOWN[framework]
+    patch = Patch(_installations.setdefault(framework, Installation(known)), modules)
+    if known.register is not None:
         try:
-            verl_omni.register()
-        except ImportError:
+            known.register()
+        except BaseException:
             patch.undo()
             raise
-        patch._on_undo.append(verl_omni.unregister)
-    _applied[framework] = patch
     return patch

@@ -71,6 +71,8 @@ def step(
         )
     kind = KINDS[dynamics]
     top = self.sigmas[1] if not sigma_max else steps.number(float(sigma_max), device)
+    # only where sigma is 1: from 0.9999 (UniPC's first) the original divides by 1 - sigma
+    top = torch.where(sigma == 1, top.to(device), 1.0)
     coeffs = steps.coefficients_at(sigma, following, level, kind, top, batch)
     done = steps.sde_step(
         noise_pred,
@@ -90,6 +92,13 @@ def step(
         return_dict,
         return_kwargs,
     )
+
+
+def timestep_of(self: Any, timestep: float | Tensor) -> Tensor:
+    """The scheduler's timesteps [1] or [B] that ``timestep`` names, itself or by its number."""
+    at = torch.as_tensor(timestep).reshape(-1)
+    found: Tensor = at if at.is_floating_point() else self.timesteps[at.to(self.timesteps.device)]
+    return found
 
 
 def _sigmas(

@@ -2,46 +2,171 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType, TracebackType
+from types import FunctionType, TracebackType
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Target:
-    """A function of a framework, or a method of one of its classes."""
-
-    modules: tuple[str, ...]  # where it may be defined; those that can be imported are patched
-    name: str  # "function" or "Class.method"
-    replacement: Callable[..., Any]
+from . import holders
+from .discovery import Candidate, Framework, Target, candidates
+from .holders import Place
+from .proof import DisprovedError, Proof, prove
 
 
-@dataclass
+@dataclass(eq=False)
+class StandIn:
+    """What stands under the original's name, and what it calls."""
+
+    original: Callable[..., Any]
+    function: Callable[..., Any]
+    label: str
+    proof: Proof
+    active: bool = False
+    places: list[Place] = field(default_factory=list)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the name under which it was found still leads to ours."""
+        own = [p for p in self.places if p.label == self.label] or self.places
+        return self.active and any(holders.reaches(p.get(), self.function) for p in own)
+
+
+class Installation:
+    """The functions of one framework that are replaced now; its patches share it."""
+
+    def __init__(self, framework: Framework) -> None:
+        self.framework = framework
+        self.stand_ins: list[StandIn] = []
+        self.handles = 0
+
+    def scan(self, named: Sequence[str]) -> tuple[str, ...]:
+        """Replace what can be found and proved now; returns what was left alone, and why.
+
+        Raises:
+            ImportError: a module that has to be imported cannot be, or none has a function.
+            ValueError: a function of a leading or named module, or of the running script, is not
+                what ours replaces; nothing is replaced then.
+        """
+        found, left = candidates(self.framework, named)
+        new: list[StandIn] = []
+        for candidate in found:
+            current = candidate.original
+            wrapped = [s for s in self.stand_ins if holders.reaches(current, s.function)]
+            if wrapped and all(current is not s.function for s in wrapped):
+                left.append(f"{candidate.place.label}: a wrapper of ours; it goes on calling ours")
+            if wrapped or current in [s.original for s in (*self.stand_ins, *new)]:
+                continue
+            try:
+                new.append(_proved(candidate))
+            except DisprovedError as error:
+                reason = f"{candidate.place.label} is not what guard_ops replaces: {error}"
+                if candidate.required:
+                    raise ValueError(f"{reason}; nothing was replaced") from error
+                left.append(reason)
+        if not new and not self.stand_ins:
+            raise ImportError(self._nothing_found(left))
+        self.stand_ins += new
+        return (*left, *self._put())
+
+    def _put(self) -> list[str]:
+        """Replace the originals wherever they are held; returns where that cannot be done."""
+        left, ours = [], []
+        holding = holders.holders_of([each.original for each in self.stand_ins])
+        for each in self.stand_ins:
+            function: Any = each.function
+            ours += [each, vars(each), vars(function), *function.__closure__]
+        for each in self.stand_ins:
+            each.active = True
+            left += holders.unreachable(each.original, holding, ours)
+            found = holders.places(each.original, holding)
+            for place in found:
+                place.put(each.function)
+            before = [p for p in each.places if holders.reaches(p.get(), each.function)]
+            each.places = list({(id(p.owner), p.name): p for p in (*before, *found)}.values())
+        return left
+
+    def _nothing_found(self, left: list[str]) -> str:
+        names = ", ".join(dict.fromkeys(t.name for t in self.framework.targets))
+        reasons = f" ({'; '.join(left)})" if left else ""
+        return (
+            f"{self.framework.name} has nothing to replace here: no imported module has one of "
+            f"{names} as guard_ops knows it{reasons}; call apply after the module's import (in a "
+            "script: after the function's definition), or name the module in `modules`"
+        )
+
+    def remove(self) -> tuple[str, ...]:
+        """Put every original back wherever ours is; returns where something else is by now."""
+        kept = []
+        holding = holders.holders_of([each.function for each in self.stand_ins])
+        for each in reversed(self.stand_ins):
+            each.active = False
+            kept += [p.label for p in each.places if p.get() is not each.function]
+            for place in holders.places(each.function, holding):
+                place.put(_unwrapped(each.original))
+        self.stand_ins.clear()
+        return tuple(kept)
+
+
 class Patch:
-    """What was replaced; :meth:`undo` puts it back. Also a context manager."""
+    """What was replaced, on what proof, and what was not; print it.
 
-    framework: str
-    replaced: tuple[str, ...] = ()  # every place, as "module.name"
-    _places: list[tuple[Any, str, Any]] = field(default_factory=list, repr=False)
-    _on_undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    :meth:`undo` takes this patch back, also at the end of a ``with``. The functions are the
+    originals again once every patch of the framework has been undone.
+    """
+
+    def __init__(self, installation: Installation, modules: Sequence[str] = ()) -> None:
+        self._installation = installation
+        self.framework = installation.framework.name
+        self.replaced: tuple[str, ...] = ()  # every place, as "module.name"
+        self.proofs: dict[str, Proof] = {}  # of every function that was replaced, by its own name
+        self.left_alone: tuple[str, ...] = ()  # "module.name: why"
+        self._live = False
+        self.rescan(modules)
+        self._live = True
+        installation.handles += 1
+
+    def rescan(self, modules: Sequence[str] = ()) -> Patch:
+        """Look again, after imports or a reload; what is replaced already stays as it is.
+
+        Args:
+            modules: to be imported first, if they are not, and looked at.
+
+        Raises:
+            ImportError, ValueError: as :func:`guard_ops.integrations.apply`.
+        """
+        self.left_alone = self._installation.scan(modules)
+        stand_ins = self._installation.stand_ins
+        self.replaced = tuple(dict.fromkeys(p.label for each in stand_ins for p in each.places))
+        self.proofs = {each.label: each.proof for each in stand_ins}
+        return self
 
     def undo(self) -> None:
-        """Restore every original; repeating it is harmless."""
-        for owner, name, original in reversed(self._places):
-            setattr(owner, name, original)
-        for call in self._on_undo:
-            call()
-        self._places.clear()
-        self._on_undo.clear()
+        """Take this patch back; repeating it is harmless.
+
+        A wrapper that was put around our function stays, and calls the original from now on.
+        """
+        if not self._live:
+            return
+        self._live = False
+        installation = self._installation
+        installation.handles -= 1
+        if installation.handles == 0:
+            kept = installation.remove()
+            self.left_alone = tuple(f"{label}: was changed after apply, and kept" for label in kept)
+            if installation.framework.unregister is not None:
+                installation.framework.unregister()
 
     @property
     def active(self) -> bool:
-        """Whether the replacements are in place."""
-        return bool(self._places or self._on_undo)
+        """Whether this patch is in effect: the names that were replaced still lead to ours.
+
+        A reload puts the original back under its name; :meth:`rescan` replaces it again.
+        """
+        stand_ins = self._installation.stand_ins  # several of one label after a reload
+        names = {each.label for each in stand_ins}
+        return self._live and names == {each.label for each in stand_ins if each.in_place}
 
     def __enter__(self) -> Patch:
         return self
@@ -55,97 +180,86 @@ class Patch:
         self.undo()
 
     def __str__(self) -> str:
-        return f"guard_ops in {self.framework}: {', '.join(self.replaced) or 'nothing replaced'}"
+        lines = [f"guard_ops in {self.framework}{'' if self._live else ', undone'}"]
+        lines += [f"  replaced {label}" for label in self.replaced]
+        lines += [f"  proved {label}: {proof}" for label, proof in self.proofs.items()]
+        return "\n".join([*lines, *(f"  left alone {each}" for each in self.left_alone)])
 
 
-def replace(framework: str, targets: Sequence[Target]) -> Patch:
-    """Replace every target, once the signatures of all have been checked.
+def _unwrapped(function: Any) -> Any:
+    """The original of an original that is itself a stand-in which was taken back."""
+    while getattr(function, "__guard_ops__", None) is not None:
+        if function.__guard_ops__.active:
+            break
+        function = function.__guard_ops__.original
+    return function
 
-    A module that imported a function by name holds its own reference; those are replaced too.
+
+def _proved(candidate: Candidate) -> StandIn:
+    """A stand-in for the first target that the function is proved to be; it is not in place yet.
 
     Raises:
-        ImportError: none of a target's modules can be imported.
-        ValueError: a function does not look as expected; nothing is replaced then.
+        DisprovedError: it is none of them; the message is that of the first.
     """
-    found: list[tuple[Target, str, Any, Any]] = []
-    for target in targets:
-        modules = _modules(framework, target)
-        for module in modules:
-            owner, name = _owner(module, target.name)
-            original = vars(owner).get(name) if owner is not None else None
-            if original is None:
-                raise ValueError(
-                    f"{module.__name__} has no {target.name}; this version of {framework} is not "
-                    "one that guard_ops knows"
-                )
-            _check_signature(f"{module.__name__}.{target.name}", original, target.replacement)
-            found.append((target, f"{module.__name__}.{target.name}", owner, original))
-    patch = Patch(framework)
-    replaced = []
-    for target, label, owner, original in found:
-        name = target.name.rsplit(".", 1)[-1]
-        places = [(label, owner)]
-        if "." not in target.name:
-            places += [
-                (f"{key}.{name}", module)
-                for key, module in list(sys.modules.items())
-                if module is not owner
-                and isinstance(module, ModuleType)
-                and vars(module).get(name) is original
-            ]
-        for where, place in places:
-            if where in replaced:  # two scripts may share one function
-                continue
-            patch._places.append((place, name, original))
-            setattr(place, name, target.replacement)
-            replaced.append(where)
-    patch.replaced = tuple(replaced)
-    return patch
-
-
-def _modules(framework: str, target: Target) -> list[ModuleType]:
-    loaded, errors = [], []
-    for name in target.modules:
-        if name == "__main__":
-            main = sys.modules["__main__"]
-            if hasattr(main, target.name.split(".")[0]):
-                loaded.append(main)
-            continue
+    errors = []
+    for target in candidate.targets:
         try:
-            loaded.append(importlib.import_module(name))
-        except ImportError as error:
-            errors.append(f"{name}: {error}")
-    if not loaded:
-        raise ImportError(f"{framework} cannot be imported here ({'; '.join(errors)})")
-    return loaded
+            return _stand_in(candidate, target)
+        except DisprovedError as error:
+            errors.append(error)
+    raise errors[0]
 
 
-def _owner(module: ModuleType, name: str) -> tuple[Any, str]:
-    owner: Any = module
-    *path, last = name.split(".")
-    for part in path:
-        owner = getattr(owner, part, None)
-    return owner, last
+def _stand_in(candidate: Candidate, target: Target) -> StandIn:
+    original = candidate.original
+    if not isinstance(original, FunctionType):
+        raise DisprovedError(f"it is a {type(original).__name__} and not a function")
+    call = _adapted(original, target.replacement)
+    try:
+        cases = target.cases(candidate.owner)
+    except Exception as error:  # of the framework's classes, or of a missing diffusers
+        raise DisprovedError(f"it cannot be called to compare: {error!r}") from error
+    stand_in = StandIn(original, original, candidate.place.label, prove(original, call, cases))
+
+    @functools.wraps(original)
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        return (call if stand_in.active else original)(*args, **kwargs)
+
+    fused.__guard_ops__ = stand_in  # type: ignore[attr-defined]
+    stand_in.function = fused
+    return stand_in
 
 
-def _check_signature(label: str, original: Any, replacement: Callable[..., Any]) -> None:
-    """Raises unless the parameters are alike: their names, order and kinds, and which are optional.
+def _adapted(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """``replacement``, called with the original's order of parameters and its defaults.
 
-    An earlier version may lack the last optional ones, as its calls mean the same to ours.
+    Raises:
+        DisprovedError: a parameter is unknown, or one is missing that ours cannot do without.
     """
-    expected, got = _parameters(replacement), _parameters(original)
-    more = expected[len(got) :]
-    if got != expected[: len(got)] or not all(name.endswith("=") for name in more):
-        raise ValueError(
-            f"{label} takes ({', '.join(got)}) but guard_ops replaces a version that takes "
-            f"({', '.join(expected)}); nothing was replaced"
-        )
+    theirs, ours = (inspect.signature(f).parameters for f in (original, replacement))
+    unknown = [name for name in theirs if name not in ours]
+    missing = [n for n, p in ours.items() if p.default is p.empty and n not in theirs]
+    if unknown or missing:
+        what = f"takes `{unknown[0]}`" if unknown else f"does not take `{missing[0]}`"
+        raise DisprovedError(f"it {what}; guard_ops replaces a function of ({', '.join(ours)})")
+    defaults = {
+        name: p.default
+        for name, p in theirs.items()
+        if p.default is not p.empty and not _alike(p.default, ours[name].default)
+    }
+    names = [n for n, p in theirs.items() if p.kind is not p.KEYWORD_ONLY]
+    if not defaults and names == list(ours)[: len(names)]:
+        return replacement
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(names):
+            raise TypeError(f"{len(args)} positional arguments; at most {len(names)} are taken")
+        return replacement(**{**defaults, **dict(zip(names, args, strict=False)), **kwargs})
+
+    return call
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    out = []
-    for parameter in inspect.signature(function).parameters.values():
-        optional = parameter.default is not inspect.Parameter.empty
-        star = "*" if parameter.kind is inspect.Parameter.KEYWORD_ONLY else ""
-        out.append(f"{star}{parameter.name}{'=' if optional else ''}")
-    return out
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return list(one) == list(other)
+    return one is other or (type(one) is type(other) and bool(one == other))
