@@ -79,9 +79,10 @@ def test_operators_are_given_lists_and_no_named_tuples(monkeypatch):
             return torch.ops.guard_ops.guard_loss(*arguments)
 
     compiled = pytest.importorskip("guard_ops.backends.compiled")
-    monkeypatch.setattr(compiled, "_ops", Operators())
     with go.use_backend("cpu"):
-        go.guard_loss(**problem("velocity", latent=(9, 4)), config=go.GuardConfig())
+        call = problem("velocity", latent=(9, 4))
+        monkeypatch.setattr(compiled, "_ops", Operators())
+        go.guard_loss(**call, config=go.GuardConfig())
     assert [type(x) for x in given[:5]] == [list, type(None), torch.Tensor, float, list]
 
 
