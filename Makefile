@@ -132,11 +132,12 @@ wheel-check: $(VENV)/development
 test-versions:
 	$(PYTHON) scripts/test_versions.py
 
-# Known vulnerabilities of what CI installs; asks a database in the network.
+# Known vulnerabilities of what CI installs; asks a database in the network. Without --strict, packages
+# that it could not look up would count as having none.
 audit:
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet pip-audit
-	build/audit/bin/pip-audit --disable-pip --no-deps --requirement .ci/requirements.txt
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps --requirement .ci/requirements.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info guard_ops/_C.*.so guard_ops/_C.*.json

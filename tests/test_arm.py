@@ -32,3 +32,9 @@ def test_a_different_sum_and_a_missing_case_are_shown(arm):
 def test_what_need_not_agree_is_no_success(arm, here):
     with pytest.raises(ValueError, match="cannot be compared"):
         arm.differences(here, here)
+
+
+def test_the_cases_that_run_are_of_every_form_type_and_length(arm):
+    lengths = (2, 4, 5, 8, 9)  # of the loops over them in csrc/tests
+    assert all(arm.STRIDE % length and length % arm.STRIDE for length in lengths)
+    assert all(arm.STRIDE % divisor for divisor in range(2, arm.STRIDE))

@@ -55,3 +55,8 @@ def test_a_build_gets_the_same_versions():
     tools = [requirement for requirement, hashes in pinned("build.txt") if hashes]
     assert {"cmake", "ninja", "pybind11", "setuptools"} <= {r.name for r in tools}
     assert {str(requirement) for requirement in tools} <= everything
+
+
+def test_a_package_that_cannot_be_looked_up_fails_the_audit():
+    (audit,) = re.findall(r"^\t.*/pip-audit (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert "--strict" in audit.split()

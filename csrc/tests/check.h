@@ -18,7 +18,18 @@ inline bool fail(const char* file, int line) {
   return true;
 }
 
+// Says whether the next case is run: one in GUARD_OPS_TEST_STRIDE is. A prime gives every form,
+// type and length its turn, where a divisor of a loop's length would meet the same of its values
+// again.
+inline long cases = 0, cases_run = 0;
+inline bool is_run() {
+  const bool run = cases++ % GUARD_OPS_TEST_STRIDE == 0;
+  cases_run += run;
+  return run;
+}
+
 inline int finish() {
+  if (cases > 0) std::printf("%ld of %ld cases\n", cases_run, cases);
   if (failures > 0) std::printf("%ld checks failed\n", failures);
   return failures > 0 ? 1 : 0;
 }

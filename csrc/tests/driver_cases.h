@@ -89,6 +89,7 @@ void for_each_case(int64_t numel, Body body) {
     for (const Form form : forms) {
       for (const bool guided : {false, true}) {
         for_each_problem(form, numel, [&](const Problem& problem, bool independent) {
+          if (!is_run()) return;
           CONTEXT("%s D=%ld %s guided %d ratio_norm %d balance %d kl %g", form_names[int(form)],
                   long(numel), dtypes[n].name, guided, int(problem.config.ratio_norm),
                   int(problem.config.balance), problem.config.kl_beta);

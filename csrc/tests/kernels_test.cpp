@@ -122,6 +122,7 @@ void test_forms() {
       for (const Form form : forms) {
         for (int extras = 0; extras < 4; ++extras) {
           if (large && (extras == 1 || extras == 2)) continue;
+          if (!is_run()) continue;
           const bool guided = extras & 1, with_ref = extras & 2;
           const Batch t = in.of(form, guided, with_ref);
           Coefficients c = kinds[(extras + int(form)) % 3];

@@ -43,9 +43,18 @@ if getattr(_C, "layout", dict)() != layout():
 _ops = torch.ops.guard_ops
 
 
+def _as_lists(t: Transitions) -> tuple[list[Tensor | None], Tensor | None, Tensor, float]:
+    """A call's operands as operators take them.
+
+    The latents are a list, because torch.compile of torch 2.9 cannot hand a named tuple that it has
+    traced the making of to an operator.
+    """
+    return [*t.latents], t.seed, t.coefficients, t.guidance_scale
+
+
 def sums(t: Transitions) -> Tensor:
     """[3, K, B] float64; reads every operand once."""
-    out: Tensor = _ops.sums(*t)
+    out: Tensor = _ops.sums(*_as_lists(t))
     return out
 
 
@@ -53,7 +62,7 @@ def gradient(
     t: Transitions, c: Tensor, cond: bool = True, uncond: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """As ``reference.gradient``; reads an operand once, and only if a coefficient needs it."""
-    grad, grad_uncond = _ops.gradient(c, *t, cond, uncond)
+    grad, grad_uncond = _ops.gradient(c, *_as_lists(t), cond, uncond)
     return (grad if cond else None), (grad_uncond if uncond else None)
 
 
@@ -75,7 +84,7 @@ def guard_loss(
         excess, weights, kl), metrics [11, K] as Metrics, and ``d loss / d sums`` [3, K, B] float64,
         from which :func:`gradient` makes the same gradient again, or a multiple of it.
     """
-    out: tuple[Tensor, ...] = _ops.guard_loss(*t, rows, *objective, cond, uncond)
+    out: tuple[Tensor, ...] = _ops.guard_loss(*_as_lists(t), [*rows], *objective, cond, uncond)
     return out
 
 
@@ -93,7 +102,7 @@ def scaled(
     for the number; a number that the host has spares it the operator.
     """
     if not _is_one(factor):
-        _ops.scaled_(*grads, factor, sum_grads, *transitions(), cond, uncond)
+        _ops.scaled_(*grads, factor, sum_grads, *_as_lists(transitions()), cond, uncond)
     return tuple(grads)
 
 
