@@ -235,7 +235,7 @@ def build(model: Model, whole: bool) -> nn.Module:
     """The network with random weights."""
     torch.manual_seed(0)
     if model.build == "DigitPolicy":
-        from guard_ops.trainer.digits import DigitPolicy
+        from guard_ops.digits.policy import DigitPolicy
 
         return DigitPolicy()
     network = getattr(require("diffusers", "bench"), model.build)

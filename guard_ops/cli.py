@@ -122,8 +122,8 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .trainer.demo import run_demo
-    from .trainer.report import show, write_page
+    from .digits.demo import run_demo
+    from .digits.report import show, write_page
 
     if options.report is not None and options.report.is_dir():
         raise ValueError(f"`report` is {options.report}, which is a folder; it needs a file's name")
@@ -135,8 +135,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from .digits.jobs import train_digits
     from .trainer.config import TrainConfig
-    from .trainer.jobs import train_digits
 
     config = TrainConfig(
         iterations=options.iterations,

@@ -72,7 +72,7 @@ def test_no_command_is_an_error(capsys):
 
 
 def test_objectives_offered_are_those_of_the_job():
-    from guard_ops.trainer.jobs import OBJECTIVES
+    from guard_ops.digits.jobs import OBJECTIVES
 
     assert set(cli.OBJECTIVES) == set(OBJECTIVES)
 

@@ -20,7 +20,7 @@ from tiny import tiny_trainer
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["torch._dynamo", "torch.utils.tensorboard", "sklearn.linear_model", "guard_ops.trainer.jobs"]
+    ["torch._dynamo", "torch.utils.tensorboard", "sklearn.linear_model", "guard_ops.digits.jobs"]
 )
 
 
@@ -40,7 +40,7 @@ def tiny(out, iterations):
 def train(*options):
     """``guard-ops train``, in a process; it is evaluated on two samples of a class."""
     from guard_ops import cli
-    from guard_ops.trainer import jobs
+    from guard_ops.digits import jobs
 
     jobs.EVALUATION_SAMPLES = 2
     torch.set_num_threads(1)

@@ -6,14 +6,13 @@ import copy
 import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .config import TrainConfig
-from .digits import DigitPolicy, load_digits, sample
-from .extras import require
-from .folder import FolderLock, RunFolderError, write_whole, writing
+from ..trainer.config import TrainConfig
+from ..trainer.extras import require
+from ..trainer.folder import FolderLock, RunFolderError, write_whole, writing
+from ..trainer.metrics import read_metrics
 from .jobs import (
     EVALUATION_SEED,
     LEARNING_RATE,
@@ -24,32 +23,8 @@ from .jobs import (
     pretrained,
 )
 from .judges import Gold, ProxyReward
-from .metrics import read_metrics
-
-
-class Run(NamedTuple):
-    """What one fine-tuning gives."""
-
-    lines: list[dict[str, Any]]  # metrics.jsonl
-    evaluations: list[dict[str, float]]  # iteration, proxy, gold ...; the start is iteration 0
-    samples: Tensor  # [80, 1, 8, 8] at the end, 8 of each class
-
-
-class SeedResult(NamedTuple):
-    """The three fine-tunings of one pretrained model."""
-
-    seed: int
-    start: Tensor  # [80, 1, 8, 8] samples before fine-tuning
-    runs: dict[str, Run]  # by objective
-
-
-class DemoResult(NamedTuple):
-    seeds: list[SeedResult]
-    config: TrainConfig
-    pretrain_steps: int
-    proxy_accuracy: float
-    gold_accuracy: float
-    seconds: float
+from .policy import DigitPolicy, load_digits, sample
+from .results import DemoResult, Run, SeedResult
 
 
 def run_demo(out: Path, seeds: list[int], iterations: int, pretrain_steps: int) -> DemoResult:

@@ -9,12 +9,12 @@ import torch
 
 import guard_ops as go
 
-from .config import TrainConfig
-from .digits import CLASSES, DigitPolicy, load_digits, sample, sigmas
+from ..trainer.config import TrainConfig
+from ..trainer.loop import Trainer
+from ..trainer.progress import progress_bar
 from .judges import Gold, ProxyReward
-from .loop import Trainer
+from .policy import CLASSES, DigitPolicy, load_digits, sample, sigmas
 from .pretraining import load_or_pretrain
-from .progress import progress_bar
 
 OBJECTIVES: dict[str, go.GuardConfig] = {
     "flow_grpo": go.GuardConfig.flow_grpo(clip_low=1e-3, clip_high=1e-3),

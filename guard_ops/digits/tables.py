@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from .demo import Run, SeedResult
+from .results import Run, SeedResult
 
 LABELS = {
     "flow_grpo": "Flow-GRPO",

@@ -3,16 +3,16 @@ import sys
 import pytest
 import torch
 
-from guard_ops.trainer import extras
-from guard_ops.trainer.digits import (
+from guard_ops.digits.jobs import SCHEDULE
+from guard_ops.digits.judges import Gold, ProxyReward, frechet, moments
+from guard_ops.digits.policy import (
     GOLD_IMAGES,
     PROXY_IMAGES,
     DigitPolicy,
     load_digits,
     sigmas,
 )
-from guard_ops.trainer.jobs import SCHEDULE
-from guard_ops.trainer.judges import Gold, ProxyReward, frechet, moments
+from guard_ops.trainer import extras
 
 
 @pytest.fixture(scope="module")

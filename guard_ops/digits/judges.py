@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .digits import CLASSES, GOLD_IMAGES, PROXY_IMAGES, Digits
-from .extras import require
+from ..trainer.extras import require
+from .policy import CLASSES, GOLD_IMAGES, PROXY_IMAGES, Digits
 
 HELD_OUT = PROXY_IMAGES + GOLD_IMAGES  # images from here on were fitted by neither classifier
 

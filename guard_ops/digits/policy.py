@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import guard_ops as go
 
-from .extras import require
-from .policy import FlowPolicy
+from ..trainer.extras import require
+from ..trainer.policy import FlowPolicy
 
 CLASSES = 10
 SHAPE = (1, 8, 8)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .demo import SeedResult
-from .digits import CLASSES, SHAPE, Digits
-from .extras import require
+from ..trainer.extras import require
+from .policy import CLASSES, SHAPE, Digits
+from .results import SeedResult
 from .tables import LABELS, step_means
 
 COLOURS = {"flow_grpo": "#c8452e", "paper": "#2a7f62", "article": "#2b5fa8"}

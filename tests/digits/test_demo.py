@@ -6,11 +6,13 @@ import pytest
 from tiny import full_disk
 
 from guard_ops.cli import main
-from guard_ops.trainer import RunFolderError, Trainer, jobs, plots, tables
-from guard_ops.trainer import demo as demos
-from guard_ops.trainer.demo import Run, SeedResult, run_demo
-from guard_ops.trainer.digits import load_digits
-from guard_ops.trainer.judges import Gold, ProxyReward
+from guard_ops.digits import demo as demos
+from guard_ops.digits import jobs, plots, tables
+from guard_ops.digits.demo import run_demo
+from guard_ops.digits.judges import Gold, ProxyReward
+from guard_ops.digits.policy import load_digits
+from guard_ops.digits.results import Run, SeedResult
+from guard_ops.trainer import RunFolderError, Trainer
 
 PICTURES = ("samples.png", "overoptimization.png", "ratio.png", "clip.png")
 ITERATIONS = 12

@@ -6,10 +6,10 @@ import shlex
 import pytest
 
 from guard_ops import cli
-from guard_ops.trainer import jobs
-from guard_ops.trainer.digits import load_digits
+from guard_ops.digits import jobs
+from guard_ops.digits.judges import Gold, ProxyReward
+from guard_ops.digits.policy import load_digits
 from guard_ops.trainer.folder import FolderLock
-from guard_ops.trainer.judges import Gold, ProxyReward
 
 SHORT = ["--pretrain-steps", "2", "--checkpoint-every", "1", "--evaluate-every", "100"]
 
@@ -154,7 +154,7 @@ def test_an_interrupt_before_anything_was_saved_says_so(tmp_path, capsys, monkey
 
 
 def test_an_interrupted_pretraining_says_where_it_is(tmp_path, capsys, monkeypatch):
-    from guard_ops.trainer import pretraining
+    from guard_ops.digits import pretraining
 
     loss, calls = pretraining.flow_matching_loss, []
     monkeypatch.setattr(

@@ -3,9 +3,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import full_disk
 
-from guard_ops.trainer import RunFolderError, pretraining
-from guard_ops.trainer.digits import DigitPolicy, flow_matching_loss, load_digits
-from guard_ops.trainer.pretraining import load_or_pretrain, pretrain
+from guard_ops.digits import pretraining
+from guard_ops.digits.policy import DigitPolicy, flow_matching_loss, load_digits
+from guard_ops.digits.pretraining import load_or_pretrain, pretrain
+from guard_ops.trainer import RunFolderError
 
 
 class Stop(BaseException):

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint, optimizers
-from .checkpoint import Checkpoint
-from .digits import DigitPolicy, flow_matching_loss, load_digits
-from .extras import require
-from .folder import writing
+from ..trainer import checkpoint, optimizers
+from ..trainer.checkpoint import Checkpoint
+from ..trainer.extras import require
+from ..trainer.folder import writing
+from .policy import DigitPolicy, flow_matching_loss, load_digits
 
 BATCH = 256
 CHECKPOINTS = 10  # of one pretraining

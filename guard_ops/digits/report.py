@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from ..trainer.extras import require
 from . import tables
-from .demo import DemoResult, SeedResult
-from .extras import require
 from .jobs import CLIPS
+from .results import DemoResult, SeedResult
 from .tables import Table
 
 PICTURES = ("samples.png", "overoptimization.png", "ratio.png", "clip.png")
