@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
+
+Condition: TypeAlias = Mapping[str, Tensor]
+"""What a velocity is conditioned on; every tensor is [B, ...], of fixed length."""
+
+
+class Schedule(NamedTuple):
+    """A sampler's steps."""
+
+    sigmas: tuple[float, ...]  # N + 1 noise levels, falling; the last is 0
+    timesteps: Tensor  # [N], what the velocity is handed at each: the scheduler's own
 
 
 @runtime_checkable
