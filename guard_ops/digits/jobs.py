@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import guard_ops as go
 
 from ..trainer.config import TrainConfig
-from ..trainer.loop import Trainer
 from ..trainer.progress import progress_bar
+from ..trainer.trainer import Trainer
 from .judges import Gold, ProxyReward
 from .policy import CLASSES, DigitPolicy, load_digits, sample, sigmas
 from .pretraining import load_or_pretrain
@@ -62,15 +63,14 @@ def digits_trainer(
     proxy, gold = judges
     return Trainer(
         policy,
-        proxy,
-        torch.arange(CLASSES),
-        SCHEDULE,
+        lambda pixels, prompts, metadata: proxy(*_asked(pixels, prompts)),
+        [str(label) for label in range(CLASSES)],
         OBJECTIVES[objective],
         config,
         out,
         resume=resume,
-        optimizer=torch.optim.AdamW(
-            policy.parameters(),
+        optimizer=lambda parameters: torch.optim.AdamW(
+            parameters,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             fused=True,
@@ -79,6 +79,11 @@ def digits_trainer(
         initialize=initialize,
         recipe={"objective": objective, "pretrain_steps": pretrain_steps},
     )
+
+
+def _asked(pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The samples [B, 1, 8, 8] of pixels [B, 3, 8, 8], and the classes asked for."""
+    return 2 * pixels[:, :1] - 1, torch.tensor([int(prompt) for prompt in prompts])
 
 
 def train_digits(

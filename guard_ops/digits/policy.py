@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 import guard_ops as go
 
 from ..trainer.extras import require
-from ..trainer.policy import FlowPolicy
+from ..trainer.policy import Condition, FlowPolicy, Schedule
 
 CLASSES = 10
 SHAPE = (1, 8, 8)
@@ -70,17 +72,32 @@ class DigitPolicy(nn.Module):
     def velocity(
         self,
         latents: Tensor,  # [B, 1, 8, 8]
-        sigma: Tensor,  # [B]
-        condition: Tensor,  # [B] int64 classes
+        timestep: Tensor,  # [B], which is sigma
+        condition: Condition,  # "label": [B] int64
     ) -> Tensor:
-        angles = sigma[:, None] * self.frequencies
+        angles = timestep[:, None] * self.frequencies
         time = self.time(torch.cat([angles.sin(), angles.cos()], 1))
-        context = F.silu(time + self.label(condition))
+        context = F.silu(time + self.label(condition["label"]))
         h = self.image(latents.flatten(1)) + context
         for block in self.blocks:
             h = block(h, context)
         out: Tensor = self.out(self.norm(h))
         return out.reshape(latents.shape)
+
+    def schedule(self, steps: int) -> Schedule:
+        levels = sigmas(steps)
+        return Schedule(tuple(levels), torch.tensor(levels[:-1]))
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """A prompt is a digit."""
+        return {"label": torch.tensor([int(prompt) for prompt in prompts])}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, 3, 8, 8], grey."""
+        return ((latents + 1) / 2).clamp(0, 1).expand(-1, 3, -1, -1)
+
+    def reference(self) -> AbstractContextManager[None]:
+        raise NotImplementedError("the digits policy keeps no reference; `kl_beta` needs to be 0")
 
 
 def flow_matching_loss(
@@ -92,7 +109,8 @@ def flow_matching_loss(
     sigma = torch.rand(batch, generator=generator)
     noise = torch.randn(images.shape, generator=generator)
     level = sigma.reshape(-1, 1, 1, 1)
-    velocity = policy.velocity((1 - level) * images + level * noise, sigma, digits.labels[rows])
+    condition = {"label": digits.labels[rows]}
+    velocity = policy.velocity((1 - level) * images + level * noise, sigma, condition)
     return F.mse_loss(velocity, noise - images)
 
 
@@ -106,6 +124,6 @@ def sample(
     latents = torch.randn(len(condition), *SHAPE, generator=generator)
     for k, coeffs in enumerate(schedule):
         sigma = torch.full((len(condition),), schedule.sigmas[k])
-        velocity = policy.velocity(latents, sigma, condition)
+        velocity = policy.velocity(latents, sigma, {"label": condition})
         latents = go.sde_step(velocity, latents, coeffs, generator=generator).prev_sample
     return latents, condition

@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill at any moment, and say so when they did not survive a disk.
 
 ``checkpoints/iteration-000120/`` holds one safetensors file per kind of tensors (``model``,
-``ema``, ``optimizer``, ``rng``), ``state.json`` (everything that is not a tensor) and
+``ema``, ``optimizer``), ``state.json`` (everything that is not a tensor) and
 ``manifest.json`` (the iteration, size and SHA-256 of every other file, and its own SHA-256). It is
 written under a temporary name, synced, and renamed: under its real name it is complete. Whatever is
 wrong with a checkpoint makes it unusable, and the one before it is used: it is set aside as
@@ -27,7 +27,7 @@ from torch import Tensor
 from .extras import require
 from .folder import RunFolderError, aside, writing
 
-VERSION = 2
+VERSION = 3
 _PREFIX, _TEMPORARY = "iteration-", ".writing-"
 _MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", ".safetensors"
 
@@ -77,7 +77,7 @@ def save(
             this iteration, which is never written over.
     """
     safetensors = require("safetensors.torch", "train")
-    final = root / f"{_PREFIX}{iteration:06d}"
+    final = root / name_of(iteration)
     if final.exists():
         raise RunFolderError(
             f"{final} exists: iteration {iteration} is saved, and never written over"
@@ -200,6 +200,11 @@ def load(path: Path) -> Checkpoint:
     except RecursionError as error:
         raise CheckpointError(f"{path / _MANIFEST} is corrupt: {error}") from error
     return Checkpoint(iteration, tensors, state)
+
+
+def name_of(iteration: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"{_PREFIX}{iteration:06d}"
 
 
 def exist(root: Path) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engine import fill
+
 
 def tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors of its state as "<index>.<name>"."""
@@ -40,6 +42,20 @@ def settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     values = {name: [group.get(name) for group in groups] for name in groups[0]}
     flat = {name: x[0] if len(x) == 1 else x for name, x in values.items()}
     result: dict[str, Any] = plain({"name": type(optimizer).__name__} | flat)
+    return result
+
+
+def like(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What :func:`tensors` gave in full, sharded as the optimizer's parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    result = {}
+    for key, value in tensors.items():
+        parameter = parameters[int(key.partition(".")[0])]
+        if value.shape == parameter.shape and value.ndim:
+            made = torch.empty_like(parameter, dtype=value.dtype)
+            fill(made, value)
+            value = made
+        result[key] = value
     return result
 
 

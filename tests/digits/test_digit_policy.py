@@ -38,7 +38,7 @@ def test_sigmas_are_shifted_and_reach_from_noise_to_image():
 def test_the_policy_has_about_600_thousand_parameters_and_starts_at_zero():
     policy = DigitPolicy()
     assert 550_000 < sum(p.numel() for p in policy.parameters()) < 650_000
-    velocity = policy.velocity(torch.randn(3, 1, 8, 8), torch.rand(3), torch.arange(3))
+    velocity = policy.velocity(torch.randn(3, 1, 8, 8), torch.rand(3), {"label": torch.arange(3)})
     # the last layer's weights are 0, its bias at most 1/16
     assert velocity.shape == (3, 1, 8, 8)
     assert velocity.abs().max() <= 1 / 16
