@@ -10,6 +10,7 @@ from torch import Tensor
 
 import guard_ops as go
 
+from ..recipes.config import DigitsRecipe
 from ..trainer.config import TrainConfig
 from ..trainer.progress import progress_bar
 from ..trainer.trainer import Trainer
@@ -89,7 +90,7 @@ def _asked(pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 def train_digits(
     objective: str, config: TrainConfig, pretrain_steps: int, out: Path, *, resume: bool
 ) -> None:
-    """``guard-ops train``: pretrain, and fine-tune with one objective."""
+    """Pretrain, and fine-tune with one objective."""
     digits, policy = load_digits(), DigitPolicy()
 
     def initialize() -> None:
@@ -102,9 +103,22 @@ def train_digits(
     if trainer.iteration >= config.iterations:
         print(
             f"the run in {out} is at iteration {trainer.iteration} already; it goes on with "
-            f"`--iterations` above that, not {config.iterations}"
+            f"`iterations` above that, not {config.iterations}"
         )
     elif trainer.iteration:
         print(f"resuming after iteration {trainer.iteration}", flush=True)
     trainer.fit(title=objective)
     trainer.close()
+
+
+def train_recipe(recipe: DigitsRecipe) -> None:
+    """``guard-ops train digits``."""
+    config = TrainConfig(
+        iterations=recipe.iterations,
+        learning_rate=recipe.learning_rate,
+        seed=recipe.seed,
+        checkpoint_every=recipe.checkpoint_every,
+        evaluate_every=recipe.evaluate_every,
+    )
+    out = Path(recipe.out)
+    train_digits(recipe.objective, config, recipe.pretrain_steps, out, resume=recipe.resume)

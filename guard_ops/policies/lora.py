@@ -92,16 +92,20 @@ def without_lora(transformer: Any) -> Iterator[None]:
         transformer.enable_adapters()
 
 
-def export_lora(transformer: Any, pipeline: str, folder: Path) -> None:
+def state_of(transformer: Any) -> dict[str, Tensor]:
+    """The adapters, in full and on the CPU; every rank has to call where they are sharded."""
+    peft = require("peft", "models")
+    found = peft.get_peft_model_state_dict(transformer)
+    return {name: whole(value) for name, value in found.items()}
+
+
+def export_lora(transformer: Any, state: dict[str, Tensor], pipeline: str, folder: Path) -> None:
     """Write the adapters so that ``pipeline.load_lora_weights(folder)`` takes them.
 
     Args:
+        state: of :func:`state_of`.
         pipeline: the name of the diffusers pipeline class.
     """
-    peft = require("peft", "models")
-    state = {
-        name: _whole(value) for name, value in peft.get_peft_model_state_dict(transformer).items()
-    }
     folder.mkdir(parents=True, exist_ok=True)
     config = transformer.peft_config["default"].to_dict()
     getattr(require("diffusers", "models"), pipeline).save_lora_weights(
@@ -111,8 +115,8 @@ def export_lora(transformer: Any, pipeline: str, folder: Path) -> None:
     )
 
 
-def _whole(value: Tensor) -> Tensor:
-    """A sharded parameter in full; all ranks have to call."""
-    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-    result: Tensor = whole.detach().to("cpu", torch.float32).contiguous()
+def whole(value: Tensor) -> Tensor:
+    """A parameter in full, float32, on the CPU."""
+    full = value.full_tensor() if hasattr(value, "full_tensor") else value
+    result: Tensor = full.detach().to("cpu", torch.float32).contiguous()
     return result

@@ -38,6 +38,9 @@ class PolicySettings:
         dtype: what the denoiser computes in.
         checkpointing: recompute the activations of a block in the backward pass.
         decode_batch: samples that the decoder has in hand at a time.
+
+    Raises:
+        ValueError: the message names the argument, what it got and what it needs.
     """
 
     height: int
@@ -50,6 +53,17 @@ class PolicySettings:
     dtype: torch.dtype = torch.bfloat16
     checkpointing: bool = True
     decode_batch: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value % 16 or value <= 0:
+                raise ValueError(f"`{name}` is {value}; it needs a multiple of 16")
+        if self.frames < 1 or (self.frames - 1) % 4:
+            raise ValueError(f"`frames` is {self.frames}; it needs 1, 5, 9 ... (4 n + 1)")
+        for name in ("text_length", "decode_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it needs >= 1")
 
 
 class PipelinePolicy(nn.Module):
@@ -167,7 +181,7 @@ class PipelinePolicy(nn.Module):
 
     def reference(self) -> AbstractContextManager[None]:
         """The policy before training: its LoRA switched off, or the frozen copy."""
-        if lora.has_lora(self.transformer):
+        if self.has_lora:
             return lora.without_lora(self.transformer)
         return self._with_frozen()
 
@@ -215,12 +229,24 @@ class PipelinePolicy(nn.Module):
         for block in self.blocks:
             block.compile()
 
-    def export(self, folder: Path) -> None:
-        """The LoRA for ``load_lora_weights``, or the whole transformer for ``from_pretrained``."""
-        if lora.has_lora(self.transformer):
-            lora.export_lora(self.transformer, self.pipeline, folder)
-        else:
-            self.transformer.save_pretrained(folder / "transformer")
+    @property
+    def has_lora(self) -> bool:
+        return lora.has_lora(self.transformer)
+
+    def export(self, folder: Path, *, write: bool = True) -> None:
+        """The LoRA for ``load_lora_weights``, or the whole transformer for ``from_pretrained``.
+
+        Args:
+            write: False on all ranks but one; sharded weights are gathered by all of them.
+        """
+        if self.has_lora:
+            state = lora.state_of(self.transformer)
+            if write:
+                lora.export_lora(self.transformer, state, self.pipeline, folder)
+            return
+        weights = {name: lora.whole(value) for name, value in self.transformer.state_dict().items()}
+        if write:
+            self.transformer.save_pretrained(folder / "transformer", state_dict=weights)
 
     def _negative_for(self, condition: Condition, batch: int) -> dict[str, Tensor]:
         if self._negative is None:
@@ -248,12 +274,7 @@ class PipelinePolicy(nn.Module):
         return frames * (s.height // 16) * (s.width // 16)
 
     def _check_size(self) -> None:
-        s = self.settings
-        for name in ("height", "width"):
-            if getattr(s, name) % 16 or getattr(s, name) <= 0:
-                raise ValueError(f"`{name}` is {getattr(s, name)}; it needs a multiple of 16")
-        if s.frames < 1 or (s.frames - 1) % 4:
-            raise ValueError(f"`frames` is {s.frames}; it needs 1, 5, 9 ... (4 n + 1)")
+        """Raises ValueError for a size that the model does not have."""
 
     @classmethod
     def load(

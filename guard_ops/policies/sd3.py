@@ -24,12 +24,15 @@ class SD3Policy(PipelinePolicy):
         return (int(self.transformer.config.in_channels), s.height // 8, s.width // 8)
 
     def _check_size(self) -> None:
-        super()._check_size()
         most = 16 * int(self.transformer.config.pos_embed_max_size)
         for name in ("height", "width"):
             if getattr(self.settings, name) > most:
                 got = getattr(self.settings, name)
                 raise ValueError(f"`{name}` is {got}; this model has positions for {most}")
+
+    def unread(self, name: str) -> bool:
+        """The last block keeps nothing of the text, so nobody reads what the text asks for."""
+        return name.startswith(f"transformer_blocks.{len(self.blocks) - 1}.attn.add_q_proj")
 
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         velocity: Tensor = self.transformer(

@@ -42,6 +42,7 @@ class Trainer:
         optimizer: makes one of the list of trained parameters; by default AdamW.
         evaluate: called on every rank each ``config.evaluate_every`` iterations; rank 0's numbers
             join that line of the metrics. It must draw from a generator of its own.
+        observe: ``(iteration, numbers)``, called on rank 0 after each line of the metrics.
         initialize: called when a run begins, before the policy is shared among ranks, to give it
             its first weights; those of a resumed run come from its checkpoint.
         recipe: numbers and text that a continuation must share with its run, beside what the
@@ -69,11 +70,12 @@ class Trainer:
         resume: bool = False,
         optimizer: MakeOptimizer | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
+        observe: Callable[[int, dict[str, Any]], object] | None = None,
         initialize: Callable[[], object] | None = None,
         recipe: Mapping[str, Any] | None = None,
     ) -> None:
         self.policy, self.config, self.out = policy, config, Path(out)
-        self.engine, self.evaluate = engine or Engine(), evaluate
+        self.engine, self.evaluate, self.observe = engine or Engine(), evaluate, observe
         self.checkpoints = self.out / "checkpoints"
         rows: Sequence[Mapping[str, Any]] = [{}] * len(prompts) if metadata is None else metadata
         _check(policy, prompts, rows, config)
@@ -164,6 +166,8 @@ class Trainer:
                     numbers.update(self.evaluate())
                 if self.engine.rank == 0:
                     self.writer.write(self.iteration, numbers)
+                    if self.observe is not None:
+                        self.observe(self.iteration, numbers)
                 if c.checkpoint_every and (last or self.iteration % c.checkpoint_every == 0):
                     self.save()
                 if bar is not None:
