@@ -102,9 +102,9 @@ def leaders(groups: Tensor) -> Tensor:
     return torch.tensor([first.setdefault(g, i) for i, g in enumerate(groups.tolist())])
 
 
-def normals(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The normals [n, *shape] of Philox seeds [n, 2], float32: a step that is all noise."""
-    zero = torch.zeros(len(seeds), *shape, device=seeds.device)
+def normals(seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The normals [n, *shape] of Philox seeds [n, 2]: a step that is all noise."""
+    zero = torch.zeros(len(seeds), *shape, dtype=dtype, device=seeds.device)
     table = torch.tensor([0.0, 0.0, 1.0, 0.5, -1.0], dtype=torch.float64).to(seeds.device)
     only_noise = go.StepCoefficients._of(table, True, ())
     return go.sde_step(zero, zero, only_noise, seed=seeds).prev_sample

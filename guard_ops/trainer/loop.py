@@ -62,6 +62,8 @@ class Loop:
         self.noise.plan([config.window.steps(config.steps)], "sde")  # refuses steps without noise
         self.shares = draws.shares(config.samples, config.minibatches, engine.ranks)
         self.share = self.shares[engine.rank]
+        dtype = getattr(policy, "latent_dtype", torch.float32)
+        self.latent = tuple(policy.latent_shape), dtype
         self.chunk = batches.chunk_size(self.shares, config)
         self.most = max(len(share) for share in self.shares)
 
@@ -106,7 +108,7 @@ class Loop:
         n, whole = len(draw.prompts), None
         for rows in padded(n, self.chunk, self.most, self.engine.device):
             condition, seeds = take(draw.condition, rows), draw.seeds[:, rows]
-            latents, velocities = [draws.normals(seeds[-1], self.policy.latent_shape)], []
+            latents, velocities = [draws.normals(seeds[-1], *self.latent)], []
             for k, coeffs in enumerate(draw.plan.rollout):
                 timestep = self.timesteps[k].expand(self.chunk)
                 velocities.append(self.policy.velocity(latents[k], timestep, condition))
