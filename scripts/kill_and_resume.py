@@ -228,7 +228,7 @@ def differences(a: Path, b: Path, iteration: int = ITERATIONS) -> list[str]:
 
     found = []
     folder = Path("checkpoints") / f"iteration-{iteration:06d}"
-    for name in ("model", "ema", "optimizer", "rng"):
+    for name in ("model", "ema", "optimizer"):
         path = folder / f"{name}.safetensors"
         with safe_open(a / path, "pt") as left, safe_open(b / path, "pt") as right:
             if not left.keys() or set(left.keys()) != set(right.keys()):

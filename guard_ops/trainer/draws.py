@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import guard_ops as go
+from guard_ops.ops import next_sample
 
 
 def key(seed: int, iteration: int, what: str) -> int:
@@ -102,9 +103,15 @@ def leaders(groups: Tensor) -> Tensor:
     return torch.tensor([first.setdefault(g, i) for i, g in enumerate(groups.tolist())])
 
 
-def normals(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The normals [n, *shape] of Philox seeds [n, 2], float32: a step that is all noise."""
-    zero = torch.zeros(len(seeds), *shape, device=seeds.device)
-    table = torch.tensor([0.0, 0.0, 1.0, 0.5, -1.0], dtype=torch.float64).to(seeds.device)
-    only_noise = go.StepCoefficients._of(table, True, ())
-    return go.sde_step(zero, zero, only_noise, seed=seeds).prev_sample
+def only_noise(device: torch.device) -> go.StepCoefficients:
+    """A step to pure noise: ``y = 0 x + 0 v + 1 noise``."""
+    table = torch.tensor([0.0, 0.0, 1.0, 0.5, -1.0], dtype=torch.float64).to(device)
+    return go.StepCoefficients._of(table, True, ())
+
+
+def normals(
+    seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype, step: go.StepCoefficients
+) -> Tensor:
+    """The normals [n, *shape] of Philox seeds [n, 2], by the step :func:`only_noise`."""
+    zero = torch.zeros(len(seeds), *shape, dtype=dtype, device=seeds.device)
+    return next_sample(zero, zero, step, seed=seeds)

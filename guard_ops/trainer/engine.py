@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import guard_ops as go
 
+from .folder import RunFolderError
 from .policy import Condition, FlowPolicy
 
 Sharding = Literal["ddp", "fsdp"]
@@ -193,20 +194,28 @@ class Engine:
         result: T = outcome[0]
         return result
 
-    def together(self, error: Exception | None) -> None:
-        """Raises ``error`` where it is one, and on the other ranks one that says so."""
-        if self.group is None:
-            if error is not None:
-                raise error
-            return
-        found: list[str | None] = [None] * self.ranks
-        mine = None if error is None else f"{type(error).__name__}: {error}"
-        dist.all_gather_object(found, mine, group=self.group)
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An error inside the block, on any rank, is one on all of them."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        texts = self.gather(None if error is None else str(error))
         if error is not None:
             raise error
-        for rank, text in enumerate(found):
+        for rank, text in enumerate(texts):
             if text is not None:
-                raise RuntimeError(f"rank {rank} ended with {text}")
+                raise RunFolderError(f"rank {rank}: {text}")
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value."""
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, value, group=self.group)
+        return found
 
     def close(self) -> None:
         """Leave the other ranks."""

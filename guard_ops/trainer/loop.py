@@ -10,6 +10,7 @@ from torch import Tensor
 
 import guard_ops as go
 from guard_ops.objective import Metrics
+from guard_ops.ops import next_sample
 
 from . import batches, draws
 from .batches import Minibatch, padded
@@ -62,6 +63,8 @@ class Loop:
         self.noise.plan([config.window.steps(config.steps)], "sde")  # refuses steps without noise
         self.shares = draws.shares(config.samples, config.minibatches, engine.ranks)
         self.share = self.shares[engine.rank]
+        dtype = getattr(policy, "latent_dtype", torch.float32)
+        self.latent = tuple(policy.latent_shape), dtype, draws.only_noise(engine.device)
         self.chunk = batches.chunk_size(self.shares, config)
         self.most = max(len(share) for share in self.shares)
 
@@ -106,12 +109,11 @@ class Loop:
         n, whole = len(draw.prompts), None
         for rows in padded(n, self.chunk, self.most, self.engine.device):
             condition, seeds = take(draw.condition, rows), draw.seeds[:, rows]
-            latents, velocities = [draws.normals(seeds[-1], self.policy.latent_shape)], []
+            latents, velocities = [draws.normals(seeds[-1], *self.latent)], []
             for k, coeffs in enumerate(draw.plan.rollout):
                 timestep = self.timesteps[k].expand(self.chunk)
                 velocities.append(self.policy.velocity(latents[k], timestep, condition))
-                step = go.sde_step(velocities[k], latents[k], coeffs, seed=seeds[k])
-                latents.append(step.prev_sample)
+                latents.append(next_sample(velocities[k], latents[k], coeffs, seed=seeds[k]))
             whole = batches.append(whole, n, latents, velocities)
         assert whole is not None
         rollout = Rollout(whole.latents, whole.velocities, None, draw)
@@ -199,7 +201,7 @@ class Loop:
             at = self._at(rollout, steps[pairs], rows[pairs % len(rows)])
             velocity = self.engine.velocity(*at, last=last)
             part = gradient[pairs]
-            part[max(0, len(gradient) - number * size) :] = 0  # what fills the piece up
+            part[max(0, len(gradient) - number * size) :].zero_()  # what fills the piece up
             self.engine.backward(velocity, part, last=last)
 
     def _at(

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import fill
-
 
 def tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors of its state as "<index>.<name>"."""
@@ -46,16 +44,15 @@ def settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def like(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What :func:`tensors` gave in full, sharded as the optimizer's parameters are."""
+    """Zeros of the kinds that :func:`tensors` gave, sharded as the optimizer's parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     result = {}
     for key, value in tensors.items():
         parameter = parameters[int(key.partition(".")[0])]
         if value.shape == parameter.shape and value.ndim:
-            made = torch.empty_like(parameter, dtype=value.dtype)
-            fill(made, value)
-            value = made
-        result[key] = value
+            result[key] = torch.zeros_like(parameter, dtype=value.dtype)
+        else:
+            result[key] = torch.zeros_like(value, device="cpu")
     return result
 
 

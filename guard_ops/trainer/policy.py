@@ -26,6 +26,8 @@ class FlowPolicy(Protocol):
     Parameters with ``requires_grad`` are trained, averaged and checkpointed under their names; so
     a LoRA on a frozen base costs a LoRA's memory and a LoRA's checkpoint.
 
+    Latents are float32, or of the dtype ``latent_dtype`` if the policy has that attribute.
+
     A policy that is to be sharded is an ``nn.Module``, or has the attributes ``network``, the
     module that holds all parameters, and ``blocks``, the modules in it that are gathered one at a
     time; without ``blocks`` these are the members of its ``nn.ModuleList``\\ s.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 import guard_ops as go
 
-from . import checkpoint, optimizers
+from . import checkpoint, optimizers, shards
 from .checkpoint import Checkpoint, CheckpointError
 from .config import TrainConfig
-from .engine import Engine, fill, whole
+from .engine import Engine, fill, sharded
 from .learner import Learner
 from .policy import FlowPolicy
 
@@ -32,6 +32,7 @@ _SAMPLED = 1024  # bytes of each frozen parameter that tell it from another
 class Saved(NamedTuple):
     """A checkpoint of a trainer, each part of its type."""
 
+    path: Path
     iteration: int
     settings: dict[str, dict[str, Any]]
     model: dict[str, Tensor]
@@ -54,7 +55,7 @@ def find(
         CheckpointError: none can be used; no file is touched then.
     """
     name, unusable = engine.first(lambda: _choose(root, resume))
-    saved = None if name is None else _understand(checkpoint.load(root / name))
+    saved = None if name is None else _understand(checkpoint.load(root / name, check=False))
     return saved, unusable if engine.rank == 0 else []
 
 
@@ -83,9 +84,9 @@ def save(
 ) -> Path:
     """Write a checkpoint; returns its folder."""
     tensors = {
-        "model": {name: whole(p) for name, p in learner.ema.weights().items()},
-        "ema": {name: whole(p) for name, p in learner.ema.average.items()},
-        "optimizer": {n: whole(x) for n, x in optimizers.tensors(learner.optimizer).items()},
+        "model": learner.ema.weights(),
+        "ema": learner.ema.average,
+        "optimizer": optimizers.tensors(learner.optimizer),
     }
     rest = {
         "settings": settings,
@@ -93,7 +94,17 @@ def save(
         "optimizer": optimizers.numbers(learner.optimizer),
         "metrics": metrics,
     }
-    return engine.first(lambda: checkpoint.save(root, learner.iteration, tensors, rest, keep))
+    iteration = learner.iteration
+    if not sharded(tensors["model"]):
+        return engine.first(lambda: checkpoint.save(root, iteration, tensors, rest, keep))
+    temporary = engine.first(lambda: checkpoint.begin(root, iteration))
+    entries: dict[str, dict[str, Any]] = {}
+    with engine.together(), checkpoint.saving(temporary):
+        shards.write(temporary, tensors, engine.group is None)
+        for path in temporary.glob(f"shard-{engine.rank + 1:05d}-*"):
+            entries[path.name] = checkpoint.entry(path)
+    every = {name: entry for part in engine.gather(entries) for name, entry in part.items()}
+    return engine.first(lambda: checkpoint.finish(temporary, iteration, rest, keep, every))
 
 
 def _understand(saved: Checkpoint) -> Saved:
@@ -116,19 +127,32 @@ def _understand(saved: Checkpoint) -> Saved:
     if type(updates) is not int or not isinstance(metrics, str):
         raise TypeError(f"ema_updates is {updates!r}, metrics a {type(metrics).__name__}")
     return Saved(
-        saved.iteration, settings, model, ema, updates, tensors["optimizer"], numbers, metrics
+        saved.path,
+        saved.iteration,
+        settings,
+        model,
+        ema,
+        updates,
+        tensors["optimizer"],
+        numbers,
+        metrics,
     )
 
 
 @torch.no_grad()
-def restore(learner: Learner, saved: Saved) -> None:
-    """Put a checkpoint into the weights, their average and the optimizer."""
-    parameters = learner.parameters
-    tensors = optimizers.like(saved.optimizer_tensors, learner.optimizer)
-    optimizers.restore(learner.optimizer, tensors, saved.optimizer_numbers)
-    for name, p in parameters.items():
-        fill(p, saved.model[name])
-        fill(learner.ema.average[name], saved.ema[name])
+def restore(learner: Learner, saved: Saved, engine: Engine) -> None:
+    """Put a checkpoint into the weights, their average and the optimizer, sharded or not."""
+    state = optimizers.like(saved.optimizer_tensors, learner.optimizer)
+    mine: dict[str, Mapping[str, Tensor]]
+    mine = {"model": learner.parameters, "ema": learner.ema.average, "optimizer": state}
+    if any(value.is_meta for value in saved.model.values()):
+        shards.read(saved.path, mine, engine.group is None)
+    else:
+        kinds = {"model": saved.model, "ema": saved.ema, "optimizer": saved.optimizer_tensors}
+        for kind, group in mine.items():
+            for name, value in group.items():
+                fill(value, kinds[kind][name])
+    optimizers.restore(learner.optimizer, state, saved.optimizer_numbers)
     learner.ema.updates, learner.iteration = saved.ema_updates, saved.iteration
 
 

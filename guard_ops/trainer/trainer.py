@@ -99,7 +99,7 @@ class Trainer:
             ema = Ema(parameters, config.ema_decay)
             self.learner = Learner(parameters, make(list(parameters.values())), ema)
             if saved is not None:
-                state.restore(self.learner, saved)
+                state.restore(self.learner, saved, self.engine)
             self.loop = Loop(
                 policy, reward, prompts, rows, guard, config, self.engine, self.learner
             )

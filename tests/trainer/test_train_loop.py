@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
-from tiny import CONFIG, TinyPolicy, reward, tiny_trainer
+from tiny import CONFIG, TinyPolicy, reward, started, tiny_trainer
 
 import guard_ops as go
-from guard_ops.trainer import CheckpointError, FlowPolicy, batches, checkpoint
+from guard_ops.trainer import CheckpointError, FlowPolicy, checkpoint
 from guard_ops.trainer.metrics import read_metrics
 
 GUARDS = {
@@ -28,13 +28,6 @@ def assert_same_bits(a, b):
 def numbers(path):
     """The lines of metrics.jsonl but for the clock."""
     return [{k: v for k, v in x.items() if k != "seconds"} for x in read_metrics(path)]
-
-
-def started(trainer):
-    """Its loop, the first rollout, and the minibatches of the first iteration."""
-    loop = trainer.loop
-    found = batches.minibatches(loop.shares, 0, trainer.config, 0, torch.device("cpu"))
-    return loop, loop.rollout(loop.draw(0)), found
 
 
 def newest(trainer):

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import guard_ops as go
-from guard_ops.trainer import Condition, Schedule, TrainConfig, Trainer
+from guard_ops.trainer import (
+    Condition,
+    Loop,
+    Rollout,
+    Schedule,
+    TrainConfig,
+    Trainer,
+    batches,
+)
 
 SIGMAS = (1.0, 0.8, 0.5, 0.2, 0.0)
 PROMPTS = ["0", "1", "2"]
@@ -72,6 +80,14 @@ class TinyPolicy(nn.Module):
             self.corrected = True
 
 
+class Double(TinyPolicy):
+    latent_dtype = torch.float64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+
 def reward(pixels: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
     return pixels.flatten(1).mean(1)
 
@@ -97,6 +113,15 @@ def tiny_trainer(out: Path, *, resume: bool = False, **changes: Any) -> Trainer:
         metadata=parts.get("metadata"),
         engine=parts.get("engine"),
     )
+
+
+def started(trainer: Trainer) -> tuple[Loop, Rollout, list[batches.Minibatch]]:
+    """Its loop, the first rollout, and the minibatches of the first iteration."""
+    loop = trainer.loop
+    found = batches.minibatches(
+        loop.shares, trainer.engine.rank, trainer.config, 0, torch.device("cpu")
+    )
+    return loop, loop.rollout(loop.draw(0)), found
 
 
 @contextmanager
