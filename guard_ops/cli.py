@@ -26,7 +26,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: it asks for help or the version, which are printed, or has a mistake.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return _parser().parse_args(given, argparse.Namespace(given=given))
+    parser = _parser()
+    options, rest = parser.parse_known_args(given, argparse.Namespace(given=given))
+    if rest and (options.run is not _train or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes no more words once an option came between them
+        options.settings += rest
+    return options
 
 
 def run(options: argparse.Namespace) -> int:

@@ -198,12 +198,8 @@ def _encode_all(policy: PipelinePolicy, checked: Checked, engine: Engine) -> Non
     """Each rank encodes some of the prompts; afterwards they are on disk for all."""
     texts = [*checked.prompts.texts, checked.settings.negative_prompt]
     assert policy.encodings is not None
-    error: Exception | None = None
-    try:
+    with engine.together():
         policy.encodings.prepare(texts[engine.rank :: engine.ranks])
-    except Exception as caught:
-        error = caught
-    engine.together(error)
 
 
 def _must_match(recipe: Recipe) -> dict[str, Any]:
@@ -248,13 +244,13 @@ class Evaluation:
         engine, ranks = self.engine, self.engine.ranks
         sigmas, timesteps = self.policy.schedule(self.recipe.evaluation_steps)
         steps = go.SdeSchedule(sigmas, 0.0, device=engine.device)
-        seeds = go.philox_seed(EVALUATION_SEED, (len(self.texts),), engine.device)
         whole: Tensor | None = None
         for first in range(0, len(self.texts), ranks):
             # every rank makes as many calls, so that sharded weights are gathered together
             mine = min(first + engine.rank, len(self.texts) - 1)
             condition = self.policy.encode([self.texts[mine]])
-            latents = draws.normals(seeds[mine : mine + 1], self.policy.latent_shape)
+            dice = torch.Generator().manual_seed(EVALUATION_SEED + mine)
+            latents = torch.randn(1, *self.policy.latent_shape, generator=dice).to(engine.device)
             for k, coeffs in enumerate(steps):
                 timestep = timesteps[k].to(engine.device).expand(1)
                 velocity = self.policy.velocity(latents, timestep, condition)

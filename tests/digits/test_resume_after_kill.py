@@ -45,7 +45,7 @@ def train(*options):
     jobs.EVALUATION_SAMPLES = 2
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):
-        sys.exit(cli.main(["train", *options]))
+        sys.exit(cli.main(["train", "digits", *options]))
 
 
 def train_until(line, *options):
@@ -104,9 +104,9 @@ def test_a_run_killed_many_times_ends_in_the_same_bits(tmp_path, differences):
 
 
 def test_guard_ops_train_killed_and_resumed_ends_in_the_same_bits(tmp_path, differences):
-    options = ["--pretrain-steps", "20", "--iterations", "5", "--checkpoint-every", "2"]
-    finish(train, *options, "--out", str(tmp_path / "whole"))
-    killed_run = (*options, "--resume", "--out", str(tmp_path / "killed"))
+    options = ["pretrain_steps=20", "iterations=5", "checkpoint_every=2"]
+    finish(train, *options, f"out={tmp_path / 'whole'}")
+    killed_run = (*options, "resume=true", f"out={tmp_path / 'killed'}")
     finish(train_until, 3, *killed_run, status=-signal.SIGKILL)  # its checkpoint has two lines
     assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) == 3
     finish(train, *killed_run)

@@ -17,7 +17,10 @@ def number(text: str, name: str) -> float:
 
 @pytest.mark.parametrize(
     "recipe, frozen, tflop",
-    [("sd3_5_medium", 4.18, 2 * 2.25), pytest.param("flux1_dev", 22.17, 21.9)],
+    [
+        ("sd3_5_medium", 4.18, 2 * 2.25),
+        pytest.param("flux1_dev", 22.17, 21.9, marks=pytest.mark.slow_suite),
+    ],
 )
 def test_the_report_of_a_published_recipe(recipe, frozen, tflop, capsys, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it asks the network"))
@@ -36,6 +39,7 @@ def test_the_report_of_a_published_recipe(recipe, frozen, tflop, capsys, monkeyp
     assert sum(map(float, parts)) == pytest.approx(number(text, "total"), abs=0.06)
 
 
+@pytest.mark.slow_suite
 def test_activations_of_a_block_that_is_recomputed_are_those_measured_before():
     """GiB of one sample of SD3.5-M at 512 px with a LoRA, from the saved tensors of a real pass."""
     settings = resolve("sd3_5_medium", ["prompts=x", "guidance_scale=1"])

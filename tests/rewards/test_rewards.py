@@ -7,8 +7,8 @@ import torch
 
 Image = pytest.importorskip("PIL.Image")
 
-from guard_ops.rewards import load_reward
-from guard_ops.rewards.jpeg_size import QUALITY
+from guard_ops.rewards import load_reward  # noqa: E402
+from guard_ops.rewards.jpeg_size import QUALITY  # noqa: E402
 
 
 def test_jpeg_size_is_minus_the_kibibytes_of_the_file():

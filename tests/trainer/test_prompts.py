@@ -37,5 +37,5 @@ def test_a_file_that_is_not_there_or_no_text_says_so(tmp_path):
     with pytest.raises(ValueError, match="cannot be read: No such file"):
         read_prompts(tmp_path / "p.txt")
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="cannot be read: .*utf-8"):
+    with pytest.raises(ValueError, match=r"cannot be read: .*utf-8"):
         read_prompts(tmp_path / "p.txt")
