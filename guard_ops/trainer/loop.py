@@ -152,10 +152,24 @@ class Loop:
             The rank's share of the loss's mean, its loss, the gradient's norm, its metrics.
         """
         self.learner.ema.refuse_if_applied()
+        out = self.objective(rollout, advantages, batch, on_policy=on_policy)
+        assert isinstance(out.grad, Tensor)
+        weight = self.engine.weight(len(batch.rows), out, self.guard)  # the mean is over samples
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        self._push(rollout, batch, out.grad.mul_(weight.to(out.grad.dtype)))
+        norm = self.engine.clip(self.learner.parameters.values(), self.config.max_grad_norm)
+        self.learner.optimizer.step()
+        self.learner.ema.update()
+        return weight, out.loss, norm, out.metrics
+
+    def objective(
+        self, rollout: Rollout, advantages: Tensor, batch: Minibatch, *, on_policy: bool
+    ) -> go.LossAndGrad:
+        """The loss over [K, b] of all ranks, and its gradient with respect to the velocities."""
         plan, rows = rollout.draw.plan, batch.rows
         steps = plan.of(rows)
         old = rollout.velocities[steps, rows]  # [K, b, *latent]
-        out = go.guard_loss_and_grad(
+        return go.guard_loss_and_grad(
             old if on_policy else self.velocities(rollout, batch),
             advantages=advantages[rows],
             coeffs=plan.coefficients(rows),
@@ -165,14 +179,6 @@ class Loop:
             ref_model_output=None if rollout.reference is None else rollout.reference[:, rows],
             process_group=self.engine.group,
         )
-        assert isinstance(out.grad, Tensor)
-        weight = self.engine.weight(len(rows), out, self.guard)  # the ranks' mean is over samples
-        self.learner.optimizer.zero_grad(set_to_none=True)
-        self._push(rollout, batch, out.grad * weight.to(out.grad.dtype))
-        norm = self.engine.clip(self.learner.parameters.values(), self.config.max_grad_norm)
-        self.learner.optimizer.step()
-        self.learner.ema.update()
-        return weight, out.loss, norm, out.metrics
 
     @torch.no_grad()
     def velocities(self, rollout: Rollout, batch: Minibatch) -> Tensor:

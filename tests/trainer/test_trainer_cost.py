@@ -84,7 +84,7 @@ def test_an_update_waits_for_nothing_and_its_operators_are_counted(tmp_path):
             loop.update(rollout, torch.randn(16), batches[0], on_policy=on_policy)
         assert not counted.waits()
         totals.append(counted.found["index"])
-    # Each of 8 micro-batches gathers steps, samples, latents, timesteps, condition and gradient; the
-    # loss gathers 3, and is one operator. Pass 1 gathers 5 for each of its calls.
+    # Each of 8 micro-batches gathers steps, samples, latents, timesteps, condition and gradient;
+    # the loss gathers 3, and is one operator. Pass 1 gathers 5 for each of its calls.
     assert totals == [51, 51 + 3 * 5]
     assert counted.found["guard_loss"] == 1
