@@ -170,7 +170,7 @@ def _train(options: argparse.Namespace) -> None:
         return
     from .recipes.job import train
 
-    print(f"trained weights, for diffusers: {train(settings)}")
+    train(settings)
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:

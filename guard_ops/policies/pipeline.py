@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..trainer.extras import require
 from ..trainer.policy import Condition, Schedule
 from . import loading, lora
 from .encodings import Encode, Encodings, identity
@@ -246,7 +247,10 @@ class PipelinePolicy(nn.Module):
             return
         weights = {name: lora.whole(value) for name, value in self.transformer.state_dict().items()}
         if write:
-            self.transformer.save_pretrained(folder / "transformer", state_dict=weights)
+            where = folder / "transformer"
+            self.transformer.save_config(where)
+            save_file = require("safetensors.torch", "models").save_file
+            save_file(weights, where / loading.WEIGHTS, metadata={"format": "pt"})
 
     def _negative_for(self, condition: Condition, batch: int) -> dict[str, Tensor]:
         if self._negative is None:

@@ -109,9 +109,10 @@ def _empty(recipe: Recipe) -> PipelinePolicy:
         needed = max(settings.height, settings.width) // 16
         config = {**config, "pos_embed_max_size": min(needed, config["pos_embed_max_size"])}
     full = recipe.train == "full"
-    with torch.device("cpu"):
-        transformer = empty_transformer(config)
-    transformer.to(torch.float32 if full else settings.dtype).to("meta")
+    transformer = empty_transformer(config)
+    transformer.to("meta")
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(torch.float32 if full else settings.dtype)
     policy = POLICIES[pipeline](transformer, SimpleNamespace(config=scheduler), settings)
     if full:
         transformer.requires_grad_(True)

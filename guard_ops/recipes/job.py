@@ -187,7 +187,10 @@ def _train(checked: Checked, engine: Engine) -> Path:
                 trainer.fit(progress=False)
         else:
             trainer.fit(progress=False)
-        return _export(policy, trainer, engine, out)
+        folder = _export(policy, trainer, engine, out)
+        if engine.rank == 0:
+            print(f"trained weights, for diffusers: {folder}", flush=True)
+        return folder
     finally:
         if trackers is not None:
             trackers.close()
