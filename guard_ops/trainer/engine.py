@@ -90,19 +90,35 @@ class Engine:
     # --- the model ---------------------------------------------------------------------------
 
     def wrap(self, policy: FlowPolicy) -> None:
-        """Share the policy among the ranks; its parameters may become others (DTensors)."""
-        self._velocity = policy.velocity
-        if self.group is None:
-            return
-        if self.sharding == "fsdp":
+        """Share the policy among the ranks; its parameters may become others (DTensors).
+
+        Weights that are on "meta" until now are read here, when each rank has its part alone.
+        """
+        if self.group is not None and self.sharding == "fsdp":
             self._shard(policy)
-            self._velocity = policy.velocity
+        if any(p.is_meta for _, p in policy.named_parameters()):
+            self._load(policy)
+        self._velocity = policy.velocity
+        if self.group is None or self.sharding == "fsdp":
             return
         trained = (p for _, p in policy.named_parameters() if p.requires_grad)
         # A copy of the gradients in buckets would cost their size once more.
         self._wrapped = DistributedDataParallel(
             _Velocity(policy, trained), process_group=self.group, gradient_as_bucket_view=True
         )
+
+    def _load(self, policy: FlowPolicy) -> None:
+        """Give memory to what is on "meta", and have the policy read its weights into it."""
+        load = getattr(policy, "load_weights", None)
+        if load is None:
+            raise TypeError(
+                f"`policy` is a {type(policy).__name__} with parameters on 'meta'; it needs a "
+                "method `load_weights` that fills them"
+            )
+        network(policy)._apply(
+            lambda t: torch.empty_like(t, device=self.device) if t.is_meta else t
+        )
+        load()
 
     def _shard(self, policy: FlowPolicy) -> None:
         from torch.distributed.fsdp import (
@@ -111,23 +127,18 @@ class Engine:
             register_fsdp_forward_method,
         )
 
-        network = getattr(policy, "network", policy)
-        if not isinstance(network, nn.Module):
-            raise TypeError(
-                f"`policy` is a {type(policy).__name__}; to be sharded it needs to be an "
-                "nn.Module, or to have one as `network`"
-            )
+        root = network(policy)
         options: dict[str, Any] = {
             "mp_policy": MixedPrecisionPolicy(*self._dtypes, cast_forward_inputs=False),
             # Also the root's: kept whole after a forward without a backward, it would be stale
             # when weights are written afterwards.
             "reshard_after_forward": True,
         }
-        for block in getattr(policy, "blocks", None) or _blocks(network):
+        for block in getattr(policy, "blocks", None) or _blocks(root):
             fully_shard(block, **options)
-        fully_shard(network, **options)
-        if network is policy:  # type: ignore[comparison-overlap]
-            register_fsdp_forward_method(network, "velocity")
+        fully_shard(root, **options)
+        if root is policy:  # type: ignore[comparison-overlap]
+            register_fsdp_forward_method(root, "velocity")
 
     def velocity(
         self, latents: Tensor, timestep: Tensor, condition: Condition, *, last: bool = True
@@ -224,6 +235,17 @@ class Engine:
             self.group = None
 
 
+def network(policy: FlowPolicy) -> nn.Module:
+    """The module that holds the policy's parameters."""
+    found = getattr(policy, "network", policy)
+    if not isinstance(found, nn.Module):
+        raise TypeError(
+            f"`policy` is a {type(policy).__name__}; to be sharded it needs to be an nn.Module, or "
+            "to have one as `network`"
+        )
+    return found
+
+
 def local(value: Tensor) -> Tensor:
     """What this rank holds of a tensor; writing to it writes to the tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
@@ -249,10 +271,10 @@ def sharded(tensors: Mapping[str, Tensor]) -> bool:
     return any(isinstance(value, DTensor) for value in tensors.values())
 
 
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The members of the outermost ``nn.ModuleList``\\ s."""
+def _blocks(root: nn.Module) -> list[nn.Module]:
+    """The members of the outermost ``nn.ModuleList``s."""
     found: list[nn.Module] = []
-    for child in network.children():
+    for child in root.children():
         found += list(child) if isinstance(child, nn.ModuleList) else _blocks(child)
     return found
 

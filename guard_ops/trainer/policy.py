@@ -30,7 +30,9 @@ class FlowPolicy(Protocol):
 
     A policy that is to be sharded is an ``nn.Module``, or has the attributes ``network``, the
     module that holds all parameters, and ``blocks``, the modules in it that are gathered one at a
-    time; without ``blocks`` these are the members of its ``nn.ModuleList``\\ s.
+    time; without ``blocks`` these are the members of each ``nn.ModuleList``. Its parameters may be
+    on the device "meta" if it has a method ``load_weights()``, which is called when they have
+    memory, of which each rank of a sharded policy has its part.
     """
 
     @property

@@ -193,10 +193,12 @@ def _fingerprint(tensors: Mapping[str, Tensor], most: int) -> str:
     """SHA-256 of names, shapes, dtypes and, spread over each tensor, ``most`` of its bytes."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.is_meta:  # not read yet
+            continue
         flat = tensor.detach().flatten().contiguous().view(torch.uint8)
         if len(flat) > most:
             flat = flat[torch.arange(most, device=flat.device) * (len(flat) - 1) // (most - 1)]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(flat.cpu().numpy().data)
     return digest.hexdigest()
 

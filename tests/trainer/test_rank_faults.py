@@ -13,7 +13,7 @@ from test_ranks import Blocks
 from tiny import tiny_trainer
 
 from guard_ops.trainer import Engine, checkpoint
-from guard_ops.trainer.engine import whole
+from guard_ops.trainer.engine import fill, whole
 from guard_ops.trainer.metrics import read_metrics
 
 
@@ -80,9 +80,27 @@ def test_a_rank_killed_while_it_saves_ends_the_other_and_the_run_continues(tmp_p
     assert files == {".safetensors", ".json"}
 
 
+class Later(Blocks):
+    """Its weights are read when it is sharded."""
+
+    def __init__(self):
+        with torch.device("meta"):
+            super().__init__()
+        self.base.requires_grad_(False)
+
+    def load_weights(self):
+        for mine, right in zip(self.parameters(), Blocks().parameters(), strict=True):
+            fill(mine, right)
+
+
 def save_sharded(engine, out):
     """Two iterations and a checkpoint; what is in it."""
-    return train(engine, out, 2)
+    later = tiny_trainer(f"{out}-later", policy=Later(), engine=engine, iterations=2, group_size=7)
+    later.fit(progress=False)
+    result = train(engine, out, 2)
+    for name, value in weights(later).items():
+        assert torch.equal(value, result[name]), name
+    return result
 
 
 @pytest.fixture(scope="module")
