@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..trainer.engine import fill
 from ..trainer.extras import require
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -162,6 +163,21 @@ def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
     return module.eval()
 
 
+@torch.no_grad()
+def fill_transformer(module: nn.Module, folder: ModelFolder, device: torch.device | str) -> None:
+    """Read the weights into a denoiser whose parameters have memory, and may be sharded.
+
+    A rank never holds more of the whole than one tensor.
+
+    Raises:
+        ModelError: a file lacks a tensor, or has one of another shape.
+    """
+    expected = {**dict(module.named_parameters()), **module.state_dict(keep_vars=True)}
+    for name, tensor in read_weights(folder.fetch("transformer"), device):
+        fill(_expected(folder, name, tensor, expected), tensor)
+    _nothing_left(folder, expected)
+
+
 def load_transformer(
     folder: ModelFolder, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
@@ -176,24 +192,34 @@ def load_transformer(
     kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
     expected = dict(module.state_dict())
     for name, tensor in read_weights(folder.fetch("transformer"), device):
-        wanted = expected.pop(name, None)
-        if wanted is None:
-            raise ModelError(
-                f"`model` {folder.model!r} has a tensor {name!r}{_near(name, expected)}"
-            )
-        if wanted.shape != tensor.shape:
-            raise ModelError(
-                f"`model` {folder.model!r} has {name!r} of shape {tuple(tensor.shape)}, but its "
-                f"config.json means {tuple(wanted.shape)}"
-            )
+        _expected(folder, name, tensor, expected)
         keep = any(part in name.split(".") for part in kept)
         _put(module, name, tensor.to(torch.float32 if keep else dtype))
+    _nothing_left(folder, expected)
+    return module.to(device)
+
+
+def _expected(
+    folder: ModelFolder, name: str, tensor: Tensor, expected: dict[str, Tensor]
+) -> Tensor:
+    """What a tensor of a file is for, taken out of ``expected``."""
+    wanted = expected.pop(name, None)
+    if wanted is None:
+        raise ModelError(f"`model` {folder.model!r} has a tensor {name!r}{_near(name, expected)}")
+    if wanted.shape != tensor.shape:
+        raise ModelError(
+            f"`model` {folder.model!r} has {name!r} of shape {tuple(tensor.shape)}, but its "
+            f"config.json means {tuple(wanted.shape)}"
+        )
+    return wanted
+
+
+def _nothing_left(folder: ModelFolder, expected: Mapping[str, Tensor]) -> None:
     if expected:
         raise ModelError(
             f"`model` {folder.model!r} has no weights for {len(expected)} parameters: "
             f"{', '.join(list(expected)[:3])} ..."
         )
-    return module.to(device)
 
 
 def _near(name: str, expected: Mapping[str, Tensor]) -> str:

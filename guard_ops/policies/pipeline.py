@@ -97,6 +97,7 @@ class PipelinePolicy(nn.Module):
         self.__dict__["vae"] = vae  # not a submodule
         self.encodings = encodings
         self._negative: dict[str, Tensor] | None = None
+        self._source: tuple[ModelFolder, torch.device] | None = None
         self._check_size()
         if settings.checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -259,6 +260,11 @@ class PipelinePolicy(nn.Module):
             name: self._negative[name].expand(batch, *v.shape[1:]) for name, v in condition.items()
         }
 
+    def load_weights(self) -> None:
+        """Read the weights of a policy that was made empty; the engine calls it."""
+        assert self._source is not None
+        loading.fill_transformer(self.transformer, *self._source)
+
     def set_negative(self, negative: Mapping[str, Tensor]) -> None:
         """Give the encoded negative prompt, [1, ...], where there is no text encoder."""
         self._negative = dict(negative)
@@ -289,18 +295,29 @@ class PipelinePolicy(nn.Module):
         encodings: Path,
         device: torch.device | str = "cpu",
         trained_dtype: torch.dtype | None = None,
+        empty: bool = False,
     ) -> PipelinePolicy:
         """The policy with its weights on ``device``.
 
         Args:
             encodings: folder of encoded prompts.
             trained_dtype: of the transformer's parameters; default ``settings.dtype``.
+            empty: leave the parameters on "meta"; :meth:`load_weights` reads them when they have
+                been sharded. They are in float32 then.
         """
         where = torch.device(device)
-        transformer = loading.load_transformer(folder, trained_dtype or settings.dtype, where)
+        if empty:
+            transformer = loading.empty_transformer(folder.transformer)
+            for module in transformer.modules():
+                module._buffers = {
+                    n: b if b is None else b.to(where) for n, b in module._buffers.items()
+                }
+        else:
+            transformer = loading.load_transformer(folder, trained_dtype or settings.dtype, where)
         scheduler = loading.make_scheduler(folder)
         vae = loading.load_vae(folder, where)
         policy = cls(transformer, scheduler, settings, vae=vae)
+        policy._source = folder, where
 
         def load_text() -> Encode:
             pipe = loading.load_text_pipeline(folder, transformer, settings.dtype, where)

@@ -111,6 +111,7 @@ def load_policy(checked: Checked, device: torch.device, encodings: Path) -> Pipe
         encodings=encodings,
         device=device,
         trained_dtype=torch.float32 if full else None,
+        empty=full and recipe.sharding == "fsdp" and not recipe.kl_beta,
     )
     if full:
         if recipe.kl_beta:

@@ -39,7 +39,9 @@ def load(
     """A policy of a tiny pipeline, as the real ones are loaded."""
     shared = tmp_path_factory.mktemp("encodings")
 
-    def loaded(name: str, *, encodings: Path = shared, **changes: Any) -> PipelinePolicy:
+    def loaded(
+        name: str, *, encodings: Path = shared, empty: bool = False, **changes: Any
+    ) -> PipelinePolicy:
         values: dict[str, Any] = {
             "height": 32,
             "width": 48,
@@ -52,6 +54,6 @@ def load(
         found = look(str(model(name)), POLICIES)
         settings = PolicySettings(**values | changes)
         kind = POLICIES[found.pipeline]
-        return kind.load(found, settings, encodings=encodings)
+        return kind.load(found, settings, encodings=encodings, empty=empty)
 
     return loaded

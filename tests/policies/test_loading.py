@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from guard_ops.policies import POLICIES, ModelError, look
 from guard_ops.policies.loading import WEIGHTS, load_transformer
+from guard_ops.trainer import Engine
 
 
 @pytest.fixture
@@ -128,3 +129,26 @@ def test_another_length_or_dtype_is_encoded_again(load, tmp_path):
     load("sd3", text_length=8, encodings=tmp_path).encode(["a dog"])
     assert load("sd3", encodings=tmp_path).encodings.prepare(["a dog"]) == 1
     assert load("sd3", dtype=torch.bfloat16, encodings=tmp_path).encodings.prepare(["a dog"]) == 1
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "qwen"])
+def test_an_empty_policy_is_filled_when_the_engine_has_given_it_memory(name, load):
+    expected = load(name)
+    policy = load(name, empty=True)
+    assert all(p.is_meta for p in policy.parameters())
+    policy.transformer.requires_grad_(True)
+
+    Engine(device="cpu").wrap(policy)
+
+    for (n, tensor), (m, other) in zip(
+        expected.transformer.state_dict().items(),
+        policy.transformer.state_dict().items(),
+        strict=True,
+    ):
+        assert n == m
+        assert torch.equal(tensor, other), n
+    latents = torch.randn(1, *policy.latent_shape)
+    timestep, condition = policy.schedule(4).timesteps[1:2], policy.encode(["a dog"])
+    with torch.no_grad():
+        a, b = (each.velocity(latents, timestep, condition) for each in (expected, policy))
+    assert torch.equal(a, b)
