@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt s
   scripts/toolchain.py scripts/compiling.py
 
 .PHONY: demo test test-all test-cpp test-arm test-arm-bits test-slow test-triton test-emulated \
-  emulated-extension fuzz sanitize gpu-check lint format bench wheels wheel-check test-versions kill-test \
+  emulated-extension fuzz sanitize gpu-check gpu-scale lint format bench wheels wheel-check test-versions kill-test \
   audit clean
 
 # Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
@@ -81,6 +81,11 @@ kill-test: $(VENV)/development
 # network and no virtual environment: PYTHON's torch, triton, numpy, pytest, pytest-benchmark.
 gpu-check:
 	$(PYTHON) scripts/gpu_check.py
+
+# On a machine with a GPU: an iteration of SD3.5-M and FLUX.1-dev at full size, ten minutes at most,
+# written to benchmarks/results. Needs no network; PYTHON's torch, diffusers, peft, accelerate.
+gpu-scale:
+	$(PYTHON) scripts/gpu_scale.py
 
 # The C++ tests: kernels and formulas without Python or torch.
 test-cpp: $(VENV)/tools

@@ -235,7 +235,7 @@ def build(model: Model, whole: bool) -> nn.Module:
     """The network with random weights."""
     torch.manual_seed(0)
     if model.build == "DigitPolicy":
-        from guard_ops.trainer.digits import DigitPolicy
+        from guard_ops.digits.policy import DigitPolicy
 
         return DigitPolicy()
     network = getattr(require("diffusers", "bench"), model.build)
@@ -260,7 +260,7 @@ def forward(model: Model, network: nn.Module, sample: Tensor) -> Callable[[], Te
     if model.build == "DigitPolicy":
         sigma, labels = torch.full((batch,), 0.5, device=device), torch.arange(batch) % 10
         policy: Any = network
-        return lambda: policy.velocity(sample, sigma, labels.to(device))
+        return lambda: policy.velocity(sample, sigma, {"label": labels.to(device)})
     given: dict[str, Any] = {"hidden_states": sample, "return_dict": False}
     time = torch.full((batch,), 0.5, device=device, dtype=dtype)
     if model.build == "WanTransformer3DModel":

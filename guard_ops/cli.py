@@ -11,7 +11,6 @@ from pathlib import Path
 
 from .version import __version__
 
-OBJECTIVES = ("article", "paper", "flow_grpo")
 _NO_OPTIONS = {"run", "given"}  # of the namespace: the command's function, and its arguments
 
 
@@ -27,7 +26,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         SystemExit: it asks for help or the version, which are printed, or has a mistake.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return _parser().parse_args(given, argparse.Namespace(given=given))
+    parser = _parser()
+    options, rest = parser.parse_known_args(given, argparse.Namespace(given=given))
+    if rest and (options.run is not _train or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes no more words once an option came between them
+        options.settings += rest
+    return options
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,7 +49,9 @@ def run(options: argparse.Namespace) -> int:
         raise
     except KeyboardInterrupt:
         if options.run in (_demo, _train):
-            print(f"guard-ops: {_how_to_continue(options.out, options.given)}", file=sys.stderr)
+            out = getattr(options, "out", None)  # a recipe's is known when it is read
+            said = _how_to_continue(out, options.given) if out else "interrupted"
+            print(f"guard-ops: {said}", file=sys.stderr)
         return 130
 
 
@@ -54,8 +61,13 @@ def _fail(error: Exception, options: argparse.Namespace) -> int:
 
 
 def _in_words_of(options: argparse.Namespace, message: str) -> str:
-    """``message`` with `config.learning_rate` as `--learning-rate`, where that is an option."""
+    """``message`` with `config.learning_rate` as the command line has it.
 
+    That is `--learning-rate` where it is an option, and `learning_rate` for a recipe's key.
+    """
+    if options.run is _train:
+        message = re.sub(r"`(?:config|recipe|guard)\.(\w+)`", r"`\1`", message)
+        return message.replace("`resume=True`", "`resume=true`")
     names = vars(options).keys() - _NO_OPTIONS
 
     def option(name: re.Match[str]) -> str:
@@ -72,8 +84,9 @@ def _how_to_continue(out: Path, given: Sequence[str]) -> str:
     if not found:
         return "interrupted; nothing was saved yet"
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
-    resume = ["--resume"] if given[0] == "train" and "--resume" not in given else []
-    command = shlex.join(["guard-ops", *given, *resume])
+    words = [word for word in given if not word.startswith("resume=")]
+    resume = ["resume=true"] if given[0] == "train" else []
+    command = shlex.join(["guard-ops", *words, *resume])
     return f"interrupted; saved until now: {newest}. To continue from there:\n  {command}"
 
 
@@ -91,17 +104,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--report", type=Path, help="also write the results as this Markdown page")
     demo.set_defaults(run=_demo)
 
-    train = commands.add_parser("train", help="fine-tune a digits flow with one objective")
-    train.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for everything")
-    train.add_argument(
-        "--objective", choices=OBJECTIVES, default="article", help="default: article"
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model with a recipe",
+        description="Fine-tune a flow model. RECIPE is a YAML file, or the name of one that comes "
+        "with the package: digits, flux1_dev, qwen_image, sd3_5_medium, wan2_1_t2v_1_3b.",
     )
-    train.add_argument("--seed", type=int, default=0, help="of everything drawn; default: 0")
-    train.add_argument("--learning-rate", type=float, default=4e-4, help="default: 4e-4")
-    train.add_argument("--checkpoint-every", type=int, default=10, help="iterations; default: 10")
-    train.add_argument("--evaluate-every", type=int, default=10, help="iterations; default: 10")
-    _add_lengths(train)
-    train.add_argument("--resume", action="store_true", help="from the newest intact checkpoint")
+    train.add_argument("recipe", metavar="RECIPE", help="a name, or a .yaml file")
+    train.add_argument("settings", metavar="key=value", nargs="*", help="instead of the recipe's")
+    train.add_argument("--dry-run", action="store_true", help="say what it comes to, and end")
+    train.add_argument("--gpus", type=int, default=1, help="of the dry run; default: 1")
     train.set_defaults(run=_train)
 
     bench = commands.add_parser("bench", help="time the kernels against plain PyTorch")
@@ -122,8 +134,8 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .trainer.demo import run_demo
-    from .trainer.report import show, write_page
+    from .digits.demo import run_demo
+    from .digits.report import show, write_page
 
     if options.report is not None and options.report.is_dir():
         raise ValueError(f"`report` is {options.report}, which is a folder; it needs a file's name")
@@ -135,20 +147,30 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from .trainer.config import TrainConfig
-    from .trainer.jobs import train_digits
+    from .recipes.config import DigitsRecipe
+    from .recipes.resolve import as_yaml, resolve
 
-    config = TrainConfig(
-        iterations=options.iterations,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-        checkpoint_every=options.checkpoint_every,
-        evaluate_every=options.evaluate_every,
-    )
-    train_digits(
-        options.objective, config, options.pretrain_steps, options.out, resume=options.resume
-    )
-    print(f"metrics, TensorBoard files and checkpoints: {options.out}")
+    settings = resolve(options.recipe, options.settings, needed=not options.dry_run)
+    options.out = Path(settings.out)
+    if isinstance(settings, DigitsRecipe):
+        from .digits.jobs import train_recipe
+
+        if options.dry_run:
+            print(as_yaml(settings), end="")
+            return
+        train_recipe(settings)
+        print(f"metrics, TensorBoard files and checkpoints: {options.out}")
+        return
+    if options.dry_run:
+        from .recipes.dry_run import describe
+
+        if options.gpus < 1:
+            raise ValueError(f"`--gpus` is {options.gpus}; it needs >= 1")
+        print(describe(settings, options.gpus))
+        return
+    from .recipes.job import train
+
+    train(settings)
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:

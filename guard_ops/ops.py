@@ -67,6 +67,46 @@ def sde_step(
             grad.
         TypeError: a dtype is not one that kernels take.
     """
+    transitions.check_reduction(reduction)
+    step = _step(model_output, sample, coeffs, generator, noise, seed)
+    shape, numel = step.shape, step.numel
+    full = StepCoefficients._of(step.table, coeffs.gaussian, ())
+    scale = full.kappa / numel if reduction == "mean" else full.kappa
+    exponent = torch.where(step.square == 0, 0.0, -scale * step.square)
+    log_prob = objective.log_density(exponent, full, numel, reduction).to(step.mean.dtype)
+    y, mean = (x.reshape(shape.full) for x in (step.prev_sample, step.mean))
+    return SdeStep(y, mean, log_prob.reshape(shape.leading()), step.noise)
+
+
+def next_sample(
+    model_output: Tensor, sample: Tensor, coeffs: StepCoefficients, *, seed: Tensor
+) -> Tensor:
+    """:func:`sde_step`'s ``prev_sample`` alone: one operator, where a rollout needs no density."""
+    step = _step(model_output, sample, coeffs, None, None, seed)
+    return step.prev_sample.reshape(step.shape.full)
+
+
+class _Step(NamedTuple):
+    """What a backend makes of a step, latents as [K, B, D]."""
+
+    prev_sample: Tensor
+    mean: Tensor
+    square: Tensor  # [K, B] sum of (y - mean)^2
+    noise: Tensor | None
+    shape: transitions.CallShape
+    table: Tensor  # [5, K, B]
+    numel: int  # D
+
+
+def _step(
+    model_output: Tensor,
+    sample: Tensor,
+    coeffs: StepCoefficients,
+    generator: torch.Generator | None,
+    noise: Tensor | None,
+    seed: Tensor | None,
+) -> _Step:
+    """Checks the arguments and takes the step; raises as :func:`sde_step` says."""
     shape = transitions.check_shape(model_output, coeffs)
     given = [n for n, v in (("generator", generator), ("noise", noise), ("seed", seed))
              if v is not None]  # fmt: skip
@@ -74,7 +114,6 @@ def sde_step(
         raise ValueError(f"the noise is given by {' and '.join(given)}; it needs at most one")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"`generator` is a {type(generator).__name__}; it needs a torch.Generator")
-    transitions.check_reduction(reduction)
     device = model_output.device
     v = transitions.latents("model_output", model_output, shape, device)
     x = transitions.latents("sample", sample, shape, device)
@@ -85,7 +124,6 @@ def sde_step(
                 "under torch.no_grad()"
             )
     table = transitions.full_table(coeffs, shape, model_output)
-    full = StepCoefficients._of(table, coeffs.gaussian, ())
     key = None
     if seed is not None:
         key = transitions.seeds(seed, shape, device)
@@ -100,12 +138,7 @@ def sde_step(
     if eps is not None:
         transitions.check_constant("noise", eps)
     y, mean, square = select(device).sde_step(v, x, table, eps, key)
-    numel = v.shape[-1]
-    scale = full.kappa / numel if reduction == "mean" else full.kappa
-    exponent = torch.where(square == 0, 0.0, -scale * square)
-    log_prob = objective.log_density(exponent, full, numel, reduction).to(mean.dtype)
-    y, mean = (x.reshape(shape.full) for x in (y, mean))
-    return SdeStep(y, mean, log_prob.reshape(shape.leading()), noise)
+    return _Step(y, mean, square, noise, shape, table, v.shape[-1])
 
 
 @takes(LogRatioOptions, reduction="mean")

@@ -4,7 +4,7 @@
 
 One run is never interrupted. Others, in folders of their own, are killed (SIGKILL) again and again:
 at a random moment of their work, or while a checkpoint is being written. Each is then started with
-``--resume`` until it ends, and what it leaves (weights, their average, optimizer, generators,
+``resume=true`` until it ends, and what it leaves (weights, their average, optimizer, generators,
 metrics) is compared with the first run's, bit by bit. A process that warns or fails on the way is a
 fault too. Everything random comes from ``--seed``, but how fast the machine is does not.
 """
@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 
 PRETRAIN_STEPS, ITERATIONS = 40, 8
 COMMAND = [
-    sys.executable, "-m", "guard_ops", "train", "--resume",
-    "--pretrain-steps", str(PRETRAIN_STEPS), "--iterations", str(ITERATIONS),
-    "--checkpoint-every", "1", "--evaluate-every", "4",
+    sys.executable, "-m", "guard_ops", "train", "digits", "resume=true",
+    f"pretrain_steps={PRETRAIN_STEPS}", f"iterations={ITERATIONS}",
+    "checkpoint_every=1", "evaluate_every=4",
 ]  # fmt: skip
 # The bits of a matrix product depend on the number of threads.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -165,9 +165,7 @@ def one_run(root: Path, run: int, moments: random.Random, pace: Pace) -> Outcome
 def start(out: Path) -> subprocess.Popen[bytes]:
     out.mkdir(exist_ok=True)
     with out.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(
-            [*COMMAND, "--out", str(out)], env=ENVIRONMENT, stdout=log, stderr=log
-        )
+        return subprocess.Popen([*COMMAND, f"out={out}"], env=ENVIRONMENT, stdout=log, stderr=log)
 
 
 def wait_for_work(process: subprocess.Popen[bytes], out: Path) -> bool:
@@ -228,7 +226,7 @@ def differences(a: Path, b: Path, iteration: int = ITERATIONS) -> list[str]:
 
     found = []
     folder = Path("checkpoints") / f"iteration-{iteration:06d}"
-    for name in ("model", "ema", "optimizer", "rng"):
+    for name in ("model", "ema", "optimizer"):
         path = folder / f"{name}.safetensors"
         with safe_open(a / path, "pt") as left, safe_open(b / path, "pt") as right:
             if not left.keys() or set(left.keys()) != set(right.keys()):

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import fresh
@@ -66,7 +67,7 @@ try:
 except SystemExit as stop:
     assert stop.code == 0
 """
-    assert "--objective {article,paper,flow_grpo}" in fresh.run(program, folder=ROOT)
+    assert "RECIPE" in fresh.run(program, folder=ROOT)
 
 
 def test_no_command_is_an_error(capsys):
@@ -77,24 +78,53 @@ def test_no_command_is_an_error(capsys):
 
 
 def test_objectives_offered_are_those_of_the_job():
-    from guard_ops.trainer.jobs import OBJECTIVES
+    from guard_ops.digits.jobs import OBJECTIVES
+    from guard_ops.recipes.config import DigitsRecipe
 
-    assert set(cli.OBJECTIVES) == set(OBJECTIVES)
+    offered = typing.get_args(typing.get_type_hints(DigitsRecipe)["objective"])
+    assert set(offered) == set(OBJECTIVES)
+
+
+def test_recipes_offered_are_those_that_are_shipped(capsys):
+    from guard_ops.recipes.resolve import shipped
+
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(shipped()) in text
+
+
+def test_settings_stand_on_both_sides_of_an_option():
+    options = cli.parse(["train", "digits", "seed=1", "--dry-run", "iterations=2"])
+    assert options.settings == ["seed=1", "iterations=2"]
+    for words in (["train", "digits", "--resum"], ["demo", "x"]):
+        with pytest.raises(SystemExit):
+            cli.parse(words)
+
+
+def test_a_dry_run_of_digits_is_a_recipe(capsys, tmp_path):
+    assert cli.main(["train", "digits", "seed=3", "--dry-run"]) == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert cli.main(["train", str(tmp_path / "again.yaml"), "--dry-run"]) == 0
+    assert "seed: 3\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["train", "--iterations", "0"], "guard-ops: `--iterations` is 0; it needs >= 1"),
-        (["train", "--learning-rate", "-1"], "guard-ops: `--learning-rate` is -1.0; it needs > 0"),
+        (["train", "digits", "iterations=0"], "guard-ops: `iterations` is 0; it needs >= 1"),
+        (["train", "digits", "learning_rate=-1"], "guard-ops: `learning_rate` is -1.0; it needs"),
+        (["train", "digts"], "guard-ops: there is no recipe 'digts'; did you mean digits?"),
         (["demo", "--iterations", "0"], "guard-ops: `--iterations` is 0; it needs >= 1"),
         (["demo", "--seed", "-1"], "guard-ops: `--seed` is -1; it needs >= 0"),
     ],
 )
 def test_bad_settings_are_one_line_and_happen_before_any_work(options, message, capsys, tmp_path):
-    assert cli.main([*options, "--out", str(tmp_path / "out")]) == 1
+    out = tmp_path / "out"
+    words = [f"out={out}"] if options[0] == "train" else ["--out", str(out)]
+    assert cli.main([*options, *words]) == 1
     assert capsys.readouterr().err.startswith(message)
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +145,7 @@ def test_a_bench_that_cannot_run_says_what_there_is(options, message, capsys):
 def test_a_missing_extra_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.delitem(sys.modules, "sklearn.datasets", raising=False)
-    assert cli.main(["train", "--out", str(tmp_path)]) == 1
+    assert cli.main(["train", "digits", f"out={tmp_path}"]) == 1
     assert 'pip install "guard-ops[demo]"' in capsys.readouterr().err
 
 

@@ -3,17 +3,25 @@
 from .checkpoint import CheckpointError
 from .config import TrainConfig
 from .ema import Ema
+from .engine import Engine
 from .folder import RunFolderError
-from .loop import Rollout, Trainer
-from .policy import FlowPolicy, Reward
+from .loop import Loop, Rollout
+from .policy import Condition, FlowPolicy, Reward, Schedule
+from .trainer import Trainer
+from .window import Window
 
 __all__ = [
     "CheckpointError",
+    "Condition",
     "Ema",
+    "Engine",
     "FlowPolicy",
+    "Loop",
     "Reward",
     "Rollout",
     "RunFolderError",
+    "Schedule",
     "TrainConfig",
     "Trainer",
+    "Window",
 ]

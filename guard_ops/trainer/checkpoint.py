@@ -1,11 +1,12 @@
 """Checkpoints that survive a kill at any moment, and say so when they did not survive a disk.
 
 ``checkpoints/iteration-000120/`` holds one safetensors file per kind of tensors (``model``,
-``ema``, ``optimizer``, ``rng``), ``state.json`` (everything that is not a tensor) and
+``ema``, ``optimizer``), ``state.json`` (everything that is not a tensor) and
 ``manifest.json`` (the iteration, size and SHA-256 of every other file, and its own SHA-256). It is
-written under a temporary name, synced, and renamed: under its real name it is complete. Whatever is
-wrong with a checkpoint makes it unusable, and the one before it is used: it is set aside as
-``iteration-000120.corrupt``, never deleted or written over.
+written under a temporary name, synced, and renamed: under its real name it is complete. Of a
+sharded model each rank writes a ``shard-...safetensors`` with its part of all of them (shards.py).
+Whatever is wrong with a checkpoint makes it unusable, and the one before it is used: it is set
+aside as ``iteration-000120.corrupt``, never deleted or written over.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from . import shards
 from .extras import require
 from .folder import RunFolderError, aside, writing
 
-VERSION = 2
+VERSION = 3
 _PREFIX, _TEMPORARY = "iteration-", ".writing-"
 _MANIFEST, _STATE, _TENSORS = "manifest.json", "state.json", ".safetensors"
 
@@ -45,8 +47,10 @@ class _OtherVersionError(CheckpointError):
 
 
 class Checkpoint(NamedTuple):
+    path: Path
     iteration: int
-    tensors: dict[str, dict[str, Tensor]]  # file name without suffix -> name -> tensor
+    # file name without suffix -> name -> tensor; without values ("meta") where there are shards
+    tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]  # JSON
 
 
@@ -77,7 +81,17 @@ def save(
             this iteration, which is never written over.
     """
     safetensors = require("safetensors.torch", "train")
-    final = root / f"{_PREFIX}{iteration:06d}"
+    temporary = begin(root, iteration)
+    with saving(temporary):
+        for name, group in tensors.items():
+            copies = {k: value.detach().cpu().clone().contiguous() for k, value in group.items()}
+            safetensors.save_file(copies, temporary / f"{name}{_TENSORS}")
+    return finish(temporary, iteration, state, keep, {})
+
+
+def begin(root: Path, iteration: int) -> Path:
+    """The temporary folder of a checkpoint that :func:`finish` gives its name."""
+    final = root / name_of(iteration)
     if final.exists():
         raise RunFolderError(
             f"{final} exists: iteration {iteration} is saved, and never written over"
@@ -88,19 +102,35 @@ def save(
         for leftover in root.glob(f"{_TEMPORARY}*"):  # a run was killed while it wrote this
             _delete(leftover)
         temporary.mkdir()
+    return temporary
+
+
+def finish(
+    temporary: Path,
+    iteration: int,
+    state: Mapping[str, Any],
+    keep: int,
+    entries: Mapping[str, dict[str, Any]],
+) -> Path:
+    """Complete a checkpoint whose tensors are written, of which ``entries`` are on the disk."""
+    root, final = temporary.parent, temporary.parent / name_of(iteration)
     with saving(temporary):
-        for name, group in tensors.items():
-            copies = {k: value.detach().cpu().clone().contiguous() for k, value in group.items()}
-            safetensors.save_file(copies, temporary / f"{name}{_TENSORS}")
         (temporary / _STATE).write_text(json.dumps(dict(state), indent=1) + "\n")
-        (temporary / _MANIFEST).write_text(_manifest_of(temporary, iteration))
+        (temporary / _MANIFEST).write_text(_manifest_of(temporary, iteration, entries))
         for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+            if path.name not in entries:
+                _sync(path)
         temporary.rename(final)
         _sync(root)
     with writing(root):
         _delete_checkpoints(_folders(root)[keep:])
     return final
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file, which is on the disk then."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 @contextmanager
@@ -176,8 +206,11 @@ def set_aside(unusable: Sequence[Unusable], instead: str) -> None:
         )
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, *, check: bool = True) -> Checkpoint:
     """The checkpoint in the folder ``path``, every byte checked.
+
+    Args:
+        check: False if another rank has done that.
 
     Raises:
         CheckpointError: the message names the file and the reason.
@@ -186,12 +219,16 @@ def load(path: Path) -> Checkpoint:
         if not stat.S_ISDIR(path.lstat().st_mode):
             raise CheckpointError(f"{path} is not a folder")
         iteration, files = _read_manifest(path)
-        _check_files(path, files)
-        tensors = {
-            name.removesuffix(_TENSORS): _read_tensors(path / name)
-            for name in files
-            if name != _STATE
-        }
+        if check:
+            _check_files(path, files)
+        if any(shards.is_shard(name) for name in files):
+            tensors = shards.described(path)
+        else:
+            tensors = {
+                name.removesuffix(_TENSORS): _read_tensors(path / name)
+                for name in files
+                if name != _STATE
+            }
         state = _read_json(path / _STATE)
     except OSError as error:
         raise CheckpointError(
@@ -199,7 +236,12 @@ def load(path: Path) -> Checkpoint:
         ) from error
     except RecursionError as error:
         raise CheckpointError(f"{path / _MANIFEST} is corrupt: {error}") from error
-    return Checkpoint(iteration, tensors, state)
+    return Checkpoint(path, iteration, tensors, state)
+
+
+def name_of(iteration: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"{_PREFIX}{iteration:06d}"
 
 
 def exist(root: Path) -> bool:
@@ -214,14 +256,13 @@ def _folders(root: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def _manifest_of(folder: Path, iteration: int) -> str:
+def _manifest_of(folder: Path, iteration: int, entries: Mapping[str, dict[str, Any]]) -> str:
     """The text of ``manifest.json`` for the files in ``folder``."""
     manifest = {
         "version": VERSION,
         "iteration": iteration,
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(folder.iterdir())
+            path.name: entries.get(path.name) or entry(path) for path in sorted(folder.iterdir())
         },
     }
     return json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1) + "\n"

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
+
+from guard_ops.schedule import SdeKind
+
+from .window import Window
 
 _NUMBERS = {"int": ((int,), "an int"), "float": ((int, float), "a number")}
 
@@ -26,7 +31,14 @@ class TrainConfig:
         learning_rate, weight_decay: of AdamW, when the trainer makes the optimizer.
         max_grad_norm: the gradient is scaled down to this norm; ``inf`` for never.
         ema_decay: decay of the average of the weights, 0 <= d < 1; at 0 it is the weights.
-        skip_last_steps: denoising steps at the end that are sampled but not trained.
+        steps: denoising steps of a rollout, as the policy's scheduler makes them.
+        noise_level, sde: noise level and kind of every step, as :class:`guard_ops.SdeSchedule` has
+            them; or one for each.
+        window: which steps are stochastic, and which are trained.
+        micro_batch: how many transitions (samples at a step) one backward holds activations of;
+            None for all of an update's. It changes memory and time, and no result.
+        rollout_batch: how many samples a call of the network without a graph has; None for a
+            rank's part of an update.
         advantage_scale: what divides a reward's distance from its group's mean: the spread of the
             "group" or of the whole "batch", or nothing ("none").
         seed: of prompts, initial latents and every step's noise.
@@ -42,13 +54,18 @@ class TrainConfig:
     iterations: int = 120
     prompts_per_iteration: int = 10
     group_size: int = 16
+    steps: int = 10
+    noise_level: float | Sequence[float] = 0.7
+    sde: SdeKind | Sequence[SdeKind] = "flow_sde"
+    window: Window = field(default_factory=Window)
+    micro_batch: int | None = None
+    rollout_batch: int | None = None
     inner_epochs: int = 2
     minibatches: int = 2
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.99
-    skip_last_steps: int = 1
     advantage_scale: AdvantageScale = "group"
     seed: int = 0
     evaluate_every: int = 10
@@ -57,13 +74,15 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        lowest = {"group_size": 2, "skip_last_steps": 0, "seed": 0, "checkpoint_every": 0}
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            wanted = _NUMBERS.get(str(field.type))
+        lowest = {"group_size": 2, "seed": 0, "checkpoint_every": 0}
+        for each in fields(self):
+            name, value = each.name, getattr(self, each.name)
+            wanted = _NUMBERS.get(str(each.type).removesuffix(" | None"))
+            if value is None and str(each.type).endswith("None"):
+                continue
             if wanted and (isinstance(value, bool) or not isinstance(value, wanted[0])):
                 raise TypeError(f"`{name}` is {value!r}; it needs {wanted[1]}")
-            if field.type == "int" and value < lowest.get(name, 1):
+            if str(each.type).startswith("int") and value < lowest.get(name, 1):
                 raise ValueError(f"`{name}` is {value}; it needs >= {lowest.get(name, 1)}")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
@@ -78,13 +97,18 @@ class TrainConfig:
                 f"`advantage_scale` is {self.advantage_scale!r}; it needs one of "
                 f"{', '.join(get_args(AdvantageScale))}"
             )
-        if self.minibatches > self.prompts_per_iteration * self.group_size:
+        self.window.steps(self.steps)
+        if self.minibatches > self.samples:
             raise ValueError(
-                f"`minibatches` is {self.minibatches} for the "
-                f"{self.prompts_per_iteration * self.group_size} samples of a rollout "
+                f"`minibatches` is {self.minibatches} for the {self.samples} samples of a rollout "
                 "(prompts_per_iteration * group_size); it needs at most that"
             )
         if not isinstance(self.tensorboard, bool):
             raise TypeError(f"`tensorboard` is {self.tensorboard!r}; it needs a bool")
         if self.seed >= 2**63:
             raise ValueError(f"`seed` is {self.seed}; it needs < 2**63")
+
+    @property
+    def samples(self) -> int:
+        """How many samples a rollout has, on all ranks together."""
+        return self.prompts_per_iteration * self.group_size

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .engine import local
+
 
 class Ema:
     """``average <- decay * average + (1 - decay) * weights`` after every optimizer step.
@@ -31,7 +33,7 @@ class Ema:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for average, p in zip(self.average.values(), self.parameters.values(), strict=True):
-            average.lerp_(p.to(average.dtype), 1 - decay)
+            local(average).lerp_(local(p).to(average.dtype), 1 - decay)
 
     def weights(self) -> Mapping[str, Tensor]:
         """The trained weights, also inside ``applied``."""
@@ -50,9 +52,9 @@ class Ema:
         try:
             self._trained = trained
             self._assign(self.average)
-            versions = {name: p._version for name, p in self.parameters.items()}
+            versions = {name: local(p)._version for name, p in self.parameters.items()}
             yield
-            changed = [n for n, p in self.parameters.items() if p._version != versions[n]]
+            changed = [n for n, p in self.parameters.items() if local(p)._version != versions[n]]
         finally:
             self._assign(trained)
             self._trained = None
@@ -73,4 +75,4 @@ class Ema:
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, p in self.parameters.items():
-            p.copy_(values[name])
+            local(p).copy_(local(values[name]))

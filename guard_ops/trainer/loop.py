@@ -2,242 +2,217 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import guard_ops as go
+from guard_ops.objective import Metrics
+from guard_ops.ops import next_sample
 
-from . import state
+from . import batches, draws
+from .batches import Minibatch, padded
 from .config import TrainConfig
-from .ema import Ema
-from .folder import FolderLock, RunFolderError
-from .metrics import MetricsWriter
-from .policy import FlowPolicy, Reward, trainable
-from .progress import progress_bar
+from .engine import Engine
+from .learner import Learner
+from .metrics import Sums
+from .policy import Condition, FlowPolicy, Reward, take
+from .window import Noise, Plan
+
+
+class Draw(NamedTuple):
+    """What an iteration draws for a rank's n samples."""
+
+    prompts: list[int]  # [n]
+    groups: Tensor  # [n], the same numbers on the device
+    seeds: Tensor  # [N + 1, n, 2] of each step's noise; the last are the initial latents'
+    plan: Plan  # which steps have noise, and which are trained: K of them
+    condition: Condition
 
 
 class Rollout(NamedTuple):
-    """B trajectories of N steps, whose noise is regenerated from the seeds instead of stored."""
+    """n trajectories of N steps, whose noise is regenerated from the seeds instead of stored."""
 
-    latents: Tensor  # [N + 1, B, *latent]; the last is the sample
-    velocities: Tensor  # [N, B, *latent] of the behaviour policy
-    seeds: Tensor  # [N, B, 2]
-    condition: Tensor  # [B, ...]
+    latents: Tensor  # [N + 1, n, *latent]; the last is the sample
+    velocities: Tensor  # [N, n, *latent] of the behaviour policy
+    reference: Tensor | None  # [K, n, *latent] of the policy before training, for the KL term
+    draw: Draw
 
 
-class Trainer:
-    """Fine-tunes ``policy`` to raise ``reward`` with the objective ``guard``.
-
-    Args:
-        policy: a :class:`FlowPolicy`; it is trained in place.
-        reward: ``(samples [B, *latent], condition [B, ...]) -> [B]``.
-        prompts: [P, ...], one condition a row.
-        schedule: the sampler's steps.
-        guard: the objective (``go.GuardConfig.article()`` ...).
-        config: everything else.
-        out: folder of ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/``.
-        resume: continue from the newest intact checkpoint in ``out``, if there is one.
-        optimizer: over the policy's trainable parameters; default AdamW.
-        evaluate: called every ``config.evaluate_every`` iterations; its numbers join that line of
-            the metrics. It must draw from a generator of its own.
-        initialize: called when a run begins, before its first checkpoint, to give the policy its
-            first weights; those of a resumed run come from its checkpoint.
-        recipe: numbers and text that a continuation must share with its run, beside what the
-            trainer compares itself: where the policy or the reward came from.
-
-    Raises:
-        ValueError: ``out`` has checkpoints and ``resume`` is False, or is of a run with other
-            settings; the policy has nothing to train. RunFolderError: another process trains in
-            ``out``, or it cannot be written. CheckpointError: all checkpoints are damaged. What
-            is refused leaves the files as they were, but ``run.lock``, which says who had the
-            folder last.
-    """
-
-    ema: Ema
-    settings: dict[str, Any]  # what a continuation must share
+class Loop:
+    """Draw, roll out, judge, compare, update."""
 
     def __init__(
         self,
         policy: FlowPolicy,
         reward: Reward,
-        prompts: Tensor,
-        schedule: go.SdeSchedule,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
         guard: go.GuardConfig,
         config: TrainConfig,
-        out: str | Path,
-        *,
-        resume: bool = False,
-        optimizer: torch.optim.Optimizer | None = None,
-        evaluate: Callable[[], dict[str, float]] | None = None,
-        initialize: Callable[[], object] | None = None,
-        recipe: Mapping[str, Any] | None = None,
+        engine: Engine,
+        learner: Learner,
     ) -> None:
-        self.policy, self.reward, self.prompts = policy, reward, prompts
-        self.guard, self.config, self.out = guard, config, Path(out)
-        self.evaluate, self.recipe = evaluate, recipe or {}
-        self.parameters = trainable(policy)
-        if not self.parameters:
-            raise ValueError(
-                "`policy` has no parameter that requires grad; there is nothing to train"
-            )
-        if len(prompts) < config.prompts_per_iteration:
-            raise ValueError(
-                f"`prompts` has {len(prompts)} rows; `prompts_per_iteration` "
-                f"{config.prompts_per_iteration} needs at least as many"
-            )
-        if len(schedule) <= config.skip_last_steps:
-            raise ValueError(
-                f"`schedule` has {len(schedule)} steps; `skip_last_steps` "
-                f"{config.skip_last_steps} leaves none to train"
-            )
-        self.device = next(iter(self.parameters.values())).device
-        self.schedule = schedule.to(self.device)
-        self.sigmas = torch.tensor(schedule.sigmas, dtype=torch.float32, device=self.device)
-        self.trained = slice(0, len(schedule) - config.skip_last_steps)
-        self.optimizer = optimizer or torch.optim.AdamW(
-            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.iteration = 0
-        self.checkpoints = self.out / "checkpoints"
-        self.writer = MetricsWriter(self.out, tensorboard=config.tensorboard)
-        self._lock = FolderLock(self.out)
-        try:
-            state.start(self, resume, initialize)
-        except BaseException:
-            with suppress(RunFolderError):  # the first failure is the one to see
-                self.close()
-            raise
-
-    # --- the algorithm -----------------------------------------------------------------------
+        self.policy, self.reward, self.prompts, self.metadata = policy, reward, prompts, metadata
+        self.guard, self.config, self.engine, self.learner = guard, config, engine, learner
+        sigmas, timesteps = policy.schedule(config.steps)
+        self.timesteps = timesteps.to(engine.device)
+        self.noise = Noise(sigmas, config.noise_level, config.sde, engine.device)
+        self.noise.plan([config.window.steps(config.steps)], "sde")  # refuses steps without noise
+        self.shares = draws.shares(config.samples, config.minibatches, engine.ranks)
+        self.share = self.shares[engine.rank]
+        dtype = getattr(policy, "latent_dtype", torch.float32)
+        self.latent = tuple(policy.latent_shape), dtype, draws.only_noise(engine.device)
+        self.chunk = batches.chunk_size(self.shares, config)
+        self.most = max(len(share) for share in self.shares)
 
     def iterate(self) -> dict[str, Tensor]:
-        """One iteration: rollout, rewards, advantages, updates. Nothing waits for the device."""
-        c = self.config
-        prompt = torch.randperm(len(self.prompts), generator=self.generator)
-        groups = prompt[: c.prompts_per_iteration].repeat_interleave(c.group_size)
-        groups = groups[torch.randperm(len(groups), generator=self.generator)].to(self.device)
-        rollout = self.rollout(self.prompts[groups])
-        rewards = self.reward(rollout.latents[-1], rollout.condition)
-        advantages = go.group_advantages(rewards, groups, scale=c.advantage_scale)
+        """One iteration: its numbers over all ranks."""
+        c, device, iteration = self.config, self.engine.device, self.learner.iteration
+        draw = self.draw(iteration)
+        updates = batches.minibatches(self.shares, self.engine.rank, c, iteration, device)
+        rollout = self.rollout(draw)
+        rewards = self.rewards(rollout)
+        advantages = go.group_advantages(
+            rewards, draw.groups, scale=c.advantage_scale, process_group=self.engine.group
+        )
+        sums = Sums(rewards)
+        for number, minibatch in enumerate(updates):
+            result = self.update(rollout, advantages, minibatch, on_policy=number == 0)
+            if number >= len(updates) - c.minibatches:  # of the last epoch
+                sums.add(*result)
+        return sums.over(self.engine)
 
-        rows, updates = torch.arange(len(groups)), []
-        for _ in range(c.inner_epochs):
-            updates = [
-                self.update(rollout, advantages, chunk.to(self.device))
-                for chunk in rows.tensor_split(c.minibatches)
-            ]
-            rows = torch.randperm(len(groups), generator=self.generator)
-        last_epoch = {name: torch.stack([u[name] for u in updates]).mean(0) for name in updates[0]}
-        return {"reward": rewards.mean(), "reward_std": rewards.std(correction=0), **last_epoch}
+    def draw(self, iteration: int) -> Draw:
+        """This rank's part of what is drawn for all ranks together."""
+        c, device, share = self.config, self.engine.device, self.share
+        numbers = (c.seed, iteration)
+        chosen = draws.groups(len(self.prompts), c.prompts_per_iteration, c.group_size, *numbers)
+        mine = chosen[share.first : share.last]
+        texts, row = mine.unique(return_inverse=True)
+        encoded = self.policy.encode([self.prompts[p] for p in texts.tolist()])
+        condition = take({name: x.to(device) for name, x in encoded.items()}, row.to(device))
+        steps = c.window.draw(c.steps, c.samples, *numbers)
+        plan = self.noise.plan(
+            steps if len(steps) == 1 else steps[share.first : share.last], c.window.outside
+        )
+        first = draws.leaders(chosen) if c.window.branch else None
+        prefix = min(step for row in steps for step in row)
+        seeds = draws.seeds(c.steps, c.samples, share, *numbers, device, first, prefix)
+        return Draw(mine.tolist(), mine.to(device), seeds, plan, condition)
 
     @torch.no_grad()
-    def rollout(self, condition: Tensor) -> Rollout:
-        """Sample with the policy as it is now, in the chunks of the first epoch's minibatches.
+    def rollout(self, draw: Draw) -> Rollout:
+        """Sample with the policy as it is now, ``self.chunk`` samples at a time."""
+        n, whole = len(draw.prompts), None
+        for rows in padded(n, self.chunk, self.most, self.engine.device):
+            condition, seeds = take(draw.condition, rows), draw.seeds[:, rows]
+            latents, velocities = [draws.normals(seeds[-1], *self.latent)], []
+            for k, coeffs in enumerate(draw.plan.rollout):
+                timestep = self.timesteps[k].expand(self.chunk)
+                velocities.append(self.policy.velocity(latents[k], timestep, condition))
+                latents.append(next_sample(velocities[k], latents[k], coeffs, seed=seeds[k]))
+            whole = batches.append(whole, n, latents, velocities)
+        assert whole is not None
+        rollout = Rollout(whole.latents, whole.velocities, None, draw)
+        if self.guard.kl_beta:
+            rows = torch.arange(n, device=self.engine.device)
+            with self.policy.reference():
+                reference = self.velocities(rollout, Minibatch(rows, self.most))
+            rollout = rollout._replace(reference=reference)
+        return rollout
 
-        The first update then makes calls of the same size on the same rows (on copies, as the
-        rounding of matrix products also depends on how their operands are aligned). So its
-        velocities have the bits of those recorded here, and it is exactly on policy: its ratio is
-        1, not 1 plus rounding.
-        """
-        seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
-        seeds = go.philox_seed(seed, (len(self.schedule), len(condition)), self.device)
-        shape = (len(condition), *self.policy.latent_shape)
-        noise = torch.randn(shape, generator=self.generator).to(self.device)
+    @torch.no_grad()
+    def rewards(self, rollout: Rollout) -> Tensor:
+        """The reward of each sample, [n]."""
         parts = []
-        chunks = min(self.config.minibatches, len(condition))
-        for rows in torch.arange(len(condition)).tensor_split(chunks):
-            latents, velocities = [noise[rows]], []
-            for k, coeffs in enumerate(self.schedule):
-                velocities.append(self._velocity(k, latents[k], condition[rows]))
-                step = go.sde_step(velocities[k], latents[k], coeffs, seed=seeds[k, rows])
-                latents.append(step.prev_sample)
-            parts.append((torch.stack(latents), torch.stack(velocities)))
-        latents_all, velocities_all = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
-        return Rollout(latents_all, velocities_all, seeds, condition)
+        for first in range(0, len(rollout.draw.prompts), self.chunk):
+            prompts = rollout.draw.prompts[first : first + self.chunk]
+            pixels = self.policy.decode(rollout.latents[-1, first : first + self.chunk])
+            texts, metadata = (
+                [self.prompts[p] for p in prompts],
+                [self.metadata[p] for p in prompts],
+            )
+            parts.append(self.reward(pixels, texts, metadata).to(self.engine.device))
+        return torch.cat(parts)
 
-    def update(self, rollout: Rollout, advantages: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        """One optimizer step on the trajectories ``rows``, all their trained steps at once."""
-        self.ema.refuse_if_applied()
-        condition = rollout.condition[rows]
-        steps = range(*self.trained.indices(len(self.schedule)))
-        velocity = torch.stack(
-            [self._velocity(k, rollout.latents[k, rows], condition) for k in steps]
-        )
-        out = go.guard_loss(
-            velocity,
+    def update(
+        self, rollout: Rollout, advantages: Tensor, batch: Minibatch, *, on_policy: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Metrics]:
+        """One optimizer step on a minibatch's trajectories, all their trained steps at once.
+
+        First the velocities without a graph; they are the rollout's if no update came between, so
+        that the ratio is exactly 1. Then the objective, which sees the network only through them.
+        Then the backward, ``micro_batch`` transitions at a time, of which nothing depends on the
+        others.
+
+        Returns:
+            The rank's share of the loss's mean, its loss, the gradient's norm, its metrics.
+        """
+        self.learner.ema.refuse_if_applied()
+        out = self.objective(rollout, advantages, batch, on_policy=on_policy)
+        assert isinstance(out.grad, Tensor)
+        weight = self.engine.weight(len(batch.rows), out, self.guard)  # the mean is over samples
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        self._push(rollout, batch, out.grad.mul_(weight.to(out.grad.dtype)))
+        norm = self.engine.clip(self.learner.parameters.values(), self.config.max_grad_norm)
+        self.learner.optimizer.step()
+        self.learner.ema.update()
+        return weight, out.loss, norm, out.metrics
+
+    def objective(
+        self, rollout: Rollout, advantages: Tensor, batch: Minibatch, *, on_policy: bool
+    ) -> go.LossAndGrad:
+        """The loss over [K, b] of all ranks, and its gradient with respect to the velocities."""
+        plan, rows = rollout.draw.plan, batch.rows
+        steps = plan.of(rows)
+        old = rollout.velocities[steps, rows]  # [K, b, *latent]
+        return go.guard_loss_and_grad(
+            old if on_policy else self.velocities(rollout, batch),
             advantages=advantages[rows],
-            coeffs=self.schedule[self.trained],
+            coeffs=plan.coefficients(rows),
             config=self.guard,
-            old_model_output=rollout.velocities[self.trained, rows],
-            seed=rollout.seeds[self.trained, rows],
+            old_model_output=old,
+            seed=rollout.draw.seeds[steps, rows],
+            ref_model_output=None if rollout.reference is None else rollout.reference[:, rows],
+            process_group=self.engine.group,
         )
-        self.optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.ema.update()
-        return {"loss": out.loss.detach(), "grad_norm": norm, **out.metrics._asdict()}
 
-    def _velocity(self, k: int, latents: Tensor, condition: Tensor) -> Tensor:
-        return self.policy.velocity(latents, self.sigmas[k].expand(len(latents)), condition)
+    @torch.no_grad()
+    def velocities(self, rollout: Rollout, batch: Minibatch) -> Tensor:
+        """[K, b, *latent] of the policy as it is now, by calls of the rollout's shape.
 
-    # --- around it ---------------------------------------------------------------------------
-
-    def fit(self, progress: bool = True, title: str = "training") -> None:
-        """Train until ``config.iterations``, writing metrics and checkpoints on the way.
-
-        A run that has come so far already does nothing.
-
-        Raises:
-            FloatingPointError: the loss is not finite, which is noticed before a checkpoint.
+        Another shape rounds otherwise: in bfloat16 by more than a small update moves the ratio.
         """
-        c = self.config
-        if self.iteration >= c.iterations:
-            return
-        bars = progress_bar(title, c.iterations, self.iteration) if progress else nullcontext()
-        with bars as bar:
-            while self.iteration < c.iterations:
-                started = time.perf_counter()
-                numbers: dict[str, Any] = {
-                    name: value.tolist() for name, value in self.iterate().items()
-                }
-                self.iteration += 1
-                if not math.isfinite(numbers["loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {numbers['loss']} in iteration {self.iteration} "
-                        f"({sum(numbers['nonfinite']):.0f} transitions are not finite); the "
-                        'checkpoints are from before it. GuardConfig(nonfinite="drop") skips such '
-                        "transitions"
-                    )
-                numbers["seconds"] = time.perf_counter() - started
-                last = self.iteration == c.iterations
-                if self.evaluate and (last or self.iteration % c.evaluate_every == 0):
-                    numbers.update(self.evaluate())
-                self.writer.write(self.iteration, numbers)
-                if c.checkpoint_every and (last or self.iteration % c.checkpoint_every == 0):
-                    self.save()
-                if bar is not None:
-                    bar(self.iteration, f"reward {numbers['reward']:.3f}")
+        result = []
+        for step in rollout.draw.plan.of(batch.rows):
+            steps = step.expand(len(batch.rows))
+            rows = padded(len(batch.rows), self.chunk, batch.most, self.engine.device)
+            inputs = (self._at(rollout, steps[r], batch.rows[r]) for r in rows)
+            parts = [self.policy.velocity(*each) for each in inputs]
+            result.append(torch.cat(parts)[: len(batch.rows)])
+        return torch.stack(result)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment; returns its folder.
+    def _push(self, rollout: Rollout, batch: Minibatch, gradient: Tensor) -> None:
+        """Backward of ``gradient`` [K, b, *latent] through the network."""
+        rows, gradient = batch.rows, gradient.flatten(0, 1)  # [K b, *latent]
+        steps = rollout.draw.plan.of(rows).expand(-1, len(rows)).flatten()
+        most = len(gradient) // len(rows) * batch.most
+        size = min(self.config.micro_batch or most, most)
+        pieces = padded(len(gradient), size, most, self.engine.device)
+        for number, pairs in enumerate(pieces):
+            last = number == len(pieces) - 1
+            at = self._at(rollout, steps[pairs], rows[pairs % len(rows)])
+            velocity = self.engine.velocity(*at, last=last)
+            part = gradient[pairs]
+            part[max(0, len(gradient) - number * size) :].zero_()  # what fills the piece up
+            self.engine.backward(velocity, part, last=last)
 
-        Raises:
-            RunFolderError: it cannot be written, or this iteration has one already.
-        """
-        return state.save(self)
-
-    def close(self) -> None:
-        """Close the metrics files and leave the folder to others."""
-        try:
-            self.writer.close()
-        finally:
-            self._lock.release()
+    def _at(
+        self, rollout: Rollout, steps: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the network is given for samples ``rows``, each at its step."""
+        condition = take(rollout.draw.condition, rows)
+        return rollout.latents[steps, rows], self.timesteps[steps], condition

@@ -8,6 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from guard_ops.objective import Metrics
+
+from .engine import Engine
 from .extras import require
 from .folder import aside, write_whole, writing
 
@@ -100,6 +106,47 @@ class MetricsWriter:
             if self._board is not None:
                 with writing(self._folder):
                     self._board.close()
+
+
+class Sums:
+    """An iteration's numbers, of which each rank has a part; they are put together once."""
+
+    def __init__(self, rewards: Tensor) -> None:
+        self.rewards = rewards.double()
+        self.updates: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, weight: Tensor, loss: Tensor, norm: Tensor, metrics: Metrics) -> None:
+        """An update: what the rank's means weigh, and the means."""
+        self.names = metrics._fields
+        rows = dict(zip(self.names, torch.stack(list(metrics)).double(), strict=True))
+        # A spread about the rank's own mean becomes a mean square, which can be averaged.
+        for std, bias in _SPREADS.items():
+            rows[std] = rows[std].square() + rows[bias].square()
+        weighted = {name: weight * row for name, row in rows.items()}
+        weighted["nonfinite"] = rows["nonfinite"]  # a count
+        self.updates.append((torch.stack(list(weighted.values())), weight * loss, norm))
+
+    def over(self, engine: Engine) -> dict[str, Tensor]:
+        """Means over the updates and all ranks, [] or [K] float64."""
+        per_step, losses, norms = (torch.stack(x) for x in zip(*self.updates, strict=True))
+        count = torch.full((), len(self.rewards), dtype=torch.float64, device=engine.device)
+        sums = torch.stack([count, self.rewards.sum()])
+        flat = torch.cat([sums, losses.double(), per_step.flatten()])
+        flat = engine.sum(flat)
+        count, mean = flat[0], flat[1] / flat[0]
+        losses = flat[2 : 2 + len(losses)] / engine.ranks
+        per_step = flat[2 + len(losses) :].reshape(per_step.shape) / engine.ranks
+        square = engine.sum((self.rewards - mean).square().sum()) / count
+        numbers = {"reward": mean, "reward_std": square.sqrt()}
+        numbers |= {"loss": losses.mean(), "grad_norm": norms.double().mean()}
+        steps = dict(zip(self.names, per_step.unbind(1), strict=True))  # each [updates, K]
+        for std, bias in _SPREADS.items():
+            steps[std] = (steps[std] - steps[bias].square()).clamp(min=0).sqrt()
+        steps["nonfinite"] = steps["nonfinite"] * engine.ranks
+        return numbers | {name: value.mean(0) for name, value in steps.items()}
+
+
+_SPREADS = {"ratio_std": "ratio_bias", "ratio_hat_std": "ratio_hat_bias"}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

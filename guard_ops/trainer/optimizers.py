@@ -43,6 +43,19 @@ def settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return result
 
 
+def like(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Zeros of the kinds that :func:`tensors` gave, sharded as the optimizer's parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    result = {}
+    for key, value in tensors.items():
+        parameter = parameters[int(key.partition(".")[0])]
+        if value.shape == parameter.shape and value.ndim:
+            result[key] = torch.zeros_like(parameter, dtype=value.dtype)
+        else:
+            result[key] = torch.zeros_like(value, device="cpu")
+    return result
+
+
 def restore(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:

@@ -1,31 +1,38 @@
-"""Begins or continues a run: what its checkpoints hold, and what a continuation must share."""
+"""What a run's checkpoints hold, and what a continuation must share with its run."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checkpoint, optimizers
-from .checkpoint import Checkpoint, CheckpointError
-from .ema import Ema
+import guard_ops as go
 
-if TYPE_CHECKING:
-    from .loop import Trainer
+from . import checkpoint, optimizers, shards
+from .checkpoint import Checkpoint, CheckpointError
+from .config import TrainConfig
+from .engine import Engine, fill, sharded
+from .learner import Learner
+from .policy import FlowPolicy
 
 # These settings may differ between a run and its continuation.
-_FREE = ("iterations", "evaluate_every", "checkpoint_every", "keep_checkpoints", "tensorboard")
+_FREE = (
+    "iterations", "evaluate_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
+    "micro_batch", "rollout_batch",
+)  # fmt: skip
 _SAMPLED = 1024  # bytes of each frozen parameter that tell it from another
 
 
 class Saved(NamedTuple):
     """A checkpoint of a trainer, each part of its type."""
 
+    path: Path
     iteration: int
     settings: dict[str, dict[str, Any]]
     model: dict[str, Tensor]
@@ -33,69 +40,77 @@ class Saved(NamedTuple):
     ema_updates: int
     optimizer_tensors: dict[str, Tensor]
     optimizer_numbers: dict[str, Any]
-    rng: dict[str, Tensor]
     metrics: str  # the text of metrics.jsonl
 
 
-def start(trainer: Trainer, resume: bool, initialize: Callable[[], object] | None) -> None:
-    """Continue the run in ``trainer.out`` or begin one there.
+def find(
+    root: Path, resume: bool, engine: Engine
+) -> tuple[Saved | None, list[checkpoint.Unusable]]:
+    """The checkpoint to continue from, the same on every rank; None to begin.
+
+    Newer ones that cannot be used are rank 0's to set aside.
 
     Raises:
-        ValueError, CheckpointError: as the trainer says; no file is touched then.
+        ValueError: there are checkpoints, and ``resume`` is False.
+        CheckpointError: none can be used; no file is touched then.
     """
-    root = trainer.checkpoints
-    trainer.settings = _settings(trainer)
-    saved: Saved | None = None
-    unusable: list[checkpoint.Unusable] = []
-    if resume:
-        saved, unusable = checkpoint.newest(root, _understand)
-        if saved is not None:
-            _check(trainer, saved)
-        elif unusable:
-            reasons = "; ".join(one.reason for one in unusable)
-            raise CheckpointError(f"no intact checkpoint to resume from: {reasons}")
-    elif checkpoint.exist(root):
-        raise ValueError(
-            f"`out` is {str(trainer.out)!r}, which has checkpoints of another run; continue it "
-            "with `resume=True` or choose another folder"
-        )
-    # What follows changes files.
-    checkpoint.set_aside(unusable, "using the previous checkpoint")
-    if saved is None and initialize is not None:
-        initialize()
-    trainer.ema = Ema(trainer.parameters, trainer.config.ema_decay)
-    if saved is not None:
-        _restore(trainer, saved)
-    trainer.writer.start(trainer.iteration, saved.metrics if saved else None)
-    if saved is None and trainer.config.checkpoint_every:
-        save(trainer)  # marks the folder as taken; a run killed in its first seconds resumes here
+    name, unusable = engine.first(lambda: _choose(root, resume))
+    saved = None if name is None else _understand(checkpoint.load(root / name, check=False))
+    return saved, unusable if engine.rank == 0 else []
 
 
-def save(trainer: Trainer) -> Path:
+def _choose(root: Path, resume: bool) -> tuple[str | None, list[checkpoint.Unusable]]:
+    if not resume:
+        if checkpoint.exist(root):
+            raise ValueError(
+                f"`out` is {str(root.parent)!r}, which has checkpoints of another run; continue it "
+                "with `resume=True` or choose another folder"
+            )
+        return None, []
+    found, unusable = checkpoint.newest(root, _understand)
+    if found is None and unusable:
+        reasons = "; ".join(one.reason for one in unusable)
+        raise CheckpointError(f"no intact checkpoint to resume from: {reasons}")
+    return None if found is None else checkpoint.name_of(found.iteration), unusable
+
+
+def save(
+    root: Path,
+    learner: Learner,
+    settings: Mapping[str, Any],
+    metrics: str,
+    keep: int,
+    engine: Engine,
+) -> Path:
     """Write a checkpoint; returns its folder."""
-    rng = {"trainer": trainer.generator.get_state(), "torch": torch.get_rng_state()}
-    if trainer.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(trainer.device)
     tensors = {
-        "model": trainer.ema.weights(),
-        "ema": trainer.ema.average,
-        "optimizer": optimizers.tensors(trainer.optimizer),
-        "rng": rng,
+        "model": learner.ema.weights(),
+        "ema": learner.ema.average,
+        "optimizer": optimizers.tensors(learner.optimizer),
     }
     rest = {
-        "settings": trainer.settings,
-        "ema_updates": trainer.ema.updates,
-        "optimizer": optimizers.numbers(trainer.optimizer),
-        "metrics": trainer.writer.sync(),
+        "settings": settings,
+        "ema_updates": learner.ema.updates,
+        "optimizer": optimizers.numbers(learner.optimizer),
+        "metrics": metrics,
     }
-    keep = trainer.config.keep_checkpoints
-    return checkpoint.save(trainer.checkpoints, trainer.iteration, tensors, rest, keep)
+    iteration = learner.iteration
+    if not sharded(tensors["model"]):
+        return engine.first(lambda: checkpoint.save(root, iteration, tensors, rest, keep))
+    temporary = engine.first(lambda: checkpoint.begin(root, iteration))
+    entries: dict[str, dict[str, Any]] = {}
+    with engine.together(), checkpoint.saving(temporary):
+        shards.write(temporary, tensors, engine.group is None)
+        for path in temporary.glob(f"shard-{engine.rank + 1:05d}-*"):
+            entries[path.name] = checkpoint.entry(path)
+    every = {name: entry for part in engine.gather(entries) for name, entry in part.items()}
+    return engine.first(lambda: checkpoint.finish(temporary, iteration, rest, keep, every))
 
 
 def _understand(saved: Checkpoint) -> Saved:
     """A checkpoint's parts; raises where one is not there or not of its type."""
     state, tensors = saved.state, saved.tensors
-    model, ema, rng = tensors["model"], tensors["ema"], tensors["rng"]
+    model, ema = tensors["model"], tensors["ema"]
     settings, numbers = state["settings"], state["optimizer"]
     if {k: v.shape for k, v in model.items()} != {k: v.shape for k, v in ema.items()}:
         raise ValueError("the weights and their average are of different models")
@@ -108,56 +123,69 @@ def _understand(saved: Checkpoint) -> Saved:
     for group in numbers["param_groups"]:
         if not all(isinstance(index, int) for index in group["params"]):
             raise TypeError("the optimizer's groups do not list parameters")
-    torch.Generator().set_state(rng["trainer"])
-    torch.Generator().set_state(rng["torch"])
     updates, metrics = state["ema_updates"], state["metrics"]
     if type(updates) is not int or not isinstance(metrics, str):
         raise TypeError(f"ema_updates is {updates!r}, metrics a {type(metrics).__name__}")
     return Saved(
-        saved.iteration, settings, model, ema, updates, tensors["optimizer"], numbers, rng, metrics
+        saved.path,
+        saved.iteration,
+        settings,
+        model,
+        ema,
+        updates,
+        tensors["optimizer"],
+        numbers,
+        metrics,
     )
 
 
 @torch.no_grad()
-def _restore(trainer: Trainer, saved: Saved) -> None:
-    optimizers.restore(trainer.optimizer, saved.optimizer_tensors, saved.optimizer_numbers)
-    for name, p in trainer.parameters.items():
-        p.copy_(saved.model[name])
-        trainer.ema.average[name].copy_(saved.ema[name])
-    trainer.ema.updates = saved.ema_updates
-    trainer.generator.set_state(saved.rng["trainer"])
-    torch.set_rng_state(saved.rng["torch"])
-    if "cuda" in saved.rng and trainer.device.type == "cuda":
-        torch.cuda.set_rng_state(saved.rng["cuda"], trainer.device)
-    trainer.iteration = saved.iteration
+def restore(learner: Learner, saved: Saved, engine: Engine) -> None:
+    """Put a checkpoint into the weights, their average and the optimizer, sharded or not."""
+    state = optimizers.like(saved.optimizer_tensors, learner.optimizer)
+    mine: dict[str, Mapping[str, Tensor]]
+    mine = {"model": learner.parameters, "ema": learner.ema.average, "optimizer": state}
+    if any(value.is_meta for value in saved.model.values()):
+        shards.read(saved.path, mine, engine.group is None)
+    else:
+        kinds = {"model": saved.model, "ema": saved.ema, "optimizer": saved.optimizer_tensors}
+        for kind, group in mine.items():
+            for name, value in group.items():
+                fill(value, kinds[kind][name])
+    optimizers.restore(learner.optimizer, state, saved.optimizer_numbers)
+    learner.ema.updates, learner.iteration = saved.ema_updates, saved.iteration
 
 
-def _settings(trainer: Trainer) -> dict[str, Any]:
+def settings(
+    policy: FlowPolicy,
+    optimizer: torch.optim.Optimizer,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    guard: go.GuardConfig,
+    config: TrainConfig,
+    recipe: Mapping[str, Any],
+) -> dict[str, Any]:
     """What a continuation must share with its run, as JSON gives it back."""
-    config = dataclasses.asdict(trainer.config)
-    schedule, prompts, policy = trainer.schedule, trainer.prompts, trainer.policy
-    frozen = {name: p for name, p in policy.named_parameters() if name not in trainer.parameters}
-    settings = {
-        "recipe": dict(trainer.recipe),
-        "config": {name: value for name, value in config.items() if name not in _FREE},
-        "guard": dataclasses.asdict(trainer.guard),
-        "schedule": {
-            "sigmas": schedule.sigmas,
-            "noise_level": schedule.noise_level,
-            "kind": schedule.kind,
-        },
+    frozen = {name: p for name, p in policy.named_parameters() if not p.requires_grad}
+    sigmas, timesteps = policy.schedule(config.steps)
+    texts = json.dumps([list(prompts), [dict(each) for each in metadata]], sort_keys=True)
+    held = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
+    parts = {
+        "recipe": dict(recipe),
+        "config": held,
+        "guard": dataclasses.asdict(guard),
+        "schedule": {"sigmas": list(sigmas), "timesteps": timesteps.tolist()},
         "prompts": {
-            "shape": tuple(prompts.shape),
-            "dtype": str(prompts.dtype),
-            "values": _fingerprint({"prompts": prompts}, prompts.nbytes),
+            "count": len(prompts),
+            "values": hashlib.sha256(texts.encode()).hexdigest(),
         },
         "policy": {
             "latent_shape": tuple(policy.latent_shape),
             "frozen_parameters": _fingerprint(frozen, _SAMPLED),
         },
-        "optimizer": optimizers.settings(trainer.optimizer),
+        "optimizer": optimizers.settings(optimizer),
     }
-    result: dict[str, Any] = optimizers.plain(settings)
+    result: dict[str, Any] = optimizers.plain(parts)
     return result
 
 
@@ -165,16 +193,19 @@ def _fingerprint(tensors: Mapping[str, Tensor], most: int) -> str:
     """SHA-256 of names, shapes, dtypes and, spread over each tensor, ``most`` of its bytes."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if tensor.is_meta:  # not read yet
+            continue
         flat = tensor.detach().flatten().contiguous().view(torch.uint8)
         if len(flat) > most:
             flat = flat[torch.arange(most, device=flat.device) * (len(flat) - 1) // (most - 1)]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(flat.cpu().numpy().data)
     return digest.hexdigest()
 
 
-def _check(trainer: Trainer, saved: Saved) -> None:
-    kinds = {name: (tuple(p.shape), p.dtype) for name, p in trainer.parameters.items()}
+def check(saved: Saved, settings: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    """Raises a ValueError where the run in a checkpoint is another one than this."""
+    kinds = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
     held = {name: (tuple(p.shape), p.dtype) for name, p in saved.model.items()}
     for name in sorted(kinds.keys() | held.keys()):
         if kinds.get(name) != held.get(name):
@@ -182,7 +213,7 @@ def _check(trainer: Trainer, saved: Saved) -> None:
                 f"`policy` has {_parameter(name, kinds)} but the checkpoint "
                 f"{_parameter(name, held)}; it is of another model"
             )
-    for part, now in trainer.settings.items():
+    for part, now in settings.items():
         then = saved.settings.get(part, {})
         names = [*now, *(name for name in then if name not in now)]
         if part == "optimizer":  # a later torch may have more hyperparameters, at their defaults

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,23 @@ import torch
 from torch import Tensor, nn
 
 import guard_ops as go
-from guard_ops.trainer import TrainConfig, Trainer
+from guard_ops.trainer import (
+    Condition,
+    Loop,
+    Rollout,
+    Schedule,
+    TrainConfig,
+    Trainer,
+    batches,
+)
 
-SCHEDULE = go.SdeSchedule([1.0, 0.8, 0.5, 0.2, 0.0])
+SIGMAS = (1.0, 0.8, 0.5, 0.2, 0.0)
+PROMPTS = ["0", "1", "2"]
 CONFIG = TrainConfig(
     iterations=6,
     prompts_per_iteration=2,
     group_size=8,
+    steps=4,
     learning_rate=1e-2,
     checkpoint_every=2,
     tensorboard=False,
@@ -27,7 +37,7 @@ CONFIG = TrainConfig(
 
 
 class TinyPolicy(nn.Module):
-    """A frozen base and a trained correction, like a LoRA."""
+    """A frozen base and a trained correction, like a LoRA; a prompt is a number."""
 
     latent_shape = (2, 3)
 
@@ -41,24 +51,57 @@ class TinyPolicy(nn.Module):
                 p.copy_(0.3 * torch.randn(p.shape, generator=generator))
         self.base.requires_grad_(False)
 
-    def velocity(self, latents: Tensor, sigma: Tensor, condition: Tensor) -> Tensor:
-        x = latents.flatten(1)
-        trained = self.correction(torch.cat([x, sigma[:, None]], 1)) + self.prompt(condition)
-        return (self.base(x) + trained).reshape(latents.shape)
+        self.corrected = True
+
+    def schedule(self, steps: int) -> Schedule:
+        assert steps == len(SIGMAS) - 1
+        return Schedule(SIGMAS, 1000 * torch.tensor(SIGMAS[:-1]))
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"number": torch.tensor([int(prompt) for prompt in prompts])}
+
+    def velocity(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        x = latents.flatten(1).to(self.base.weight.dtype)
+        out = self.base(x)
+        if self.corrected:
+            sigma = (timestep[:, None] / 1000).to(x.dtype)
+            out = out + self.correction(torch.cat([x, sigma], 1)) + self.prompt(condition["number"])
+        return out.reshape(latents.shape)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, None]  # not in [0, 1], so that there is something to gain
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        self.corrected = False
+        try:
+            yield
+        finally:
+            self.corrected = True
 
 
-def reward(samples: Tensor, condition: Tensor) -> Tensor:
-    return samples.flatten(1).mean(1)
+class Double(TinyPolicy):
+    latent_dtype = torch.float64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+
+
+def reward(pixels: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Tensor:
+    return pixels.flatten(1).mean(1)
 
 
 def tiny_trainer(out: Path, *, resume: bool = False, **changes: Any) -> Trainer:
-    keys = ("policy", "reward", "guard", "optimizer", "evaluate", "prompts", "initialize", "recipe")
+    keys = (
+        "policy", "reward", "guard", "optimizer", "evaluate", "prompts", "initialize", "recipe",
+        "metadata", "engine",
+    )  # fmt: skip
     parts = {key: changes.pop(key) for key in keys if key in changes}
     return Trainer(
         parts.get("policy") or TinyPolicy(),
         parts.get("reward", reward),
-        parts.get("prompts", torch.arange(3)),
-        SCHEDULE,
+        parts.get("prompts", PROMPTS),
         parts.get("guard", go.GuardConfig.article()),
         dataclasses.replace(CONFIG, **changes),
         out,
@@ -67,7 +110,18 @@ def tiny_trainer(out: Path, *, resume: bool = False, **changes: Any) -> Trainer:
         evaluate=parts.get("evaluate"),
         initialize=parts.get("initialize"),
         recipe=parts.get("recipe"),
+        metadata=parts.get("metadata"),
+        engine=parts.get("engine"),
     )
+
+
+def started(trainer: Trainer) -> tuple[Loop, Rollout, list[batches.Minibatch]]:
+    """Its loop, the first rollout, and the minibatches of the first iteration."""
+    loop = trainer.loop
+    found = batches.minibatches(
+        loop.shares, trainer.engine.rank, trainer.config, 0, torch.device("cpu")
+    )
+    return loop, loop.rollout(loop.draw(0)), found
 
 
 @contextmanager

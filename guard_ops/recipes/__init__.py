@@ -1,0 +1,1 @@
+"""Published settings, one YAML file for a backbone, and how they become a run."""

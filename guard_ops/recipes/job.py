@@ -1,0 +1,286 @@
+"""``guard-ops train RECIPE``: from settings to a trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import guard_ops as go
+
+from ..policies import POLICIES, ModelFolder, PipelinePolicy, PolicySettings, look
+from ..rewards import load_reward
+from ..trainer import draws
+from ..trainer.config import TrainConfig
+from ..trainer.engine import Engine
+from ..trainer.folder import write_whole
+from ..trainer.prompts import Prompts, read_prompts
+from ..trainer.trainer import Trainer
+from ..trainer.window import Window
+from .config import Recipe
+from .pictures import write_grid
+from .resolve import as_yaml
+from .trackers import Trackers, check_trackers
+from .watch import Watch
+
+EVALUATION_SEED = 2**40  # of pictures, whatever the run's seed: always from the same latents
+
+
+def guard_config(recipe: Recipe) -> go.GuardConfig:
+    """The objective, with the recipe's clip and KL."""
+    changes: dict[str, Any] = {
+        "kl_beta": recipe.kl_beta,
+        "adv_clip": recipe.advantage_clip,
+        "nonfinite": recipe.nonfinite,
+    }
+    if recipe.clip is not None:
+        changes |= {"clip_low": recipe.clip, "clip_high": recipe.clip}
+    make: Any = getattr(go.GuardConfig, recipe.objective)
+    config: go.GuardConfig = make(**changes)
+    return config
+
+
+def train_config(recipe: Recipe) -> TrainConfig:
+    """The trainer's settings."""
+    window = Window(
+        kind=recipe.window,
+        size=recipe.window_size,
+        first=recipe.window_first,
+        last=recipe.window_last,
+        every=recipe.window_every,
+        stride=recipe.window_stride,
+        outside=recipe.outside,
+        branch=recipe.branch,
+    )
+    same = {f.name for f in dataclasses.fields(TrainConfig)} & set(vars(recipe)) - {"window"}
+    return TrainConfig(
+        **{name: getattr(recipe, name) for name in same},
+        window=window,
+        tensorboard="tensorboard" in recipe.trackers,
+    )
+
+
+def policy_settings(recipe: Recipe) -> PolicySettings:
+    """How the pipeline is sampled."""
+    names = {f.name for f in dataclasses.fields(PolicySettings)} - {"dtype"}
+    values = {name: getattr(recipe, name) for name in names}
+    return PolicySettings(**values, dtype=getattr(torch, recipe.dtype))
+
+
+@dataclasses.dataclass
+class Checked:
+    """What a recipe names, found and checked; no weight is loaded."""
+
+    recipe: Recipe
+    prompts: Prompts
+    folder: ModelFolder
+    settings: PolicySettings
+    config: TrainConfig
+    guard: go.GuardConfig
+
+
+def check(recipe: Recipe, ranks: int) -> Checked:
+    """Everything that can be wrong with a recipe, before a weight is loaded.
+
+    Raises:
+        ValueError: of prompts, model, reward, sizes, more ranks than samples; names the key.
+    """
+    config, guard, settings = train_config(recipe), guard_config(recipe), policy_settings(recipe)
+    draws.shares(config.samples, config.minibatches, ranks)
+    prompts = read_prompts(recipe.prompts)
+    if len(prompts.texts) < recipe.prompts_per_iteration:
+        raise ValueError(
+            f"`prompts` {recipe.prompts!r} has {len(prompts.texts)} prompts; "
+            f"`prompts_per_iteration` {recipe.prompts_per_iteration} needs at least as many"
+        )
+    load_reward(recipe.reward)
+    check_trackers(recipe.trackers)
+    return Checked(recipe, prompts, look(recipe.model, POLICIES), settings, config, guard)
+
+
+def load_policy(checked: Checked, device: torch.device, encodings: Path) -> PipelinePolicy:
+    """The policy as it is before training, with what is to be trained set up."""
+    recipe, full = checked.recipe, checked.recipe.train == "full"
+    policy = POLICIES[checked.folder.pipeline].load(
+        checked.folder,
+        checked.settings,
+        encodings=encodings,
+        device=device,
+        trained_dtype=torch.float32 if full else None,
+        empty=full and recipe.sharding == "fsdp" and not recipe.kl_beta,
+    )
+    if full:
+        if recipe.kl_beta:
+            policy.keep_reference()
+        policy.transformer.requires_grad_(True)
+    else:
+        seeded = torch.random.fork_rng(devices=[])  # every rank, and every resumption, begins alike
+        with seeded:
+            torch.manual_seed(recipe.seed)
+            policy.add_lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets)
+    if recipe.compile:
+        policy.compile_blocks()
+    return policy
+
+
+def train(recipe: Recipe) -> Path:
+    """Train as the recipe says; returns the folder of the exported weights.
+
+    Raises:
+        ValueError: see :func:`check` and :class:`~guard_ops.trainer.Trainer`.
+    """
+    full = recipe.train == "full"
+    checked = check(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    dtype = getattr(torch, recipe.dtype)
+    engine = Engine(
+        recipe.sharding,
+        param_dtype=dtype if full else None,
+        reduce_dtype=torch.float32 if full else None,
+    )
+    try:
+        return _train(checked, engine)
+    finally:
+        engine.close()
+
+
+def _train(checked: Checked, engine: Engine) -> Path:
+    recipe, out = checked.recipe, Path(checked.recipe.out)
+    encodings = Path(recipe.encodings) if recipe.encodings else out / "encodings"
+    policy = load_policy(checked, engine.device, encodings)
+    _encode_all(policy, checked, engine)
+    watch = Watch(policy.transformer, recipe.iterations)
+    trackers: Trackers | None = None
+    reward = load_reward(recipe.reward)
+    evaluation = Evaluation(policy, reward, checked, engine, out)
+    trainer = Trainer(
+        policy,
+        watch.reward(reward),
+        checked.prompts.texts,
+        checked.guard,
+        checked.config,
+        out,
+        metadata=checked.prompts.metadata,
+        engine=engine,
+        resume=recipe.resume,
+        evaluate=evaluation if recipe.evaluation_prompts else None,
+        observe=lambda *line: observe(*line),
+        recipe=_must_match(recipe),
+    )
+
+    def observe(iteration: int, numbers: dict[str, Any]) -> None:
+        watch.iteration(iteration, f"reward {numbers['reward']:.3f}")
+        if trackers is not None:
+            trackers.log(iteration, numbers)
+            if evaluation.pixels is not None:
+                trackers.show(iteration, evaluation.pixels)
+                evaluation.pixels = None
+
+    try:
+        evaluation.trainer = trainer
+        if engine.rank == 0:
+            write_whole(out / "recipe.yaml", as_yaml(recipe).encode())
+            trackers = Trackers(recipe.trackers, out, dataclasses.asdict(recipe))
+            with watch.shown(out.name, trainer.iteration):
+                trainer.fit(progress=False)
+        else:
+            trainer.fit(progress=False)
+        folder = _export(policy, trainer, engine, out)
+        if engine.rank == 0:
+            print(f"trained weights, for diffusers: {folder}", flush=True)
+        return folder
+    finally:
+        if trackers is not None:
+            trackers.close()
+        trainer.close()
+
+
+def _encode_all(policy: PipelinePolicy, checked: Checked, engine: Engine) -> None:
+    """Each rank encodes some of the prompts; afterwards they are on disk for all."""
+    texts = [*checked.prompts.texts, checked.settings.negative_prompt]
+    assert policy.encodings is not None
+    with engine.together():
+        policy.encodings.prepare(texts[engine.rank :: engine.ranks])
+
+
+def _must_match(recipe: Recipe) -> dict[str, Any]:
+    """What a continued run shares with its beginning, beside what the trainer compares itself."""
+    names = (
+        *("model", "reward", "objective", "height", "width", "frames", "guidance_scale"),
+        *("guidance_gradient", "negative_prompt", "text_length", "train", "dtype"),
+        *("lora_rank", "lora_alpha", "lora_targets"),
+    )
+    return {name: getattr(recipe, name) for name in names}
+
+
+class Evaluation:
+    """Samples of the first prompts without noise, with the averaged weights; a grid on disk."""
+
+    trainer: Trainer
+
+    def __init__(
+        self, policy: PipelinePolicy, reward: Any, checked: Checked, engine: Engine, out: Path
+    ) -> None:
+        self.policy, self.reward, self.engine, self.out = policy, reward, engine, out
+        self.recipe = checked.recipe
+        count = min(checked.recipe.evaluation_prompts, len(checked.prompts.texts))
+        self.texts = checked.prompts.texts[:count]
+        self.metadata = checked.prompts.metadata[:count]
+        self.pixels: Tensor | None = None  # of the last evaluation
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        averaged = bool(self.recipe.ema_decay)
+        with self.trainer.ema.applied() if averaged else torch.no_grad():
+            pixels = self._sample()
+        rewards = self.reward(pixels, self.texts, self.metadata)
+        self.pixels = pixels.cpu()
+        if self.engine.rank == 0:
+            name = f"iteration-{self.trainer.iteration:06d}"
+            write_grid(self.pixels, self.out / "pictures" / name)
+        return {"evaluation_reward": float(rewards.float().mean())}
+
+    def _sample(self) -> Tensor:
+        """All pixels on every rank; each rank makes some of them."""
+        engine, ranks = self.engine, self.engine.ranks
+        sigmas, timesteps = self.policy.schedule(self.recipe.evaluation_steps)
+        steps = go.SdeSchedule(sigmas, 0.0, device=engine.device)
+        whole: Tensor | None = None
+        for first in range(0, len(self.texts), ranks):
+            # every rank makes as many calls, so that sharded weights are gathered together
+            mine = min(first + engine.rank, len(self.texts) - 1)
+            condition = self.policy.encode([self.texts[mine]])
+            dice = torch.Generator().manual_seed(EVALUATION_SEED + mine)
+            latents = torch.randn(1, *self.policy.latent_shape, generator=dice).to(engine.device)
+            for k, coeffs in enumerate(steps):
+                timestep = timesteps[k].to(engine.device).expand(1)
+                velocity = self.policy.velocity(latents, timestep, condition)
+                latents = go.sde_step(
+                    velocity, latents, coeffs, noise=torch.zeros_like(latents)
+                ).prev_sample
+            pixels = self.policy.decode(latents)
+            if whole is None:
+                whole = pixels.new_zeros(len(self.texts), *pixels.shape[1:])
+            if first + engine.rank < len(self.texts):
+                whole[mine] = pixels[0]
+        assert whole is not None
+        return engine.sum(whole)
+
+
+def _export(policy: PipelinePolicy, trainer: Trainer, engine: Engine, out: Path) -> Path:
+    """The trained weights for diffusers, and their average if there is one."""
+    kind = "lora" if policy.has_lora else "weights"
+    folder = out / kind
+    _export_on_first(policy, engine, folder)
+    if trainer.config.ema_decay:
+        with trainer.ema.applied():
+            _export_on_first(policy, engine, out / f"{kind}-average")
+    return folder
+
+
+def _export_on_first(policy: PipelinePolicy, engine: Engine, folder: Path) -> None:
+    policy.export(folder, write=engine.rank == 0)
+    engine.barrier()

@@ -1,0 +1,171 @@
+"""Every shipped recipe on a tiny random pipeline, from the command line to a LoRA for diffusers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from guard_ops import cli
+from guard_ops.recipes import job
+from guard_ops.recipes.resolve import resolve
+from guard_ops.trainer.metrics import read_metrics
+
+RECIPES = ("sd3_5_medium", "flux1_dev", "wan2_1_t2v_1_3b", "qwen_image")
+ALLOWED = {".json", ".jsonl", ".yaml", ".safetensors", ".png", ".gif", ".lock"}
+
+
+def run(recipe: str, out: Path, words: list[str]) -> None:
+    assert cli.main(["train", recipe, f"out={out}", *words]) == 0
+
+
+def policy_of(recipe: str, words: list[str]):
+    settings = resolve(recipe, words)
+    return job.load_policy(job.check(settings, 1), torch.device("cpu"), Path(settings.encodings))
+
+
+def velocity(policy):
+    latents = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+    timestep = policy.schedule(4).timesteps[1:2]
+    with torch.no_grad():
+        return policy.velocity(latents, timestep, policy.encode(["a red cube"]))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains_its_lora_and_exports_it(recipe, tiny_words, model, tmp_path, monkeypatch):
+    out, words = tmp_path / "run", tiny_words(recipe, dtype="float32")
+    trained = {}
+    original = job._export
+    monkeypatch.setattr(
+        job, "_export", lambda policy, *a: trained.update(policy=policy) or original(policy, *a)
+    )
+    run(recipe, out, words)
+    policy = trained["policy"]
+
+    lines = read_metrics(out / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2]
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["reward"]) for line in lines)
+    assert lines[0]["reward"] < 0  # minus a file's size
+    assert math.isfinite(lines[1]["evaluation_reward"])
+
+    fresh = policy_of(recipe, words)
+    before, after = dict(fresh.named_parameters()), dict(policy.named_parameters())
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed
+    assert changed == {n for n, p in after.items() if p.requires_grad}
+    assert all(".lora_" in n for n in changed)
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model(recipe))
+    pipe.load_lora_weights(out / "lora")
+    base = velocity(fresh)
+    fresh.transformer = pipe.transformer
+    torch.testing.assert_close(velocity(fresh), velocity(policy), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(velocity(fresh), base, rtol=1e-5, atol=1e-6)
+
+    files = [p for p in out.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files if "tfevents" not in p.name} <= ALLOWED
+    pictures = [p.name for p in (out / "pictures").iterdir()]
+    video = recipe == "wan2_1_t2v_1_3b"
+    assert pictures == [f"iteration-000002.{'gif' if video else 'png'}"]
+    assert any("tfevents" in p.name for p in files)
+
+
+@pytest.mark.parametrize("objective", ["paper", "flow_grpo", "dance_grpo"])
+def test_every_objective_trains_in_bfloat16(objective, tiny_words, tmp_path):
+    """With a KL to the base, of samples at steps of their own, with the blocks compiled."""
+    words = tiny_words("sd3_5_medium", objective=objective, kl_beta=0.01, iterations=1)
+    if objective == "dance_grpo":
+        words.append("window_size=2")
+    run("sd3_5_medium", tmp_path / "run", words)
+    (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert math.isfinite(line["loss"])
+    assert sum(line["nonfinite"]) == 0
+
+
+def test_full_fine_tuning_with_a_frozen_reference(tiny_words, tmp_path):
+    words = tiny_words(
+        "flux1_dev", train="full", kl_beta=0.1, iterations=1, ema_decay=0, dtype="float32"
+    )
+    run("flux1_dev", tmp_path / "run", words)
+    folder = tmp_path / "run" / "weights" / "transformer"
+    loaded = diffusers.FluxTransformer2DModel.from_pretrained(folder)
+    assert all(p.isfinite().all() for p in loaded.parameters())
+
+
+def test_a_run_is_continued_with_its_own_recipe(tiny_words, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run("flux1_dev", whole, tiny_words("flux1_dev", dtype="float32"))
+    run("flux1_dev", parts, tiny_words("flux1_dev", dtype="float32", iterations=1))
+    words = [f"out={parts}", "resume=true", "iterations=2"]
+    assert cli.main(["train", str(parts / "recipe.yaml"), *words]) == 0
+
+    for file in ("lora", "lora-average"):
+        a, b = (load_file(next((folder / file).glob("*.safetensors"))) for folder in (whole, parts))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    words[-1] = "learning_rate=1"
+    assert cli.main(["train", str(parts / "recipe.yaml"), *words]) == 1
+    assert "but the run in `out` was trained with" in capsys.readouterr().err
+
+
+def test_a_videos_metadata_reach_a_reward_of_yours(tiny_words, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import torch\nseen = []\n"
+        "def score(pixels, prompts, metadata):\n"
+        "    seen.append((tuple(pixels.shape), prompts, metadata))\n"
+        "    return pixels.flatten(1).mean(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = [{"prompt": "a dog", "tag": 1}, {"prompt": "a cube", "tag": 2}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = tiny_words("wan2_1_t2v_1_3b", iterations=1, evaluation_prompts=0)
+    words += [f"prompts={tmp_path / 'metadata.jsonl'}", "reward=mine:score"]
+    run("wan2_1_t2v_1_3b", tmp_path / "run", words)
+
+    import mine
+
+    shape, prompts, metadata = mine.seen[0]
+    assert shape == (2, 5, 3, 32, 32)
+    assert [{"a dog": 1, "a cube": 2}[p] for p in prompts] == [m["tag"] for m in metadata]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"group_size": 1}, "`group_size` is 1; it needs >= 2"),
+        ({"prompts_per_iteration": 3}, "prompts; `prompts_per_iteration` 3 needs at least"),
+        ({"reward": "jpeg"}, "`reward` is 'jpeg'; it needs one of jpeg_size, or a function"),
+        ({"reward": "no_such_module:score"}, "which cannot be imported: No module named"),
+        ({"height": 33}, "`height` is 33; it needs a multiple of 16"),
+        ({"steps": 1}, "`window` leaves none of the 1 steps to train"),
+        ({"trackers": "[paper]"}, "`trackers` has 'paper'; it needs any of tensorboard, wandb"),
+        ({"model": "/no/such/folder"}, "`model` '/no/such/folder' is no folder; it needs one"),
+        ({"prompts": "/no/prompts.txt"}, "`prompts` '/no/prompts.txt' cannot be read: No such"),
+        ({"kl_beta": -1}, "`kl_beta` is -1.0; it needs >= 0"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_weight_is_loaded(
+    changes, message, tiny_words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(job, "load_policy", lambda *_: pytest.fail("weights are loaded"))
+    words = tiny_words("sd3_5_medium", **changes)
+    assert cli.main(["train", "sd3_5_medium", f"out={tmp_path / 'out'}", *words]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_ranks_than_samples_is_said_before_a_weight_is_loaded(
+    tiny_words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    monkeypatch.setattr(job, "load_policy", lambda *_: pytest.fail("weights are loaded"))
+    words = tiny_words("sd3_5_medium")
+    assert cli.main(["train", "sd3_5_medium", f"out={tmp_path / 'out'}", *words]) == 1
+    assert "is 4 samples; 64 ranks with `minibatches` 2 need at least 128" in (
+        capsys.readouterr().err
+    )
