@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,7 @@ class Loop:
         self.latent = tuple(policy.latent_shape), dtype, draws.only_noise(engine.device)
         self.chunk = batches.chunk_size(self.shares, config)
         self.most = max(len(share) for share in self.shares)
+        self.report: Callable[[str, int, int], object] = lambda phase, done, total: None
 
     def iterate(self) -> dict[str, Tensor]:
         """One iteration: its numbers over all ranks."""
@@ -80,6 +81,7 @@ class Loop:
         )
         sums = Sums(rewards)
         for number, minibatch in enumerate(updates):
+            self.report("update", number, len(updates))
             result = self.update(rollout, advantages, minibatch, on_policy=number == 0)
             if number >= len(updates) - c.minibatches:  # of the last epoch
                 sums.add(*result)
@@ -108,6 +110,7 @@ class Loop:
         """Sample with the policy as it is now, ``self.chunk`` samples at a time."""
         n, whole = len(draw.prompts), None
         for rows in padded(n, self.chunk, self.most, self.engine.device):
+            self.report("rollout", 0 if whole is None else whole.filled, n)
             condition, seeds = take(draw.condition, rows), draw.seeds[:, rows]
             latents, velocities = [draws.normals(seeds[-1], *self.latent)], []
             for k, coeffs in enumerate(draw.plan.rollout):
@@ -129,6 +132,7 @@ class Loop:
         """The reward of each sample, [n]."""
         parts = []
         for first in range(0, len(rollout.draw.prompts), self.chunk):
+            self.report("reward", first, len(rollout.draw.prompts))
             prompts = rollout.draw.prompts[first : first + self.chunk]
             pixels = self.policy.decode(rollout.latents[-1, first : first + self.chunk])
             texts, metadata = (

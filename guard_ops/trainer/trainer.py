@@ -150,6 +150,9 @@ class Trainer:
             return
         shown = progress and self.engine.rank == 0
         with progress_bar(title, c.iterations, self.iteration) if shown else nullcontext() as bar:
+            if bar is not None:
+                done = self.learner  # not `self`, which would keep itself alive
+                self.loop.report = lambda phase, n, of: bar(done.iteration, f"{phase} {n}/{of}")
             while self.iteration < c.iterations:
                 started = time.perf_counter()
                 numbers: dict[str, Any] = {n: x.tolist() for n, x in self.iterate().items()}

@@ -113,7 +113,7 @@ def test_an_interrupted_demo_continues_to_the_same_numbers(tmp_path, monkeypatch
     iterate, calls, stops = Trainer.iterate, [], {4, 8}
 
     def interrupted(trainer):
-        calls.append(trainer.guard.ratio_norm)
+        calls.append(trainer.loop.guard.ratio_norm)
         if len(calls) in stops:
             raise KeyboardInterrupt
         return iterate(trainer)
