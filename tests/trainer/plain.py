@@ -20,8 +20,8 @@ def loss(
     reference: Tensor | None,
 ) -> Tensor:
     """The objective over everything at once."""
-    flat = (x.flatten(2) for x in (new, old, sample, prev_sample))
-    v, v_old, x, y = flat
+    # In float64, whatever the network's dtype: what two log-probs lose is not the trainer's.
+    v, v_old, x, y = (x.flatten(2).double() for x in (new, old, sample, prev_sample))
     a, b, s, dt = (
         c.to(v.dtype).reshape(c.shape[0], -1, 1) for c in (coeffs.a, coeffs.b, coeffs.s, coeffs.dt)
     )

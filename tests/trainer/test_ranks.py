@@ -38,12 +38,16 @@ def train(engine, out, guard, changes):
 
 
 def first_update(engine, out):
-    """The first update's metrics and the recorded and recomputed velocities, in float32."""
-    trainer = tiny_trainer(out, policy=TinyPolicy(), engine=engine, checkpoint_every=0)
-    loop, rollout, batches = started(trainer)
-    advantages = torch.randn(len(rollout.draw.prompts))
-    *_, metrics = loop.update(rollout, advantages, batches[0], on_policy=True)
-    return metrics.ratio_std, metrics.ratio_bias, metrics.ratio_hat_std
+    """The first update's ratios about 1, in float32 and bfloat16."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = TinyPolicy().to(dtype)
+        trainer = tiny_trainer(f"{out}/{dtype}", policy=policy, engine=engine, checkpoint_every=0)
+        loop, rollout, batches = started(trainer)
+        advantages = torch.randn(len(rollout.draw.prompts))
+        *_, metrics = loop.update(rollout, advantages, batches[0], on_policy=True)
+        found += [metrics.ratio_std, metrics.ratio_bias, metrics.ratio_hat_std]
+    return found
 
 
 def everything(engine, out):
