@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from .config import Recipe
 from .pictures import write_grid
 from .resolve import as_yaml
 from .trackers import Trackers, check_trackers
-from .watch import Watch
 
 EVALUATION_SEED = 2**40  # of pictures, whatever the run's seed: always from the same latents
 
@@ -152,13 +152,12 @@ def _train(checked: Checked, engine: Engine) -> Path:
     encodings = Path(recipe.encodings) if recipe.encodings else out / "encodings"
     policy = load_policy(checked, engine.device, encodings)
     _encode_all(policy, checked, engine)
-    watch = Watch(policy.transformer, recipe.iterations)
     trackers: Trackers | None = None
     reward = load_reward(recipe.reward)
     evaluation = Evaluation(policy, reward, checked, engine, out)
     trainer = Trainer(
         policy,
-        watch.reward(reward),
+        reward,
         checked.prompts.texts,
         checked.guard,
         checked.config,
@@ -172,7 +171,6 @@ def _train(checked: Checked, engine: Engine) -> Path:
     )
 
     def observe(iteration: int, numbers: dict[str, Any]) -> None:
-        watch.iteration(iteration, f"reward {numbers['reward']:.3f}")
         if trackers is not None:
             trackers.log(iteration, numbers)
             if evaluation.pixels is not None:
@@ -184,10 +182,7 @@ def _train(checked: Checked, engine: Engine) -> Path:
         if engine.rank == 0:
             write_whole(out / "recipe.yaml", as_yaml(recipe).encode())
             trackers = Trackers(recipe.trackers, out, dataclasses.asdict(recipe))
-            with watch.shown(out.name, trainer.iteration):
-                trainer.fit(progress=False)
-        else:
-            trainer.fit(progress=False)
+        trainer.fit(title=out.name)
         folder = _export(policy, trainer, engine, out)
         if engine.rank == 0:
             print(f"trained weights, for diffusers: {folder}", flush=True)
@@ -234,7 +229,7 @@ class Evaluation:
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         averaged = bool(self.recipe.ema_decay)
-        with self.trainer.ema.applied() if averaged else torch.no_grad():
+        with self.trainer.ema.applied() if averaged else nullcontext():
             pixels = self._sample()
         rewards = self.reward(pixels, self.texts, self.metadata)
         self.pixels = pixels.cpu()
