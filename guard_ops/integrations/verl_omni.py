@@ -193,8 +193,9 @@ def training_loss(
     """All of ``forward_step`` between the velocity and the loss, as one call.
 
     ``config.diffusion_loss.loss_mode`` tells which objective: a name with "guard" is GRPO-Guard,
-    whose ratio comes from the stored mean in the mean form (exactly 1 on policy); any other is
-    Flow-GRPO's and DanceGRPO's, over the stored log-prob, in one pass.
+    whose ratio comes from the stored mean in the mean form (exactly 1 on policy), in one pass where
+    the samples are known to be at one timestep of "sde"; any other is Flow-GRPO's and DanceGRPO's,
+    over the stored log-prob, in one pass.
 
     Args:
         scheduler: the engine's. noise_pred: velocity after guidance, [B, *latent], any floating
@@ -222,7 +223,8 @@ def training_loss(
     bounds = tail.Bounds(clip, clip, settings.adv_clip_max)
     if "guard" in settings.loss_mode:
         t = t._replace(old_mean=micro_batch["old_prev_sample_mean"][:, step])
-        found = averaged(t, advantages, bounds, kind, "sample", weights)
+        one_step = steps.is_one_step(index, len(x))
+        found = averaged(t, advantages, bounds, kind, "sample", weights, one_step=one_step)
     else:
         t = t._replace(old_log_prob=micro_batch["old_log_probs"][:, step])
         found = tail.plain(t, advantages, bounds, weights)

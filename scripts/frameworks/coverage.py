@@ -62,10 +62,8 @@ def _flow_grpo(root: Path) -> list[Row]:
             found.append(Row("flow_grpo", name, "yes", "yes: `flow_grpo` tail, GRPO-Guard"))
         elif re.search(r"ratio = torch\.exp", text):
             wan = "wan_pipeline_with_logprob" in text
-            step = "yes (its own)" if wan else "yes"
-            loss = "its arithmetic: `grpo_loss`" if wan else "yes: `flow_grpo` tail"
-            why = "the tail has no Wan step; `go.guard_loss` has, kind `wan_sde`" if wan else ""
-            found.append(Row("flow_grpo", name, step, loss, why))
+            step, tail = ("yes (its own)", "flow_grpo_wan") if wan else ("yes", "flow_grpo")
+            found.append(Row("flow_grpo", name, step, f"yes: `{tail}` tail"))
         else:
             found.append(Row("flow_grpo", name, "no", "no", "not known"))
     return found

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from guard_ops.integrations import dance_grpo, flow_factory, flow_grpo, verl_omni
+from guard_ops.integrations import dance_grpo, flow_factory, flow_grpo, flow_grpo_wan, verl_omni
 
 # The scripts clip at 1e-4, where float32 decides a ratio within 1e-7 of the bound either way.
 CLIP, ADV_CLIP = 1e-3, 5.0
@@ -241,26 +241,34 @@ def _factory_guard(s: Scene) -> Tensor:
 
 def _flow_grpo_whole(guard: bool) -> Callable[[Scene], Tensor]:
     def run(s: Scene) -> Tensor:
-        c = s.call
-        at = c["schedule"].timesteps[c["k"]].expand(len(c["sample"]))
-        sample = {
-            "timesteps": at[:, None],
-            "latents": c["sample"][:, None],
-            "next_latents": c["prev_sample"][:, None],
-            "log_probs": s.old_log_prob[:, None],
-            "prev_sample_mean": s.old_mean[:, None],
-            "advantages": s.advantages[:, None],
-        }
-        config = SimpleNamespace(
-            rationorm=guard,
-            train=SimpleNamespace(clip_range=CLIP, adv_clip_max=ADV_CLIP, beta=0),
-            sample=SimpleNamespace(noise_level=0.7),
-        )
-        return flow_grpo.training_loss(
-            c["schedule"], c["model_output"], sample, 0, config, sde_type=c["sde_type"]
-        ).loss
+        given, kind = _flow_grpo_given(s, guard), s.call["sde_type"]
+        return flow_grpo.training_loss(*given, sde_type=kind).loss
 
     return run
+
+
+def _wan_whole(s: Scene) -> Tensor:
+    return flow_grpo_wan.training_loss(*_flow_grpo_given(s, False)).loss
+
+
+def _flow_grpo_given(s: Scene, guard: bool) -> tuple[Any, ...]:
+    """The scheduler, velocity, sample, timestep and config of a script of flow_grpo."""
+    c = s.call
+    at = c["schedule"].timesteps[c["k"]].expand(len(c["sample"]))
+    sample = {
+        "timesteps": at[:, None],
+        "latents": c["sample"][:, None],
+        "next_latents": c["prev_sample"][:, None],
+        "log_probs": s.old_log_prob[:, None],
+        "prev_sample_mean": s.old_mean[:, None],
+        "advantages": s.advantages[:, None],
+    }
+    config = SimpleNamespace(
+        rationorm=guard,
+        train=SimpleNamespace(clip_range=CLIP, adv_clip_max=ADV_CLIP, beta=0),
+        sample=SimpleNamespace(noise_level=0.7),
+    )
+    return c["schedule"], c["model_output"], sample, 0, config
 
 
 def _dance_whole(s: Scene) -> Tensor:
@@ -337,7 +345,7 @@ TAILS = {
     "flow_grpo, wan": Tail(
         "flow_grpo/scripts/train_wan2_1.py",
         flow_grpo_script("train_wan2_1.py", False),
-        {"flow_grpo.grpo_loss": _plain},
+        {"flow_grpo.grpo_loss": _plain, "flow_grpo_wan.training_loss": _wan_whole},
     ),
     "dance_grpo": Tail(
         "fastvideo/train_grpo_flux.py",
