@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, SimpleNamespace
@@ -19,7 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from guard_ops.integrations import dance_grpo, flow_factory, flow_grpo, flow_grpo_wan, verl_omni
+from guard_ops.integrations import (
+    dance_grpo,
+    flow_factory,
+    flow_grpo,
+    flow_grpo_wan,
+    unirl,
+    verl_omni,
+)
 
 # The scripts clip at 1e-4, where float32 decides a ratio within 1e-7 of the bound either way.
 CLIP, ADV_CLIP = 1e-3, 5.0
@@ -184,6 +193,44 @@ def verl_registered(name: str, guard: bool) -> Callable[[Path, Scene], Tensor]:
         return verl_loss(getattr(diffusion_algos, name), scene, guard)
 
     return run
+
+
+def unirl_flowgrpo(path: Path, s: Scene) -> Tensor:
+    """The loss of ``FlowGRPO`` over one step, [B, 1]."""
+    module: Any = importlib.import_module("unirl.algorithms.flowgrpo")
+    found = module._grpo_clip_loss(
+        new_logp=s.log_prob[:, None],
+        old_logp=s.old_log_prob[:, None],
+        advantages=s.advantages[:, None],
+        clip_range=CLIP,
+    )
+    loss: Tensor = found[0].mean()
+    return loss
+
+
+def unirl_flowdppo(path: Path, s: Scene) -> Tensor:
+    """The loss of ``FlowDPPO`` over one step, of the function that ``apply`` replaces."""
+    module: Any = importlib.import_module("unirl.algorithms.flowdppo")
+    return _flowdppo(inspect.unwrap(module._flowdppo_kl_adv_loss), s)
+
+
+def _flowdppo(function: Any, s: Scene) -> Tensor:
+    module: Any = importlib.import_module("unirl.algorithms.flowdppo")
+    trainer = SimpleNamespace(add_kl_coefficient=True, params=SimpleNamespace(eta=0.7))
+    sigma_t = module.FlowDPPO._compute_sigma_t(
+        trainer, SimpleNamespace(sigmas=s.call["schedule"].sigmas), [s.call["k"]], s.mean.device
+    )
+    found = function(
+        new_logp=s.log_prob[:, None],
+        old_logp=s.old_log_prob[:, None],
+        new_means=s.mean[:, None],
+        old_means=s.old_mean[:, None],
+        advantages=s.advantages[:, None],
+        sigma_t=sigma_t,
+        kl_mask_threshold=1e-5,
+    )
+    loss: Tensor = found[0].mean()
+    return loss
 
 
 def _plain(scene: Scene) -> Tensor:
@@ -380,5 +427,11 @@ TAILS = {
             "flow_factory.grpo_guard_loss": _factory_guard,
             "flow_factory.training_loss": _factory_whole(True),
         },
+    ),
+    "unirl": Tail("unirl FlowGRPO", unirl_flowgrpo, {}),
+    "unirl, dppo": Tail(
+        "unirl FlowDPPO",
+        unirl_flowdppo,
+        {"unirl.flowdppo_kl_adv_loss": lambda s: _flowdppo(unirl.flowdppo_kl_adv_loss, s)},
     ),
 }
