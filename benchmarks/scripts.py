@@ -404,7 +404,8 @@ def guard_loss(batch: Batch, guarded: bool) -> Loss:
     coeffs = go.SdeSchedule(batch.sigmas, level, batch.kind)[J]  # type: ignore[arg-type]
     old_log_prob, old_mean, advantages = _old(batch)
     old = {"old_mean": old_mean} if guarded else {"old_log_prob": old_log_prob}
-    config = go.GuardConfig.article(balance="none") if guarded else go.GuardConfig.flow_grpo()
+    make = go.GuardConfig.paper if guarded else go.GuardConfig.flow_grpo
+    config = make(balance="none")
     x, y = batch.sample["latents"][:, 0], batch.sample["next_latents"][:, 0]
 
     def loss(v: Tensor) -> Tensor:

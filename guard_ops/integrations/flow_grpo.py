@@ -157,20 +157,21 @@ def training_loss(
     loss = found.loss
     if gradient_accumulation_steps != 1:
         loss = loss / gradient_accumulation_steps
+    logged = loss.detach()
     info = {
         "approx_kl": approx_kl(found),
         "clipfrac": found.high + found.low,
         "clipfrac_gt_one": found.high,
         "clipfrac_lt_one": found.low,
-        "policy_loss": loss.detach(),
+        "policy_loss": logged,
     }
     if found.from_reference is not None:
         std, _ = std_and_sqrt_dt_of(coeffs, kind)
         kl_loss = (found.from_reference / (2 * std[0] ** 2)).mean().float()
         kl_loss = kl_loss / gradient_accumulation_steps
         loss = loss + config.train.beta * kl_loss
-        info["kl_loss"] = kl_loss.detach()
-    return PolicyLoss(loss, info | {"loss": loss.detach()})
+        info["kl_loss"], logged = kl_loss.detach(), loss.detach()
+    return PolicyLoss(loss, info | {"loss": logged})
 
 
 def transition(
@@ -203,7 +204,8 @@ def transition(
 
 def approx_kl(found: tail.Clipped) -> Tensor:
     """``mean (log r)^2 / 2`` as the scripts log it, []."""
-    return 0.5 * found.log_ratio.square().mean().float()
+    log_ratio = found.log_ratio
+    return (log_ratio.dot(log_ratio) * (0.5 / len(log_ratio))).float()
 
 
 def averaged(
@@ -223,12 +225,12 @@ def averaged(
     """
     guard.check_bias_reduction(bias_reduction)
     coeffs = t.coeffs
-    if one_step and kind == "flow_sde" and (bias_reduction == "sample" or coeffs.s.shape[1] == 1):
-        by_dt = -1 / coeffs.dt[0]
-        return tail.closed_form(
-            t, advantages, bounds, coeffs.s[0], by_dt if weights is None else by_dt * weights
-        )
     on_host = coeffs.device.type == "cpu" and not torch.compiler.is_compiling()
+    if one_step and kind == "flow_sde" and (bias_reduction == "sample" or len(advantages) == 1):
+        scale, by_dt = (_known_own_scale if on_host else _own_scale)(coeffs)
+        return tail.closed_form(
+            t, advantages, bounds, scale, by_dt if weights is None else by_dt * weights
+        )
     make = _known_scale if on_host else _averaged_scale
     exponent, by_dt = make(coeffs, kind, tail.numel(t), bias_reduction)
     return tail.of_sums(
@@ -249,6 +251,18 @@ def _averaged_scale(
         rates[1] += shared
         return tail.Exponent(rates, log_ratio), 1 / root**2
     return tail.Exponent(rates, log_ratio, shared), 1 / root**2
+
+
+def _own_scale(coeffs: StepCoefficients) -> tuple[Tensor, Tensor]:
+    """``s`` and ``1 / -dt``, [B]: what the averages are of samples at one timestep."""
+    return coeffs.s[0], -1 / coeffs.dt[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _known_own_scale(coeffs: StepCoefficients) -> tuple[Tensor, Tensor]:
+    """The same, kept as :func:`_known_scale` is."""
+    with torch.inference_mode(False):
+        return _own_scale(coeffs)
 
 
 @functools.lru_cache(maxsize=256)

@@ -173,6 +173,16 @@ def test_verl_omni_with_one_sample_has_a_ratio_std(guarded):
     assert loss.compute_loss(**given)[1]["actor/ratio_std"] == 0.0
 
 
+@pytest.mark.parametrize("guarded", [False, True])
+def test_verl_omnis_metrics_of_a_policy_that_has_run_away_are_numbers(guarded):
+    batch, velocity = scripts.make_batch(SHAPE)
+    velocity[0] *= 1e4
+    velocity[1] = torch.nan
+    _, metrics = scripts.verl_tail(batch, velocity, guarded=guarded)
+    assert all(isinstance(value, float) for value in metrics.values())
+    assert metrics["actor/ratio_mean"] != metrics["actor/ratio_mean"]  # NaN, and no error
+
+
 def test_rejected_samples_have_no_weight():
     batch, velocity = scripts.make_batch(SHAPE)
     weights = torch.tensor([1.0, 0, 1, 1, 0, 2])
