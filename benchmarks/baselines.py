@@ -111,9 +111,29 @@ def cps_step(
     return StepOutput(_latent_mean(log_prob), mean, s, torch.sqrt(sigma - sigma_next), s)
 
 
+def wan_sde_step(
+    model_output: Tensor,  # [N, *latent] v
+    sample: Tensor,  # [N, *latent] x
+    prev_sample: Tensor,  # [N, *latent] y
+    step: Step,
+) -> StepOutput:
+    """flow_grpo's step of Wan2.1, whose noise level is 1; its last sigma is 0."""
+    model_output, sample, prev_sample = map(_upcast, (model_output, sample, prev_sample))
+    sigma, dt = step.sigma, step.sigma_next - step.sigma
+    std_dev_t = step.noise_level * step.sigma_max * sigma
+    mean = (
+        sample * (1 + std_dev_t**2 / (2 * sigma) * dt)
+        + model_output * (1 + std_dev_t**2 * (1 - sigma) / (2 * sigma)) * dt
+    )
+    sqrt_dt = torch.sqrt(-1 * dt)
+    s = std_dev_t * sqrt_dt
+    return StepOutput(_gaussian_log_prob(prev_sample, mean, s), mean, std_dev_t, sqrt_dt, s)
+
+
 SDE_STEPS: dict[str, SdeStep] = {
     "flow_sde": flow_sde_step,
     "dance_sde": dance_sde_step,
+    "wan_sde": wan_sde_step,
     "cps": cps_step,
 }
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import guard_ops as go
-from guard_ops.integrations import dance_grpo, flow_factory, flow_grpo, verl_omni
+from guard_ops.integrations import dance_grpo, flow_factory, flow_grpo, flow_grpo_wan, verl_omni
 
 from . import baselines
 
@@ -41,6 +41,9 @@ class Contender(NamedTuple):
     tail: Callable[[Batch, Tensor], tuple[Tensor, dict[str, Any]]]
     kind: str = "flow_sde"
     guarded: bool = False  # GRPO-Guard's objective, over the stored mean
+    # whether one number of the whole batch is in every ratio; then no gradient is known before all
+    # latents are read, and the tail reads them a second time: 9 latents' bytes instead of 5
+    coupled: bool = False
 
 
 def make_batch(
@@ -61,7 +64,7 @@ def make_batch(
     if mixed:
         index = (torch.arange(shape[0]) + J) % (STEPS - 1)
     v_old, x, drift = randn(), randn(), randn()
-    step = baselines.scheduler_step(sigmas, index, LEVEL, len(shape) - 1)
+    step = baselines.scheduler_step(sigmas, index, noise_level(kind), len(shape) - 1)
     of_mean = baselines.SDE_STEPS[kind](v_old, x, x, step)
     y = of_mean.prev_sample_mean + of_mean.s * randn()
     old = baselines.SDE_STEPS[kind](v_old, x, y, step)
@@ -77,7 +80,7 @@ def make_batch(
     sample = {name: value.unsqueeze(1) for name, value in one.items()}
     sample["all_latents"] = torch.stack([x, y], 1)
     velocity = v_old + 0.02 * drift
-    dynamics = {"flow_sde": "Flow-SDE", "dance_sde": "Dance-SDE", "cps": "CPS"}
+    dynamics = {"flow_sde": "Flow-SDE", "dance_sde": "Dance-SDE", "cps": "CPS", "wan_sde": ""}
     scheduler = SimpleNamespace(
         sigmas=sigmas,
         timesteps=1000 * sigmas[:-1],
@@ -88,12 +91,17 @@ def make_batch(
     return Batch(sigmas, sample, v_old - 0.05 * drift, kind, scheduler), velocity
 
 
+def noise_level(kind: str) -> float:
+    """Wan's step has none."""
+    return 1.0 if kind == "wan_sde" else LEVEL
+
+
 def _step(batch: Batch, v: Tensor) -> baselines.StepOutput:
     """The framework's step, its index looked up sample by sample as diffusers does."""
     timesteps = batch.scheduler.timesteps
     found = [(timesteps == t).nonzero() for t in batch.sample["timesteps"][:, 0]]
     index = torch.tensor([each[0].item() for each in found])
-    step = baselines.scheduler_step(batch.sigmas, index, LEVEL, v.ndim - 1)
+    step = baselines.scheduler_step(batch.sigmas, index, noise_level(batch.kind), v.ndim - 1)
     x, y = batch.sample["latents"][:, 0], batch.sample["next_latents"][:, 0]
     return baselines.SDE_STEPS[batch.kind](v.float(), x.float(), y.float(), step)
 
@@ -169,6 +177,36 @@ def flow_grpo_tail(
         batch.reference if beta > 0 else None,
         sde_type="cps" if batch.kind == "cps" else "sde",
     )
+
+
+def wan_original(batch: Batch, v: Tensor, *, beta: float = 0.0) -> tuple[Tensor, dict[str, Any]]:
+    """The tail of ``scripts/train_wan2_1.py``."""
+    old_log_prob, _, advantages = _old(batch)
+    out = _step(batch, v)
+    advantages = torch.clamp(advantages, -ADV_CLIP, ADV_CLIP)
+    ratio = torch.exp(out.log_prob - old_log_prob)
+    policy_loss = torch.mean(torch.maximum(*_losses(ratio, advantages, CLIP, CLIP)))
+    info = {
+        "approx_kl": 0.5 * torch.mean((out.log_prob - old_log_prob) ** 2),
+        "clipfrac": torch.mean((torch.abs(ratio - 1.0) > CLIP).float()),
+        "policy_loss": policy_loss,
+    }
+    loss = policy_loss
+    if beta > 0:
+        with torch.no_grad():
+            ref = _step(batch, batch.reference)
+        square = (out.prev_sample_mean - ref.prev_sample_mean) ** 2
+        kl = square.mean(dim=(1, 2, 3), keepdim=True) / (2 * (out.std_dev_t * ref.sqrt_dt) ** 2)
+        info["kl_loss"] = torch.mean(kl)
+        loss = policy_loss + beta * info["kl_loss"]
+    return loss, info | {"loss": loss}
+
+
+def wan_tail(batch: Batch, v: Tensor, *, beta: float = 0.0) -> tuple[Tensor, dict[str, Any]]:
+    """:func:`guard_ops.integrations.flow_grpo_wan.training_loss`."""
+    reference = batch.reference if beta > 0 else None
+    config = flow_grpo_config(False, beta)
+    return flow_grpo_wan.training_loss(batch.scheduler, v, batch.sample, 0, config, reference)
 
 
 # ---- DanceGRPO ----------------------------------------------------------------------------------
@@ -341,7 +379,9 @@ CONTENDERS = {
         _given(flow_grpo_original, rationorm=True),
         _given(flow_grpo_tail, rationorm=True),
         guarded=True,
+        coupled=True,
     ),
+    "flow_grpo, Wan2.1": Contender(wan_original, wan_tail, "wan_sde"),
     "DanceGRPO": Contender(dance_grpo_original, dance_grpo_tail, "dance_sde"),
     "verl-omni": Contender(_given(verl_original, guarded=False), _given(verl_tail, guarded=False)),
     "verl-omni, GRPO-Guard": Contender(
@@ -360,10 +400,12 @@ CONTENDERS = {
 
 def guard_loss(batch: Batch, guarded: bool) -> Loss:
     """:func:`guard_ops.guard_loss` on what the block is given; the schedule is made once."""
-    coeffs = go.SdeSchedule(batch.sigmas, LEVEL, batch.kind)[J]  # type: ignore[arg-type]
+    level = noise_level(batch.kind)
+    coeffs = go.SdeSchedule(batch.sigmas, level, batch.kind)[J]  # type: ignore[arg-type]
     old_log_prob, old_mean, advantages = _old(batch)
     old = {"old_mean": old_mean} if guarded else {"old_log_prob": old_log_prob}
-    config = go.GuardConfig.article(balance="none") if guarded else go.GuardConfig.flow_grpo()
+    make = go.GuardConfig.paper if guarded else go.GuardConfig.flow_grpo
+    config = make(balance="none")
     x, y = batch.sample["latents"][:, 0], batch.sample["next_latents"][:, 0]
 
     def loss(v: Tensor) -> Tensor:

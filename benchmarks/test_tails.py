@@ -2,7 +2,9 @@
 
 A block is what a training script does between the velocity and the loss, what it logs included,
 and the backward to the velocity. ``guard_loss`` is :func:`guard_ops.guard_loss` on the same tensors
-with the nearest objective; a tail has to reach most of its speed-up.
+with the nearest objective (of GRPO-Guard the paper's, which is one pass); a tail has to reach most
+of its speed-up. The tail of a coupled block (:class:`benchmarks.scripts.Contender`) moves 9 latents
+where guard_loss moves 5, so it has to reach most of 5/9 of it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from benchmarks.results import Row
 SHAPE = (8, 16, 64, 64)
 ROUNDS, RACES, QUIET = 15, 3, 0.05
 SHARE = 0.8  # of guard_loss's speed-up
+COUPLED = 5 / 9  # v, x, y, the old mean and the gradient; and all but the gradient again
 
 
 def contenders(name: str) -> dict[str, measure.Call]:
@@ -63,6 +66,7 @@ def test_tail_has_most_of_guard_loss_speed_up(
             "shape": list(SHAPE),
         },
     )
-    assert share >= SHARE * (1 - result.noise), (
+    least = SHARE * (COUPLED if scripts.CONTENDERS[name].coupled else 1)
+    assert share >= least * (1 - result.noise), (
         f"the tail has {share:.0%} of guard_loss's speed-up (noise {result.noise:.0%})"
     )

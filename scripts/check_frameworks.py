@@ -1,10 +1,10 @@
 """Checks the integrations on the frameworks' real code: ``check_frameworks.py DIR [NAME ...]``.
 
-DIR has the checkouts ``flow_grpo``, ``DanceGRPO``, ``verl-omni`` and ``Flow-Factory``; one that is
-missing is left out. For each: what ``apply`` proves and leaves alone, each training script's loss
-and gradient against its own lines, 20 training steps (original; step swapped; step and loss), and
-at the end the table of docs/swap-in.md. Nothing is installed or written; what is not installed
-here is stood in for, and said. Runs on the CPU, in two minutes.
+DIR has the checkouts ``flow_grpo``, ``DanceGRPO``, ``verl-omni``, ``Flow-Factory`` and ``UniRL``;
+one that is missing is left out. For each: what ``apply`` proves and leaves alone, each training
+script's loss and gradient against its own lines, 20 training steps (original; step swapped; step
+and loss), and at the end the table of docs/swap-in.md. Nothing is installed or written; what is not
+installed here is stood in for, and said. Runs on the CPU, in two minutes.
 """
 
 from __future__ import annotations

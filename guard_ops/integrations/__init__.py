@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import dance_grpo, flow_factory, flow_grpo, verl_omni
+from . import dance_grpo, flow_factory, flow_grpo, unirl, verl_omni
 from .patch import Installation, Patch
 from .targets import KNOWN
 
@@ -21,6 +21,7 @@ __all__ = [
     "dance_grpo",
     "flow_factory",
     "flow_grpo",
+    "unirl",
     "verl_omni",
 ]
 
@@ -39,7 +40,8 @@ def apply(framework: str, modules: Sequence[str] = ()) -> Patch:
     ``verl_omni`` also gets the losses ``flow_grpo_fused`` and ``grpo_guard_fused`` in its registry.
 
     Args:
-        framework: one of ``FRAMEWORKS``: flow_grpo, dance_grpo, verl_omni, flow_factory.
+        framework: one of ``FRAMEWORKS``: flow_grpo, dance_grpo, verl_omni, flow_factory,
+            unirl.
         modules: more modules to import and look at. Otherwise only the one module is imported that
             has the framework's main step (DanceGRPO has none), and what is imported is looked at.
 

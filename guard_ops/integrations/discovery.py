@@ -23,6 +23,7 @@ class Target:
     replacement: Callable[..., Any]
     cases: Callable[[Any], Cases]  # of the module or class that has it
     leads: bool = False  # imported if need be; where it is not what ours replaces, nothing is
+    inherited: bool = False  # a method that a base may have: the class gets one of its own
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Framework:
 
     name: str
     targets: tuple[Target, ...]
-    others: dict[str, str] = field(default_factory=dict)  # "module.function" -> why not replaced
+    others: dict[str, str] = field(default_factory=dict)  # "module.name" -> why it is not replaced
     register: Callable[[], Any] | None = None
     unregister: Callable[[], Any] | None = None
 
@@ -48,6 +49,11 @@ class Candidate(NamedTuple):
     def original(self) -> Any:
         """What is there now."""
         return self.place.get()
+
+    @property
+    def inherited(self) -> bool:
+        """Whether the class has it from a base."""
+        return isinstance(self.owner, type) and self.place.name not in vars(self.owner)
 
 
 def candidates(framework: Framework, named: Sequence[str]) -> tuple[list[Candidate], list[str]]:
@@ -109,7 +115,7 @@ def _at(module: str, target: Target, required: bool) -> Candidate | None:
     *path, name = target.name.split(".")
     for part in path:
         owner = getattr(owner, part, None)
-    if owner is None or name not in vars(owner):
+    if owner is None or not (name in vars(owner) or (target.inherited and hasattr(owner, name))):
         return None
     place = Place(owner if path else vars(owner), name, f"{module}.{target.name}")
     return Candidate(place, (target,), owner, required)
@@ -132,6 +138,7 @@ def _namesakes(framework: Framework, required: Sequence[str]) -> list[Candidate]
 def _methods(framework: Framework, found: dict[str, Candidate]) -> list[str]:
     """Methods of a target's name in other classes of its package, subclasses included."""
     left = []
+    bases = {b for c in found.values() if isinstance(c.owner, type) for b in c.owner.__mro__}
     for target in framework.targets:
         *path, name = target.name.split(".")
         folder = target.modules[0].rpartition(".")[0]
@@ -139,8 +146,10 @@ def _methods(framework: Framework, found: dict[str, Candidate]) -> list[str]:
             if label != folder and not label.startswith(f"{folder}."):
                 continue
             for each in list(vars(module).values()):
-                if isinstance(each, type) and each.__module__ == label and name in vars(each):
+                if not isinstance(each, type) or each in bases:
+                    continue
+                if each.__module__ == label and name in vars(each):
                     where = f"{label}.{each.__qualname__}.{name}"
                     if where not in found and not where.endswith(f".{target.name}"):
                         left.append(f"{where}: a method that guard_ops does not know")
-    return left
+    return list(dict.fromkeys(left))

@@ -298,4 +298,5 @@ def training_loss(
         "clip_frac_total": found.high + found.low,
     }
     logged = rows | info | shares
-    return TrainingLoss(loss, {name: value.detach().float() for name, value in logged.items()})
+    plain = {n: x.detach() if x.requires_grad else x for n, x in logged.items()}
+    return TrainingLoss(loss, {name: value.float() for name, value in plain.items()})

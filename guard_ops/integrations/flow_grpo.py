@@ -143,43 +143,69 @@ def training_loss(
             timestep is not in the schedule.
     """
     kind = _kind(sde_type)
-    train, beta = config.train, float(config.train.beta)
-    if beta > 0 and noise_pred_ref is None:
-        raise ValueError(
-            f"`noise_pred_ref` is missing; with `config.train.beta` {beta} it is needed"
-        )
-    x, y = sample["latents"][:, j], sample["next_latents"][:, j]
-    advantages = sample["advantages"][:, j]
     index = steps.index_for_timestep(scheduler.timesteps, sample["timesteps"][:, j])
-    level = config.sample.noise_level
-    coeffs = steps.coefficients(scheduler.sigmas, index, level, kind, len(x), x.device)
-    reference = noise_pred_ref if beta > 0 else None
-    clip = train.clip_range
-    t = tail.Transition(noise_pred, x, y, coeffs, ref_model_output=reference)
-    bounds = tail.Bounds(clip, clip, train.adv_clip_max)
+    batch, level = len(noise_pred), config.sample.noise_level
+    coeffs = steps.coefficients(scheduler.sigmas, index, level, kind, batch, noise_pred.device)
+    t, advantages, bounds = transition(noise_pred, sample, j, config, noise_pred_ref, coeffs)
     if getattr(config, "rationorm", False):
         t = t._replace(old_mean=sample["prev_sample_mean"][:, j])
-        found = averaged(t, advantages, bounds, kind, bias_reduction)
+        one_step = steps.is_one_step(index, batch)
+        found = averaged(t, advantages, bounds, kind, bias_reduction, one_step=one_step)
     else:
         t = t._replace(old_log_prob=sample["log_probs"][:, j])
         found = tail.plain(t, advantages, bounds)
     loss = found.loss
     if gradient_accumulation_steps != 1:
         loss = loss / gradient_accumulation_steps
+    logged = loss.detach()
     info = {
-        "approx_kl": 0.5 * found.log_ratio.square().mean().float(),
+        "approx_kl": approx_kl(found),
         "clipfrac": found.high + found.low,
         "clipfrac_gt_one": found.high,
         "clipfrac_lt_one": found.low,
-        "policy_loss": loss.detach(),
+        "policy_loss": logged,
     }
     if found.from_reference is not None:
         std, _ = std_and_sqrt_dt_of(coeffs, kind)
         kl_loss = (found.from_reference / (2 * std[0] ** 2)).mean().float()
         kl_loss = kl_loss / gradient_accumulation_steps
-        loss = loss + beta * kl_loss
-        info["kl_loss"] = kl_loss.detach()
-    return PolicyLoss(loss, info | {"loss": loss.detach()})
+        loss = loss + config.train.beta * kl_loss
+        info["kl_loss"], logged = kl_loss.detach(), loss.detach()
+    return PolicyLoss(loss, info | {"loss": logged})
+
+
+def transition(
+    noise_pred: Tensor,
+    sample: Mapping[str, Tensor],
+    j: int,
+    config: Any,
+    noise_pred_ref: Tensor | None,
+    coeffs: StepCoefficients,
+) -> tuple[tail.Transition, Tensor, tail.Bounds]:
+    """What a script trains at timestep ``j``, of which the old policy is missing, and its bounds.
+
+    Returns:
+        The transition, with the reference where ``config.train.beta`` > 0; its advantages [B]; and
+        ``config.train``'s clips.
+
+    Raises:
+        ValueError: beta > 0 without ``noise_pred_ref``.
+    """
+    train = config.train
+    if train.beta > 0 and noise_pred_ref is None:
+        raise ValueError(
+            f"`noise_pred_ref` is missing; with `config.train.beta` {train.beta} it is needed"
+        )
+    x, y, advantages = (sample[name][:, j] for name in ("latents", "next_latents", "advantages"))
+    reference = noise_pred_ref if train.beta > 0 else None
+    t = tail.Transition(noise_pred, x, y, coeffs, ref_model_output=reference)
+    return t, advantages, tail.Bounds(train.clip_range, train.clip_range, train.adv_clip_max)
+
+
+def approx_kl(found: tail.Clipped) -> Tensor:
+    """``mean (log r)^2 / 2`` as the scripts log it, []."""
+    log_ratio = found.log_ratio
+    return (log_ratio.dot(log_ratio) * (0.5 / len(log_ratio))).float()
 
 
 def averaged(
@@ -189,12 +215,24 @@ def averaged(
     kind: SdeKind,
     bias_reduction: BiasReduction,
     weights: Tensor | None = None,
+    *,
+    one_step: bool,
 ) -> tail.Clipped:
-    """:func:`guard.averaged_surrogate` from the latents: its ratio is formed from differences."""
+    """:func:`guard.averaged_surrogate` from the latents: its ratio is formed from differences.
+
+    One pass where ``one_step`` (all samples are at one timestep), the scale is the density's ``s``
+    (Flow-SDE) and no sample's bias depends on another; otherwise two.
+    """
     guard.check_bias_reduction(bias_reduction)
-    on_host = t.coeffs.device.type == "cpu" and not torch.compiler.is_compiling()
+    coeffs = t.coeffs
+    on_host = coeffs.device.type == "cpu" and not torch.compiler.is_compiling()
+    if one_step and kind == "flow_sde" and (bias_reduction == "sample" or len(advantages) == 1):
+        scale, by_dt = (_known_own_scale if on_host else _own_scale)(coeffs)
+        return tail.closed_form(
+            t, advantages, bounds, scale, by_dt if weights is None else by_dt * weights
+        )
     make = _known_scale if on_host else _averaged_scale
-    exponent, by_dt = make(t.coeffs, kind, tail.numel(t), bias_reduction)
+    exponent, by_dt = make(coeffs, kind, tail.numel(t), bias_reduction)
     return tail.of_sums(
         t, advantages, bounds, exponent, by_dt if weights is None else by_dt * weights
     )
@@ -213,6 +251,18 @@ def _averaged_scale(
         rates[1] += shared
         return tail.Exponent(rates, log_ratio), 1 / root**2
     return tail.Exponent(rates, log_ratio, shared), 1 / root**2
+
+
+def _own_scale(coeffs: StepCoefficients) -> tuple[Tensor, Tensor]:
+    """``s`` and ``1 / -dt``, [B]: what the averages are of samples at one timestep."""
+    return coeffs.s[0], -1 / coeffs.dt[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _known_own_scale(coeffs: StepCoefficients) -> tuple[Tensor, Tensor]:
+    """The same, kept as :func:`_known_scale` is."""
+    with torch.inference_mode(False):
+        return _own_scale(coeffs)
 
 
 @functools.lru_cache(maxsize=256)

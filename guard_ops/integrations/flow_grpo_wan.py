@@ -1,14 +1,16 @@
-"""flow_grpo's Wan2.1 step: ``sde_step_with_logprob`` of its own module, std linear in sigma."""
+"""flow_grpo's Wan2.1: the step of its own module, std linear in sigma, and its script's tail."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import steps
-from .flow_grpo import draw_noise
+from ..schedule import StepCoefficients
+from . import steps, tail
+from .flow_grpo import PolicyLoss, approx_kl, draw_noise, transition
 
 
 def sde_step_with_logprob(
@@ -41,11 +43,7 @@ def sde_step_with_logprob(
     """
     if prev_sample is not None and generator is not None:
         raise ValueError("`generator` and `prev_sample` are given, but only one of them has effect")
-    last = steps.schedule_of(self.sigmas, 1.0, "wan_sde", sample.device).sigmas[-1]
-    if last != 0:
-        raise ValueError(f"`self.sigmas` ends at {last}; wan_sde needs sigmas that end at 0")
-    index = steps.index_for_timestep(self.timesteps, torch.as_tensor(timestep))
-    coeffs = steps.coefficients(self.sigmas, index, 1.0, "wan_sde", len(sample), sample.device)
+    coeffs = _coefficients(self, torch.as_tensor(timestep), sample)
     x = sample.float()
     y = None if prev_sample is None else prev_sample.float()
     if determistic:
@@ -57,3 +55,52 @@ def sde_step_with_logprob(
     s, root = steps.per_sample(coeffs.s, x), steps.per_sample((-coeffs.dt).sqrt(), x)
     stds = (s / root, root) if return_dt_and_std_dev_t else (s,)
     return step.prev_sample if y is None else y, step.log_prob, step.mean, *stds
+
+
+def _coefficients(scheduler: Any, timestep: Tensor, like: Tensor) -> StepCoefficients:
+    """[1, B] at ``timestep`` [B], on the device of ``like`` [B, *latent]."""
+    sigmas = scheduler.sigmas
+    last = steps.schedule_of(sigmas, 1.0, "wan_sde", like.device).sigmas[-1]
+    if last != 0:
+        raise ValueError(f"`scheduler.sigmas` ends at {last}; wan_sde needs sigmas that end at 0")
+    index = steps.index_for_timestep(scheduler.timesteps, timestep)
+    return steps.coefficients(sigmas, index, 1.0, "wan_sde", len(like), like.device)
+
+
+def training_loss(
+    scheduler: Any,
+    noise_pred: Tensor,
+    sample: Mapping[str, Tensor],
+    j: int,
+    config: Any,
+    noise_pred_ref: Tensor | None = None,
+) -> PolicyLoss:
+    """All that ``scripts/train_wan2_1.py`` does between velocity and ``accelerator.backward``.
+
+    Its KL is divided by ``2 (std_dev_t sqrt(-dt))^2``, which makes it that of the two Gaussians, so
+    one pass computes ratio and KL.
+
+    Args:
+        scheduler, noise_pred, sample, j, noise_pred_ref: as
+            :func:`guard_ops.integrations.flow_grpo.training_loss`, of videos.
+        config: its ``train.clip_range``, ``train.adv_clip_max`` and ``train.beta`` are read.
+
+    Returns:
+        PolicyLoss with the script's keys: approx_kl, clipfrac, policy_loss, kl_loss where beta > 0,
+        loss.
+
+    Raises:
+        ValueError: the last sigma is not 0, beta > 0 without ``noise_pred_ref``, or (on the CPU) a
+            timestep is not in the schedule.
+    """
+    coeffs = _coefficients(scheduler, sample["timesteps"][:, j], noise_pred)
+    t, advantages, bounds = transition(noise_pred, sample, j, config, noise_pred_ref, coeffs)
+    beta = float(config.train.beta)
+    t = t._replace(old_log_prob=sample["log_probs"][:, j])
+    found = tail.plain(t, advantages, bounds, kl_beta=beta)
+    loss = policy_loss = found.loss.detach()
+    info = {"approx_kl": approx_kl(found), "clipfrac": found.high + found.low}
+    if found.kl is not None:
+        info["kl_loss"] = found.kl.mean()
+        policy_loss = loss - beta * info["kl_loss"]
+    return PolicyLoss(found.loss, info | {"policy_loss": policy_loss, "loss": loss})

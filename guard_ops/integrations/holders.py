@@ -20,16 +20,20 @@ class Place(NamedTuple):
     label: str  # "package.module.name"
 
     def get(self) -> Any:
-        """What is there, as it was put there; None if nothing is."""
-        held: Any = self.owner if isinstance(self.owner, dict) else vars(self.owner)
-        return held.get(self.name)
+        """What is there, as it was put there or in a base of the class; None if nothing is."""
+        spaces = [self.owner] if isinstance(self.owner, dict) else map(vars, self.owner.__mro__)
+        return next((held[self.name] for held in spaces if self.name in held), None)
 
     def put(self, value: Any) -> None:
-        """Replace what is there."""
+        """Replace what is there; a class that would inherit ``value`` has none of its own then."""
         if isinstance(self.owner, dict):
             self.owner[self.name] = value
-        else:
+            return
+        above = (vars(base) for base in self.owner.__mro__[1:])
+        if next((held[self.name] for held in above if self.name in held), None) is not value:
             setattr(self.owner, self.name, value)
+        elif self.name in vars(self.owner):
+            delattr(self.owner, self.name)
 
 
 def modules() -> dict[str, ModuleType]:

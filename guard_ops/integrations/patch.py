@@ -25,6 +25,7 @@ class StandIn:
     proof: Proof
     active: bool = False
     places: list[Place] = field(default_factory=list)
+    only: Place | None = None  # where the original is inherited: nobody else's is replaced
 
     @property
     def in_place(self) -> bool:
@@ -56,7 +57,7 @@ class Installation:
             wrapped = [s for s in self.stand_ins if holders.reaches(current, s.function)]
             if wrapped and all(current is not s.function for s in wrapped):
                 left.append(f"{candidate.place.label}: a wrapper of ours; it goes on calling ours")
-            if wrapped or current in [s.original for s in (*self.stand_ins, *new)]:
+            if wrapped or any(_covers(s, candidate) for s in (*self.stand_ins, *new)):
                 continue
             try:
                 new.append(_proved(candidate))
@@ -79,8 +80,11 @@ class Installation:
             ours += [each, vars(each), vars(function), *function.__closure__]
         for each in self.stand_ins:
             each.active = True
-            left += holders.unreachable(each.original, holding, ours)
-            found = holders.places(each.original, holding)
+            if each.only is not None:
+                found = [each.only] if each.only.get() is each.original else []
+            else:
+                left += holders.unreachable(each.original, holding, ours)
+                found = holders.places(each.original, holding)
             for place in found:
                 place.put(each.function)
             before = [p for p in each.places if holders.reaches(p.get(), each.function)]
@@ -195,6 +199,13 @@ def _unwrapped(function: Any) -> Any:
     return function
 
 
+def _covers(stand_in: StandIn, candidate: Candidate) -> bool:
+    """Whether the stand-in is for what the candidate is now."""
+    if stand_in.original is not candidate.original:
+        return False
+    return stand_in.only == (candidate.place if candidate.inherited else None)
+
+
 def _proved(candidate: Candidate) -> StandIn:
     """A stand-in for the first target that the function is proved to be; it is not in place yet.
 
@@ -220,10 +231,14 @@ def _stand_in(candidate: Candidate, target: Target) -> StandIn:
     except Exception as error:  # of the framework's classes, or of a missing diffusers
         raise DisprovedError(f"it cannot be called to compare: {error!r}") from error
     stand_in = StandIn(original, original, candidate.place.label, prove(original, call, cases))
+    proved: Any = None  # the class, where the method calls others that a subclass may override
+    if candidate.inherited:
+        stand_in.only, proved = candidate.place, candidate.owner
 
     @functools.wraps(original)
     def fused(*args: Any, **kwargs: Any) -> Any:
-        return (call if stand_in.active else original)(*args, **kwargs)
+        ours = stand_in.active and (proved is None or type(args[0]) is proved)
+        return (call if ours else original)(*args, **kwargs)
 
     fused.__guard_ops__ = stand_in  # type: ignore[attr-defined]
     stand_in.function = fused

@@ -203,7 +203,11 @@ def _compare(theirs: dict[str, Any], ours: dict[str, Any], where: str) -> float:
 
 
 def _difference(expected: Tensor, got: Tensor) -> float | str:
-    """Of the magnitude of ``expected``; in words where the tensors cannot be subtracted."""
+    """Of the magnitude of ``expected``; in words where the tensors cannot be subtracted.
+
+    Neighbours among the numbers of a 16-bit dtype count as equal: which of them a value between
+    them is rounded to, its last digit in float32 decides.
+    """
     if expected.shape != got.shape:
         return f"in shape: {tuple(expected.shape)} but ours {tuple(got.shape)}"
     if expected.dtype != got.dtype:
@@ -213,8 +217,10 @@ def _difference(expected: Tensor, got: Tensor) -> float | str:
     if bool(same.all()):
         return 0.0
     magnitude = p[p.isfinite()].abs().max() if bool(p.isfinite().any()) else p.new_ones(())
-    difference = torch.where(same, 0.0, (p - q).abs()).max() / magnitude.clamp(min=1e-12)
-    return float(difference)
+    gap = (p - q).abs()
+    if expected.is_floating_point() and torch.finfo(expected.dtype).bits == 16:
+        gap = (gap - torch.finfo(expected.dtype).eps * p.abs().maximum(q.abs())).clamp(min=0)
+    return float(torch.where(same, 0.0, gap).max() / magnitude.clamp(min=1e-12))
 
 
 def _by(expected: Tensor, got: Tensor, difference: float) -> str:

@@ -89,6 +89,17 @@ def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> tuple[int, ...] |
     return match.int().argmax(1)
 
 
+def is_one_step(index: Index, batch: int) -> bool:
+    """Whether all samples are at one step, as far as the host can tell without waiting."""
+    return (
+        batch == 1 or isinstance(index, int) or (isinstance(index, tuple) and len(set(index)) == 1)
+    )
+
+
+def _each(index: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (index,) if isinstance(index, int) else index
+
+
 def _on_host(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -117,7 +128,7 @@ def coefficients(
         schedule = schedule_of(sigmas, float(noise_level), kind, device)
         table = schedule[index.to(device).reshape(1, -1).expand(1, batch)].table
         return StepCoefficients._of(table, rule.gaussian, ())
-    steps = (index,) if isinstance(index, int) else index
+    steps = _each(index)
     if sigmas.device.type == "cpu":
         values = tuple(sigmas.tolist())
         return _known(values, steps, float(noise_level), kind, batch, torch.device(device))

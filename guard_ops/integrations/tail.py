@@ -60,29 +60,46 @@ class Clipped(NamedTuple):
     high: Tensor  # [] the share of the batch whose ratio is above its bound
     low: Tensor  # [] and below
     from_reference: Tensor | None = None  # [B] mean over the latent of (mean - reference's mean)^2
+    kl: Tensor | None = None  # [B] to the reference, which is in ``loss`` already
 
 
 def plain(
-    t: Transition, advantages: Tensor, bounds: Bounds, weights: Tensor | None = None
+    t: Transition,
+    advantages: Tensor,
+    bounds: Bounds,
+    weights: Tensor | None = None,
+    kl_beta: float = 0.0,
 ) -> Clipped:
-    """``mean_i w max(-A r, -A clip(r))``, ``r`` the plain ratio. advantages, weights: [B]."""
+    """``mean_i w max(-A r, -A clip(r))``, ``r`` the plain ratio. advantages, weights: [B].
+
+    With a reference and ``kl_beta``, that times the mean of ``mean((mean - ref)^2) / (2 s^2)``, the
+    KL of Gaussians, is added in the same pass; without it ``from_reference`` is for another KL.
+    """
     if t.ref_model_output is None:
         return _one_pass(t, advantages, bounds, "none", weights)
+    if kl_beta:
+        return _one_pass(t, advantages, bounds, "none", weights, kl_beta)
     rates = log_ratio_rates(t.coeffs, numel(t))
     return of_sums(t, advantages, bounds, Exponent(rates, rates), weights)
 
 
-def closed_form(t: Transition, advantages: Tensor, bounds: Bounds, scale: Tensor) -> Clipped:
+def closed_form(
+    t: Transition,
+    advantages: Tensor,
+    bounds: Bounds,
+    scale: Tensor,
+    weights: Tensor | None = None,
+) -> Clipped:
     """The same with ``exp(scale log r + mean((mean - old)^2) / (2 scale))``. scale: [B].
 
     Of a Gaussian, whose ``s`` the scale then has to be, this is the paper's RatioNorm.
     """
     if t.ref_model_output is None and t.coeffs.gaussian:
-        return _one_pass(t, advantages, bounds, "closed_form", None)
+        return _one_pass(t, advantages, bounds, "closed_form", weights)
     log_ratio = log_ratio_rates(t.coeffs, numel(t))
     rates = log_ratio * scale
     rates[1] += 1 / (2 * scale * numel(t))
-    return of_sums(t, advantages, bounds, Exponent(rates, log_ratio))
+    return of_sums(t, advantages, bounds, Exponent(rates, log_ratio), weights)
 
 
 def log_ratio_rates(coeffs: StepCoefficients, numel: int) -> Tensor:
@@ -97,25 +114,61 @@ def numel(t: Transition) -> int:
 
 
 def _one_pass(
-    t: Transition, advantages: Tensor, bounds: Bounds, norm: RatioNorm, weights: Tensor | None
+    t: Transition,
+    advantages: Tensor,
+    bounds: Bounds,
+    norm: RatioNorm,
+    weights: Tensor | None,
+    kl_beta: float = 0.0,
 ) -> Clipped:
-    make = _config.__wrapped__ if torch.compiler.is_compiling() else _config
-    given = _steps(t)
-    found = loss.guard_loss(
-        given.pop("model_output"),
-        advantages=advantages.unsqueeze(0),
-        config=make(norm, bounds),
-        step_weights=None if weights is None else weights.unsqueeze(0),
-        **given,
-    )
-    high, low = found.metrics.clip_fraction_high[0], found.metrics.clip_fraction_low[0]
-    return Clipped(found.loss, found.log_ratio[0], found.excess[0], high, low)
+    compiling = torch.compiler.is_compiling()
+    make = _config.__wrapped__ if compiling else _config
+    config = make(norm, bounds, kl_beta)
+    one = None if compiling or t.coeffs.device.type != "cpu" else _one_step(t.coeffs)
+    if one is not None:  # [B] numbers come in and go out, with no operator to reshape them
+        given = t._asdict() | {"coeffs": one}
+        v = given.pop("model_output")
+        found = loss.guard_loss(
+            v, advantages=advantages, config=config, step_weights=weights, **given
+        )
+        log_ratio, excess, kl = found.log_ratio, found.excess, found.kl
+        high, low = found.metrics.clip_fraction_high, found.metrics.clip_fraction_low
+    else:
+        given = _steps(t)
+        found = loss.guard_loss(
+            given.pop("model_output"),
+            advantages=advantages.unsqueeze(0),
+            config=config,
+            step_weights=None if weights is None else weights.unsqueeze(0),
+            **given,
+        )
+        log_ratio, excess, kl = found.log_ratio[0], found.excess[0], found.kl[0]
+        high, low = found.metrics.clip_fraction_high[0], found.metrics.clip_fraction_low[0]
+    return Clipped(found.loss, log_ratio, excess, high, low, kl=kl if kl_beta else None)
+
+
+@functools.lru_cache(maxsize=256)
+def _one_step(coeffs: StepCoefficients) -> StepCoefficients | None:
+    """[1, B] coefficients on the CPU as those of one step, [], if all samples are at one.
+
+    It is looked at once: the coefficients of steps that the host looks up are kept.
+    """
+    with torch.inference_mode(False):
+        first = coeffs.table[:, 0, :1]
+        if not torch.equal(coeffs.table[:, 0], first.expand_as(coeffs.table[:, 0])):
+            return None
+        return StepCoefficients._of(first[:, 0].clone(), coeffs.gaussian, coeffs.deterministic)
 
 
 @functools.lru_cache(maxsize=64)
-def _config(norm: RatioNorm, bounds: Bounds) -> GuardConfig:
+def _config(norm: RatioNorm, bounds: Bounds, kl_beta: float) -> GuardConfig:
     return GuardConfig(
-        norm, clip_low=bounds.low, clip_high=bounds.high, adv_clip=bounds.adv, balance="none"
+        norm,
+        clip_low=bounds.low,
+        clip_high=bounds.high,
+        adv_clip=bounds.adv,
+        balance="none",
+        kl_beta=kl_beta,
     )
 
 

@@ -9,11 +9,13 @@ from . import (
     flow_grpo,
     flow_grpo_bagel,
     flow_grpo_wan,
+    unirl,
     verl_omni,
 )
 from .cases import dance_grpo as dance_grpo_cases
 from .cases import flow_factory as flow_factory_cases
 from .cases import flow_grpo as flow_grpo_cases
+from .cases import unirl as unirl_cases
 from .cases import verl_omni as verl_omni_cases
 from .discovery import Framework, Target
 
@@ -99,4 +101,27 @@ _FLOW_FACTORY = Framework(
         ),
     ),
 )
-KNOWN = {each.name: each for each in (_FLOW_GRPO, _DANCE_GRPO, _VERL_OMNI, _FLOW_FACTORY)}
+_UNIRL = Framework(
+    "unirl",
+    (
+        *(
+            Target(
+                ("unirl.sde.kernels",),
+                f"{strategy}.denoise",
+                unirl.denoise,
+                unirl_cases.denoise,
+                leads=True,
+                inherited=True,
+            )
+            for strategy in ("FlowSDEStrategy", "CPSSDEStrategy", "DanceSDEStrategy")
+        ),
+        Target(
+            ("unirl.algorithms.flowdppo",),
+            "_flowdppo_kl_adv_loss",
+            unirl.flowdppo_kl_adv_loss,
+            unirl_cases.flowdppo,
+        ),
+    ),
+    others={"unirl.sde.kernels.DPM2Strategy": "a solver of the ODE, which has no density"},
+)
+KNOWN = {each.name: each for each in (_FLOW_GRPO, _DANCE_GRPO, _VERL_OMNI, _FLOW_FACTORY, _UNIRL)}

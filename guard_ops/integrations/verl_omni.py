@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -193,8 +194,9 @@ def training_loss(
     """All of ``forward_step`` between the velocity and the loss, as one call.
 
     ``config.diffusion_loss.loss_mode`` tells which objective: a name with "guard" is GRPO-Guard,
-    whose ratio comes from the stored mean in the mean form (exactly 1 on policy); any other is
-    Flow-GRPO's and DanceGRPO's, over the stored log-prob, in one pass.
+    whose ratio comes from the stored mean in the mean form (exactly 1 on policy), in one pass where
+    the samples are known to be at one timestep of "sde"; any other is Flow-GRPO's and DanceGRPO's,
+    over the stored log-prob, in one pass.
 
     Args:
         scheduler: the engine's. noise_pred: velocity after guidance, [B, *latent], any floating
@@ -222,7 +224,8 @@ def training_loss(
     bounds = tail.Bounds(clip, clip, settings.adv_clip_max)
     if "guard" in settings.loss_mode:
         t = t._replace(old_mean=micro_batch["old_prev_sample_mean"][:, step])
-        found = averaged(t, advantages, bounds, kind, "sample", weights)
+        one_step = steps.is_one_step(index, len(x))
+        found = averaged(t, advantages, bounds, kind, "sample", weights, one_step=one_step)
     else:
         t = t._replace(old_log_prob=micro_batch["old_log_probs"][:, step])
         found = tail.plain(t, advantages, bounds, weights)
@@ -305,16 +308,16 @@ def _result(loss: Tensor, metrics: dict[str, float]) -> Any:
 
 def _metrics(excess: Tensor, log_ratio: Tensor, clip: float) -> dict[str, float]:
     """verl-omni's metrics as the numbers that its logger wants, in one read of the device."""
-    count, excess = len(excess), excess.double()
-    std = excess.std() if count > 1 else torch.zeros_like(excess[0])  # torch's is NaN for one
-    flags = torch.stack([excess > clip, excess < -clip]).double().mean(1)
-    means = torch.stack([log_ratio.detach().double().mean(), excess.mean(), std])
-    log_r, bias, spread, high, low = torch.cat([means, flags]).tolist()
+    logs, moved = torch.stack([log_ratio.detach().double(), excess.double()]).tolist()
+    count = len(moved)
+    bias = sum(moved) / count
+    squares = sum((u - bias) * (u - bias) for u in moved)  # which overflow to inf, as ** does not
+    high, low = (sum(u > clip for u in moved) / count, sum(u < -clip for u in moved) / count)
     return {
-        "actor/ppo_kl": -log_r,
+        "actor/ppo_kl": -sum(logs) / count,
         "actor/pg_clipfrac": high + low,
         "actor/pg_clipfrac_higher": high,
         "actor/pg_clipfrac_lower": low,
         "actor/ratio_mean": 1 + bias,
-        "actor/ratio_std": spread,
+        "actor/ratio_std": math.sqrt(squares / max(count - 1, 1)),  # torch's is NaN for one sample
     }

@@ -84,6 +84,12 @@ CHECKOUTS = (
         ("flow_factory.scheduler",),
         source="src",
     ),
+    Checkout(
+        "unirl",
+        "UniRL",
+        "unirl",
+        ("unirl.sde.kernels", "unirl.algorithms.flowdppo", "unirl.algorithms.flowgrpo"),
+    ),
 )
 
 

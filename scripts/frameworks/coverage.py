@@ -28,7 +28,13 @@ REASONS = {
     "flow_dppo": "its mask is no clip: its own loss; examples/objectives.py has it on our sums",
     "gspo": "a language model's loss",
 }
-NO_STEP = "no"
+UNIRL = {
+    "FlowGRPO": ("yes", "nothing left", "it computes on the [B, S] log-probs of the step"),
+    "FlowDPPO": ("yes", "yes: `_flowdppo_kl_adv_loss`", ""),
+    "DRPO": ("no", "no", "a language model's loss, over tokens"),
+    "DiffusionNFT": ("no", "no", "its loss is of velocities, without a ratio or an SDE"),
+    "GRPO": ("no", "no", "a language model's loss, over tokens"),
+}
 
 
 class Row(NamedTuple):
@@ -43,7 +49,8 @@ class Row(NamedTuple):
 
 def rows(root: Path) -> list[Row]:
     """Of every framework."""
-    return [*_flow_grpo(root), *_dance_grpo(root), *_verl_omni(root), *_flow_factory(root)]
+    each = (_flow_grpo, _dance_grpo, _verl_omni, _flow_factory, _unirl)
+    return [row for of in each for row in of(root)]
 
 
 def _flow_grpo(root: Path) -> list[Row]:
@@ -62,10 +69,8 @@ def _flow_grpo(root: Path) -> list[Row]:
             found.append(Row("flow_grpo", name, "yes", "yes: `flow_grpo` tail, GRPO-Guard"))
         elif re.search(r"ratio = torch\.exp", text):
             wan = "wan_pipeline_with_logprob" in text
-            step = "yes (its own)" if wan else "yes"
-            loss = "its arithmetic: `grpo_loss`" if wan else "yes: `flow_grpo` tail"
-            why = "the tail has no Wan step; `go.guard_loss` has, kind `wan_sde`" if wan else ""
-            found.append(Row("flow_grpo", name, step, loss, why))
+            step, tail = ("yes (its own)", "flow_grpo_wan") if wan else ("yes", "flow_grpo")
+            found.append(Row("flow_grpo", name, step, f"yes: `{tail}` tail"))
         else:
             found.append(Row("flow_grpo", name, "no", "no", "not known"))
     return found
@@ -118,6 +123,15 @@ def _flow_factory(root: Path) -> list[Row]:
             loss = "no" if reason else "yes: `flow_factory` tail"
             step = "when it samples" if reason else "yes (Euler, UniPC)"
             found.append(Row("Flow-Factory", f"{path.name}: {name}", step, loss, reason))
+    return found
+
+
+def _unirl(root: Path) -> list[Row]:
+    found = []
+    for path in sorted((root / "UniRL" / "unirl" / "algorithms").glob("*.py")):
+        for name in re.findall(r"^class (\w+)\(StageAlgorithm\)", path.read_text(), re.MULTILINE):
+            known = UNIRL.get(name, ("no", "no", "not known"))
+            found.append(Row("UniRL", f"{path.name}: {name}", *known))
     return found
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, SimpleNamespace
@@ -19,7 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from guard_ops.integrations import dance_grpo, flow_factory, flow_grpo, verl_omni
+from guard_ops.integrations import (
+    dance_grpo,
+    flow_factory,
+    flow_grpo,
+    flow_grpo_wan,
+    unirl,
+    verl_omni,
+)
 
 # The scripts clip at 1e-4, where float32 decides a ratio within 1e-7 of the bound either way.
 CLIP, ADV_CLIP = 1e-3, 5.0
@@ -186,6 +195,44 @@ def verl_registered(name: str, guard: bool) -> Callable[[Path, Scene], Tensor]:
     return run
 
 
+def unirl_flowgrpo(path: Path, s: Scene) -> Tensor:
+    """The loss of ``FlowGRPO`` over one step, [B, 1]."""
+    module: Any = importlib.import_module("unirl.algorithms.flowgrpo")
+    found = module._grpo_clip_loss(
+        new_logp=s.log_prob[:, None],
+        old_logp=s.old_log_prob[:, None],
+        advantages=s.advantages[:, None],
+        clip_range=CLIP,
+    )
+    loss: Tensor = found[0].mean()
+    return loss
+
+
+def unirl_flowdppo(path: Path, s: Scene) -> Tensor:
+    """The loss of ``FlowDPPO`` over one step, of the function that ``apply`` replaces."""
+    module: Any = importlib.import_module("unirl.algorithms.flowdppo")
+    return _flowdppo(inspect.unwrap(module._flowdppo_kl_adv_loss), s)
+
+
+def _flowdppo(function: Any, s: Scene) -> Tensor:
+    module: Any = importlib.import_module("unirl.algorithms.flowdppo")
+    trainer = SimpleNamespace(add_kl_coefficient=True, params=SimpleNamespace(eta=0.7))
+    sigma_t = module.FlowDPPO._compute_sigma_t(
+        trainer, SimpleNamespace(sigmas=s.call["schedule"].sigmas), [s.call["k"]], s.mean.device
+    )
+    found = function(
+        new_logp=s.log_prob[:, None],
+        old_logp=s.old_log_prob[:, None],
+        new_means=s.mean[:, None],
+        old_means=s.old_mean[:, None],
+        advantages=s.advantages[:, None],
+        sigma_t=sigma_t,
+        kl_mask_threshold=1e-5,
+    )
+    loss: Tensor = found[0].mean()
+    return loss
+
+
 def _plain(scene: Scene) -> Tensor:
     return flow_grpo.grpo_loss(
         scene.log_prob,
@@ -241,26 +288,34 @@ def _factory_guard(s: Scene) -> Tensor:
 
 def _flow_grpo_whole(guard: bool) -> Callable[[Scene], Tensor]:
     def run(s: Scene) -> Tensor:
-        c = s.call
-        at = c["schedule"].timesteps[c["k"]].expand(len(c["sample"]))
-        sample = {
-            "timesteps": at[:, None],
-            "latents": c["sample"][:, None],
-            "next_latents": c["prev_sample"][:, None],
-            "log_probs": s.old_log_prob[:, None],
-            "prev_sample_mean": s.old_mean[:, None],
-            "advantages": s.advantages[:, None],
-        }
-        config = SimpleNamespace(
-            rationorm=guard,
-            train=SimpleNamespace(clip_range=CLIP, adv_clip_max=ADV_CLIP, beta=0),
-            sample=SimpleNamespace(noise_level=0.7),
-        )
-        return flow_grpo.training_loss(
-            c["schedule"], c["model_output"], sample, 0, config, sde_type=c["sde_type"]
-        ).loss
+        given, kind = _flow_grpo_given(s, guard), s.call["sde_type"]
+        return flow_grpo.training_loss(*given, sde_type=kind).loss
 
     return run
+
+
+def _wan_whole(s: Scene) -> Tensor:
+    return flow_grpo_wan.training_loss(*_flow_grpo_given(s, False)).loss
+
+
+def _flow_grpo_given(s: Scene, guard: bool) -> tuple[Any, ...]:
+    """The scheduler, velocity, sample, timestep and config of a script of flow_grpo."""
+    c = s.call
+    at = c["schedule"].timesteps[c["k"]].expand(len(c["sample"]))
+    sample = {
+        "timesteps": at[:, None],
+        "latents": c["sample"][:, None],
+        "next_latents": c["prev_sample"][:, None],
+        "log_probs": s.old_log_prob[:, None],
+        "prev_sample_mean": s.old_mean[:, None],
+        "advantages": s.advantages[:, None],
+    }
+    config = SimpleNamespace(
+        rationorm=guard,
+        train=SimpleNamespace(clip_range=CLIP, adv_clip_max=ADV_CLIP, beta=0),
+        sample=SimpleNamespace(noise_level=0.7),
+    )
+    return c["schedule"], c["model_output"], sample, 0, config
 
 
 def _dance_whole(s: Scene) -> Tensor:
@@ -337,7 +392,7 @@ TAILS = {
     "flow_grpo, wan": Tail(
         "flow_grpo/scripts/train_wan2_1.py",
         flow_grpo_script("train_wan2_1.py", False),
-        {"flow_grpo.grpo_loss": _plain},
+        {"flow_grpo.grpo_loss": _plain, "flow_grpo_wan.training_loss": _wan_whole},
     ),
     "dance_grpo": Tail(
         "fastvideo/train_grpo_flux.py",
@@ -372,5 +427,11 @@ TAILS = {
             "flow_factory.grpo_guard_loss": _factory_guard,
             "flow_factory.training_loss": _factory_whole(True),
         },
+    ),
+    "unirl": Tail("unirl FlowGRPO", unirl_flowgrpo, {}),
+    "unirl, dppo": Tail(
+        "unirl FlowDPPO",
+        unirl_flowdppo,
+        {"unirl.flowdppo_kl_adv_loss": lambda s: _flowdppo(unirl.flowdppo_kl_adv_loss, s)},
     ),
 }

@@ -133,6 +133,16 @@ def _factory(scheduler: Any, v: Tensor, x: Tensor, y: Tensor | None, k: int) -> 
     )
 
 
+def _unirl(strategy: str) -> Step:
+    def step(scheduler: Any, v: Tensor, x: Tensor, y: Tensor | None, k: int) -> Taken:
+        kernels: Any = importlib.import_module("unirl.sde.kernels")
+        s = scheduler.sigmas
+        taken = getattr(kernels, strategy)().denoise(v, x, s[k], s[k + 1], eta=0.7, prev_sample=y)
+        return Taken(*taken, None, _root(s, k, x))
+
+    return step
+
+
 def _made(path: str, **options: Any) -> Callable[[], Any]:
     def make() -> Any:
         module, _, name = path.rpartition(".")
@@ -176,6 +186,10 @@ LOOPS = (
     Loop("flow_factory", "GRPO", _factory, _FACTORY, TAILS["flow_factory"]),
     Loop("flow_factory", "GRPO-Guard", _factory, _FACTORY, TAILS["flow_factory, guard"]),
     Loop("flow_factory", "GRPO, UniPC", _factory, _FACTORY_UNIPC, TAILS["flow_factory"], _VIDEO),
+    Loop("unirl", "FlowGRPO, flow", _unirl("FlowSDEStrategy"), _EULER, TAILS["unirl"]),
+    Loop("unirl", "FlowGRPO, dance", _unirl("DanceSDEStrategy"), _EULER, TAILS["unirl"]),
+    Loop("unirl", "FlowGRPO, cps", _unirl("CPSSDEStrategy"), _EULER, TAILS["unirl"]),
+    Loop("unirl", "FlowDPPO, flow", _unirl("FlowSDEStrategy"), _EULER, TAILS["unirl, dppo"]),
 )
 
 

@@ -7,6 +7,7 @@ parameters' names and order, and what they assert is the real code's.
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from dataclasses import dataclass
@@ -294,3 +295,92 @@ def _cps(v, latents, next_latents, at, level, generator):
     joined = [torch.cat([o[k] for o in outs]) for k in range(2)]
     s = torch.stack([o.s for o in outs])
     return torch.cat(ys), baselines.StepOutput(*joined, s, s, s)
+
+
+def unirl_strategies():
+    """UniRL's strategies by name; ``denoise`` is their base's, the ODE solver's as well."""
+
+    class StepStrategy:
+        canonical_name = "dpm2"
+
+        def denoise(
+            self, noise_pred, sample, sigma, sigma_next, *, eta=1.0, prev_sample=None,
+            sigma_max=0.99, step_index=0,
+        ):  # fmt: skip
+            dtype, v, x = sample.dtype, noise_pred.float(), sample.float()
+            shape = (-1, *[1] * (x.ndim - 1))
+            sigma, sigma_next = (t.float().reshape(shape) for t in (sigma, sigma_next))
+            mean, s = self.step(v, x, sigma, sigma_next, eta, sigma_max)
+            if s is None:
+                return mean, None, None
+            y = mean + s * torch.randn_like(v) if prev_sample is None else prev_sample.float()
+            if eta < 1e-7:
+                return y, None, mean
+            y = y.to(dtype).float()
+            log_prob = -((y.detach() - mean) ** 2)
+            if self.canonical_name != "cps":
+                log_prob = log_prob / (2 * s**2) - torch.log(s) - 0.5 * math.log(2 * math.pi)
+            return y, log_prob.flatten(1).mean(1), mean
+
+    class DPM2Strategy(StepStrategy):
+        def step(self, v, x, sigma, following, eta, sigma_max):
+            return x + (following - sigma) * v, None
+
+    class FlowSDEStrategy(StepStrategy):
+        canonical_name = "flow"
+
+        def step(self, v, x, sigma, following, eta, sigma_max):
+            dt, std = following - sigma, self.std(sigma, eta, sigma_max)
+            half = std**2 / (2 * sigma)
+            return x * (1 + half * dt) + v * (1 + half * (1 - sigma)) * dt, std * torch.sqrt(-dt)
+
+        def std(self, sigma, eta, sigma_max):
+            return torch.sqrt(sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))) * eta
+
+    class DanceSDEStrategy(StepStrategy):
+        canonical_name = "dance"
+        step = FlowSDEStrategy.step
+
+        def std(self, sigma, eta, sigma_max):
+            return torch.full_like(sigma, eta)
+
+    class CPSSDEStrategy(StepStrategy):
+        canonical_name = "cps"
+
+        def step(self, v, x, sigma, following, eta, sigma_max):
+            s = following * math.sin(eta * math.pi / 2)
+            kept = torch.sqrt(following**2 - s**2)
+            return (x - sigma * v) * (1 - following) + (x + v * (1 - sigma)) * kept, s
+
+    found = (StepStrategy, DPM2Strategy, FlowSDEStrategy, DanceSDEStrategy, CPSSDEStrategy)
+    return {each.__name__: each for each in found}
+
+
+def flowdppo_loss():
+    def _flowdppo_kl_adv_loss(
+        *, new_logp, old_logp, new_means, old_means, advantages, sigma_t, kl_mask_threshold
+    ):
+        log_diff = new_logp - old_logp
+        ratio = torch.exp(log_diff)
+        kl = ((new_means - old_means) ** 2 / (2 * sigma_t**2)).flatten(2).mean(2)
+        far = kl >= kl_mask_threshold
+        up, down = far & (ratio > 1) & (advantages > 0), far & (ratio < 1) & (advantages < 0)
+        removed = up | down
+        metrics = {
+            "ratio_mean": ratio.mean(),
+            "ratio_std": ratio.std() if ratio.numel() > 1 else torch.zeros(()),
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+            "approx_kl": (0.5 * log_diff**2).mean(),
+            "kl_new_old_mean": kl.mean(),
+            "kl_new_old_max": kl.max(),
+            "kl_mask_fraction": far.float().mean(),
+            "pos_rm_fraction": up.float().mean(),
+            "neg_rm_fraction": down.float().mean(),
+            "masked_fraction": removed.float().mean(),
+            "unmasked_fraction": (~removed).float().mean(),
+        }
+        losses = torch.where(removed, torch.zeros(()), -advantages * ratio)
+        return losses, {name: value.detach() for name, value in metrics.items()}
+
+    return _flowdppo_kl_adv_loss

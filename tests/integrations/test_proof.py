@@ -171,3 +171,16 @@ def test_nested_results_are_compared():
     other = {"a": [torch.zeros(2), 2.0]}
     with pytest.raises(DisprovedError, match=r"\['a'\]\[1\] is 1.0 but ours 2.0"):
         prove(lambda x: result, lambda x: other, some)
+
+
+def test_a_rounding_of_16_bits_is_no_difference():
+    """Of a value between two neighbours either may be right; two apart, neither is."""
+    build = Cases({"_": (0,)}, lambda chosen: {"x": torch.full((3,), 1.5, dtype=torch.bfloat16)})
+    up = torch.finfo(torch.bfloat16).eps
+
+    def moved(by):
+        return lambda x: x + by * up
+
+    assert prove(moved(0), moved(1), build).largest == 0.0
+    with pytest.raises(DisprovedError, match="its result differs"):
+        prove(moved(0), moved(2), build)
