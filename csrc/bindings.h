@@ -29,7 +29,7 @@ using TensorList = c10::List<MaybeTensor>;
 #define GUARD_OPS_PASS latents, seed, coefficients, guidance_scale
 
 // And a loss takes these besides them: Rows of guard_ops/transitions.py, [K, B] each but the
-// last, which is [2, K], and Objective of guard_ops/config.py.
+// last, which is [3, K], and Objective of guard_ops/config.py.
 #define GUARD_OPS_ROWS(X) X(advantages) X(old_log_prob) X(step_weights) X(statistics)
 #define GUARD_OPS_LOSS_SCHEMA "Tensor?[] rows, int[] choices, float[] numbers"
 #define GUARD_OPS_LOSS_OPERANDS \
@@ -198,6 +198,9 @@ struct LossProblem {
     problem.largest = call.compute_type() == at::kDouble ? std::numeric_limits<double>::max()
                                                          : std::numeric_limits<float>::max();
     if (!statistics) return;
+    TORCH_CHECK(statistics->dim() == 2 && statistics->size(0) == 3 &&
+                    statistics->size(1) == problem.steps,
+                "guard_ops: statistics needs shape [3, K]: mean, std, std_floor");
     statistics = statistics->contiguous();
     problem.mean = statistics->const_data_ptr<double>();
     problem.std = problem.mean + problem.steps;

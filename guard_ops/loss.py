@@ -202,19 +202,25 @@ def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
     statistics = None
     if mean_std is not None:
         floor = _std_floor(t, config, objective, coeffs.gaussian)
-        statistics = torch.cat([mean_std, floor.expand(1, shape.steps)])
+        statistics = torch.cat([mean_std, floor.unsqueeze(0)])
     rows = Rows(advantages, old, step_weights, statistics)
     return LossCall(backend, fused, shape, t, rows, config, objective, coeffs.gaussian)
 
 
-def _std_floor(t: Transitions, config: GuardConfig, objective: Objective, gaussian: bool) -> Tensor:
-    """``objective.std_floor`` of the call as a tensor, [K] or []."""
+def _std_floor(
+    t: Transitions, config: GuardConfig, objective: Objective, gaussian: bool, group: Any = None
+) -> Tensor:
+    """``objective.std_floor`` of the call, or of all ranks of the group, [K]."""
     coeffs = StepCoefficients._of(t.coefficients, gaussian, ())
     numel = t.latents.model_output.shape[-1]
-    floor = objectives.std_floor(coeffs, numel, config, objective.named()["rounding"])
-    if isinstance(floor, Tensor):
-        return floor
-    return torch.full((), floor, dtype=torch.float64, device=t.coefficients.device)
+    square = objectives.squared_gain(coeffs, numel, config.reduction)
+    mean = square.mean(-1)
+    if group is not None and config.std_floor == "auto":
+        count = torch.full_like(mean, square.shape[-1])
+        parts = ranks.gather(torch.stack([square.sum(-1), count]), group)
+        total, count = torch.stack(parts).sum(0).unbind(0)
+        mean = total / count
+    return objectives.std_floor(mean, config, objective.named()["rounding"])
 
 
 def _without_history(model_output: Tensor, given: Given) -> tuple[Tensor, Given]:
@@ -295,7 +301,9 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
     )
     assert advantages is not None
     mean_std = None if statistics is None else (statistics[0], statistics[1])
-    floor = _std_floor(t, config, call.objective, call.gaussian)
+    alone = process_group is None or not RATIO_NORMS[config.ratio_norm].statistics
+    group = None if alone else process_group
+    floor = _std_floor(t, config, call.objective, call.gaussian, group)
     coeffs = StepCoefficients._of(t.coefficients, call.gaussian, ())
     log_r, kl_old, kl = objectives.log_ratio_and_kl(
         autograd.transition_sums(call.backend, t),
@@ -304,7 +312,7 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         config.reduction,
         old_log_prob,
     )
-    if process_group is not None and RATIO_NORMS[config.ratio_norm].statistics:
+    if not alone:
         seen = log_r.detach()
         whole = objectives.finite_transitions(
             seen,

@@ -144,24 +144,25 @@ def normalize(
     raise NotImplementedError(f"`normalize` lacks the ratio_norm {config.ratio_norm!r}")
 
 
-def std_floor(
-    coeffs: StepCoefficients,  # [K, B]
-    numel: int,
-    config: GuardConfig,
-    rounding: float,
-) -> Tensor | float:
+def squared_gain(coeffs: StepCoefficients, numel: int, reduction: str) -> Tensor:
+    """Of the spread that errors of the velocities put on ``log r``, relative to their size.
+
+    Independent errors put ``2 kappa/D s |b| sqrt(D)`` times their size on it (``|b| / (s sqrt(D))``
+    for Gaussian steps). [K, B]
+    """
+    scale = coeffs.kappa / numel if reduction == "mean" else coeffs.kappa
+    return (2 * scale * coeffs.s * coeffs.b) ** 2 * numel
+
+
+def std_floor(mean_square: Tensor, config: GuardConfig, rounding: float) -> Tensor:
     """Up to which spread of its ratios a step is degenerate, [K].
 
-    Independent errors of the velocities put ``2 kappa/D s |b| sqrt(D)`` times their size on
-    ``log r`` (``|b| / (s sqrt(D))`` for Gaussian steps).
+    Args:
+        mean_square: of :func:`squared_gain`, over all the samples of a step.
+        rounding: of ``config.rounding_of``.
     """
-    least = config.least_std_floor
-    if not rounding:
-        return least
-    scale = coeffs.kappa / numel if config.reduction == "mean" else coeffs.kappa
-    gain = 2 * scale * coeffs.s * coeffs.b.abs() * math.sqrt(numel)
-    floor = rounding * (gain**2).mean(-1).sqrt()
-    return floor.clamp(max=config.target_std).clamp(min=least)
+    floor = (rounding * mean_square.sqrt()).clamp(max=config.target_std)
+    return floor.clamp(min=config.least_std_floor)
 
 
 def _statistics(

@@ -43,7 +43,8 @@ def test_the_formula_is_what_rounding_makes(kind, dtype):
     assert rounding == pytest.approx(4 * torch.finfo(dtype).eps / 4 * math.sqrt(2))
     table = coeffs.table.unsqueeze(-1).expand(5, steps, batch)
     rows = go.StepCoefficients._of(table, coeffs.gaussian, ())
-    formula = objective.std_floor(rows, numel, config, rounding) / 4
+    square = objective.squared_gain(rows, numel, "mean").mean(-1)
+    formula = objective.std_floor(square, config, rounding) / 4
     for more, low, high in ((0.1, 0.6, 1.2), (0.5, 1.1, 2.0), (1.0, 1.8, 2.9)):
         new, old = twice((steps, batch, numel), dtype, more)
         seen = go.log_ratio(
