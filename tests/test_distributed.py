@@ -55,8 +55,24 @@ def worker(rank, folder):
             statistics.all_reduce(dist.group.WORLD)
             results[backend, "all_reduce"] = statistics.state_dict()
     results["uneven"] = uneven(rank)
+    with go.use_backend("reference"):
+        mine, coeffs = mixed()
+        mine = share(mine, rank) | {"coeffs": coeffs(slice(3 * rank, 3 * rank + 3))}
+        out, grad = run(mine, FLOORED, process_group=dist.group.WORLD)
+        results["floor"] = (out.excess, out.metrics.degenerate, grad)
     torch.save(results, f"{folder}/{rank}")
     dist.destroy_process_group()
+
+
+FLOORED = go.GuardConfig.article(clip_low=0.02, clip_high=0.02)
+
+
+def mixed():
+    """A policy that has not moved but for rounding; the ranks' samples are at other timesteps."""
+    given = problem("velocity", batch=6, latent=(64, 64), dtype=torch.bfloat16, drift=2e-3)
+    steps = torch.tensor([[0, 0, 0, 4, 4, 4], [1, 1, 1, 3, 3, 3], [2] * 6])
+    schedule = go.SdeSchedule((1.0, 0.9, 0.75, 0.55, 0.3, 0.1, 0.0))
+    return given, lambda samples: schedule[steps[:, samples]]
 
 
 def uneven(rank):
@@ -130,6 +146,18 @@ def test_ranks_have_the_whole_batches_ratios_and_gradient(name, backend, by_rank
     assert relative(got / RANKS, grad) < 1e-10  # data parallelism averages over the ranks
     loss = sum(part[0].item() for part in parts) / RANKS
     assert loss == pytest.approx(whole.loss.item(), rel=1e-10)
+
+
+def test_the_floor_of_rounding_is_that_of_all_ranks(by_rank):
+    given, coeffs = mixed()
+    with go.use_backend("reference"):
+        whole, grad = run(given | {"coeffs": coeffs(slice(0, 6))}, FLOORED)
+    parts = [results["floor"] for results in by_rank]
+    assert whole.metrics.degenerate.tolist() == [1.0] * 3
+    for part in parts:
+        assert torch.equal(part[1], whole.metrics.degenerate)
+    torch.testing.assert_close(torch.cat([part[0] for part in parts], 1), whole.excess)
+    assert relative(torch.cat([part[2] for part in parts], 1) / RANKS, grad) < 1e-2  # bfloat16
 
 
 def test_all_reduce_gives_every_rank_the_same_bits(backend, by_rank):
