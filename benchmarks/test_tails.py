@@ -53,10 +53,7 @@ def test_tail_has_most_of_guard_loss_speed_up(
     while len(races) < RACES and not any(found.noise <= QUIET for found in races):
         races.append(measure.race(contenders(name), rounds=ROUNDS, repeat="tail"))
     result = min(races, key=lambda found: found.noise)
-    # Speed-ups over the same original. Of the fastest rounds, because on a shared machine a median
-    # is the scheduler's, which takes a core away for several times as long as either runs.
-    fastest = {key: min(seconds) for key, seconds in result.seconds.items()}
-    share = fastest["guard_loss"] / fastest["tail"]
+    share = result.ratio("guard_loss", "tail")  # speed-ups over the same original
     record(
         "tails",
         {
