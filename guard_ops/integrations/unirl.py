@@ -54,8 +54,10 @@ def denoise(
         sample = sample.float()
     if prev_sample is not None:
         prev_sample = prev_sample.to(sample.dtype).float()
+    sigma = sigma.float()
+    top = steps.top_where_one(sigma, float(sigma_max))
     coeffs = steps.coefficients_at(
-        sigma.float(), sigma_next.float(), float(eta), KINDS[name], float(sigma_max), len(sample)
+        sigma, sigma_next.float(), float(eta), KINDS[name], top, len(sample)
     )
     done = steps.sde_step(
         noise_pred,

@@ -27,7 +27,9 @@ def original(kind, v, x, sigma, following, eta, y):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sigmas", [(0.8, 0.7), (1.0, 0.9), ([0.9, 0.5, 1.0, 0.3], None)])
+@pytest.mark.parametrize(
+    "sigmas", [(0.8, 0.7), (1.0, 0.9), (0.999, 0.9), ([0.9, 0.5, 1.0, 0.3], None)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_replay_is_the_strategys(kind, sigmas, dtype):
     sigma = torch.tensor(sigmas[0], dtype=torch.float64)
