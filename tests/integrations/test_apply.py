@@ -258,8 +258,12 @@ def test_other_defaults_and_another_order_are_honoured(flow_grpo_package, schedu
         args = (scheduler, scheduler.timesteps[:2], x, v, x + 0.1)
         for got, wanted in zip(ours(*args), kept[0](*args), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-        with pytest.raises(TypeError, match="9 positional arguments; at most 8 are taken"):
-            ours(*range(9))
+        wrong = [(range(9), {}), (args, {"sample": x}), (args[:3], {}), (args, {"sigma_max": 1})]
+        for given, named in wrong:  # too many, one twice, one missing, an unknown one
+            with pytest.raises(TypeError):
+                kept[0](*given, **named)
+            with pytest.raises(TypeError, match="argument"):
+                ours(*given, **named)
 
 
 def test_an_unknown_parameter_is_refused(flow_grpo_package):
