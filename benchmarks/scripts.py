@@ -158,7 +158,8 @@ def flow_grpo_original(
         with torch.no_grad():
             ref_mean = _step(batch, batch.reference).prev_sample_mean
         square = (mean - ref_mean) ** 2
-        kl = square.mean(dim=tuple(range(1, v.ndim)), keepdim=True) / (2 * std**2)
+        kl = square.mean(dim=tuple(range(1, v.ndim)), keepdim=True)
+        kl = kl / (2 * std**2 + (1e-7 if rationorm else 0))
         info["kl_loss"] = torch.mean(kl)
         loss = policy_loss + beta * info["kl_loss"]
     return loss, info | {"loss": loss}

@@ -10,7 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import dance_grpo, flow_factory, flow_grpo, unirl, verl_omni
+from . import (
+    dance_grpo,
+    flow_factory,
+    flow_grpo,
+    flow_grpo_bagel,
+    flow_grpo_wan,
+    unirl,
+    verl_omni,
+)
 from .patch import Installation, Patch
 from .targets import KNOWN
 
@@ -21,6 +29,8 @@ __all__ = [
     "dance_grpo",
     "flow_factory",
     "flow_grpo",
+    "flow_grpo_bagel",
+    "flow_grpo_wan",
     "unirl",
     "verl_omni",
 ]

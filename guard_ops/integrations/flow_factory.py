@@ -70,9 +70,7 @@ def step(
             self, (chosen, mean, noise_pred.float(), log_prob, zero, dt), return_dict, return_kwargs
         )
     kind = KINDS[dynamics]
-    top = self.sigmas[1] if not sigma_max else steps.number(float(sigma_max), device)
-    # only where sigma is 1: from 0.9999 (UniPC's first) the original divides by 1 - sigma
-    top = torch.where(sigma == 1, top.to(device), 1.0)
+    top = steps.top_where_one(sigma, float(sigma_max) if sigma_max else self.sigmas[1])
     coeffs = steps.coefficients_at(sigma, following, level, kind, top, batch)
     done = steps.sde_step(
         noise_pred,
@@ -256,7 +254,8 @@ def training_loss(
         raise ValueError(f"`ref_noise_pred` is missing; with `kl_beta` {kl_beta} it is needed")
     kind = KINDS[scheduler.dynamics_type]
     sigma, following, level = _sigmas(scheduler, t, t_next, float(scheduler.noise_level), latents)
-    coeffs = steps.coefficients_at(sigma, following, level, kind, scheduler.sigmas[1], len(latents))
+    top = steps.top_where_one(sigma, scheduler.sigmas[1])
+    coeffs = steps.coefficients_at(sigma, following, level, kind, top, len(latents))
     adv = advantage.clamp(*training_args.adv_clip_range)
     low, high = training_args.clip_range
     reference = ref_noise_pred if kl_beta > 0 else None

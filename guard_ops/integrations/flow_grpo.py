@@ -147,7 +147,8 @@ def training_loss(
     batch, level = len(noise_pred), config.sample.noise_level
     coeffs = steps.coefficients(scheduler.sigmas, index, level, kind, batch, noise_pred.device)
     t, advantages, bounds = transition(noise_pred, sample, j, config, noise_pred_ref, coeffs)
-    if getattr(config, "rationorm", False):
+    rationorm = getattr(config, "rationorm", False)
+    if rationorm:
         t = t._replace(old_mean=sample["prev_sample_mean"][:, j])
         one_step = steps.is_one_step(index, batch)
         found = averaged(t, advantages, bounds, kind, bias_reduction, one_step=one_step)
@@ -167,7 +168,9 @@ def training_loss(
     }
     if found.from_reference is not None:
         std, _ = std_and_sqrt_dt_of(coeffs, kind)
-        kl_loss = (found.from_reference / (2 * std[0] ** 2)).mean().float()
+        # the GRPO-Guard script's, and no other's, keeps from a division by zero
+        square = 2 * std[0] ** 2 + (1e-7 if rationorm else 0.0)
+        kl_loss = (found.from_reference / square).mean().float()
         kl_loss = kl_loss / gradient_accumulation_steps
         loss = loss + config.train.beta * kl_loss
         info["kl_loss"], logged = kl_loss.detach(), loss.detach()

@@ -38,8 +38,8 @@ def sde_step_with_logprob(
         ``return_dt_and_std_dev_t`` std and sqrt(-dt); float32.
 
     Raises:
-        ValueError: both ``prev_sample`` and ``generator`` are given, the last sigma is not 0, or
-            (on the CPU) a timestep is not in the schedule.
+        ValueError: both ``prev_sample`` and ``generator`` are given, or (where nothing is being
+            compiled) the last sigma is not 0, or (on the CPU) a timestep is not in the schedule.
     """
     if prev_sample is not None and generator is not None:
         raise ValueError("`generator` and `prev_sample` are given, but only one of them has effect")
@@ -60,9 +60,12 @@ def sde_step_with_logprob(
 def _coefficients(scheduler: Any, timestep: Tensor, like: Tensor) -> StepCoefficients:
     """[1, B] at ``timestep`` [B], on the device of ``like`` [B, *latent]."""
     sigmas = scheduler.sigmas
-    last = steps.schedule_of(sigmas, 1.0, "wan_sde", like.device).sigmas[-1]
-    if last != 0:
-        raise ValueError(f"`scheduler.sigmas` ends at {last}; wan_sde needs sigmas that end at 0")
+    if not torch.compiler.is_compiling():  # which knows no values
+        last = steps.schedule_of(sigmas, 1.0, "wan_sde", like.device).sigmas[-1]
+        if last != 0:
+            raise ValueError(
+                f"`scheduler.sigmas` ends at {last}; wan_sde needs sigmas that end at 0"
+            )
     index = steps.index_for_timestep(scheduler.timesteps, timestep)
     return steps.coefficients(sigmas, index, 1.0, "wan_sde", len(like), like.device)
 

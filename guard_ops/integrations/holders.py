@@ -18,14 +18,18 @@ class Place(NamedTuple):
     owner: Any  # a namespace (dict), or a class
     name: str
     label: str  # "package.module.name"
+    static: bool = False  # whether it is there as a staticmethod
 
     def get(self) -> Any:
         """What is there, as it was put there or in a base of the class; None if nothing is."""
         spaces = [self.owner] if isinstance(self.owner, dict) else map(vars, self.owner.__mro__)
-        return next((held[self.name] for held in spaces if self.name in held), None)
+        found = next((held[self.name] for held in spaces if self.name in held), None)
+        return _of_static(found) if self.static else found
 
     def put(self, value: Any) -> None:
         """Replace what is there; a class that would inherit ``value`` has none of its own then."""
+        if self.static:
+            value = staticmethod(value)
         if isinstance(self.owner, dict):
             self.owner[self.name] = value
             return
@@ -60,16 +64,20 @@ def places(function: Any, holders: Sequence[Any]) -> list[Place]:
         else:
             continue
         found += [
-            Place(holder, name, f"{label}.{name}")
+            Place(holder, name, f"{label}.{name}", value is not function)
             for name, value in names.items()
-            if value is function and isinstance(name, str)
+            if _of_static(value) is function and isinstance(name, str)
         ]
     return found
 
 
 def holders_of(functions: Sequence[Any]) -> list[Any]:
-    """What refers to any of ``functions``; a class instead of its dict."""
+    """What refers to any of ``functions``, or to a staticmethod of one; a class for its dict."""
     found = gc.get_referrers(*functions)
+    statics = [holder for holder in found if type(holder) is staticmethod]
+    if statics:
+        known = {id(each) for each in (*found, found, statics)}
+        found += [each for each in gc.get_referrers(*statics) if id(each) not in known]
     ours = {
         id(vars(module)) for module in list(sys.modules.values()) if hasattr(module, "__dict__")
     }
@@ -89,8 +97,15 @@ def unreachable(function: Any, holders: Sequence[Any], known: Sequence[Any]) -> 
     spaces = {
         id(vars(module)) for module in list(sys.modules.values()) if hasattr(module, "__dict__")
     }
+    replaced = {
+        id((p.owner if isinstance(p.owner, dict) else vars(p.owner))[p.name])
+        for p in places(function, holders)
+        if p.static
+    }
     words = []
     for holder in holders:
+        if id(holder) in replaced:
+            continue
         if id(holder) in ours or id(holder) in spaces or isinstance(holder, type) or _runs(holder):
             continue
         if any(each is function for each in gc.get_referents(holder)):
@@ -125,6 +140,11 @@ def _called(function: Any) -> Iterator[Any]:
             yield function.__globals__.get(name)
 
 
+def _of_static(value: Any) -> Any:
+    """The function of a staticmethod, by its type: a lazy stand-in is not asked for its class."""
+    return value.__func__ if type(value) is staticmethod else value
+
+
 def _runs(holder: Any) -> bool:
     """Whether it is the namespace of code that runs outside ``sys.modules``."""
     return isinstance(holder, dict) and "__builtins__" in holder
@@ -136,6 +156,8 @@ def _word(holder: Any) -> str | None:
         return "a bound method"
     if isinstance(holder, functools.partial):
         return "a functools.partial"
+    if isinstance(holder, staticmethod | classmethod | property):
+        return f"a {type(holder).__name__}"
     if isinstance(holder, FunctionType):
         return f"the function {holder.__qualname__}"
     if isinstance(holder, list | tuple | set | frozenset | dict):

@@ -226,11 +226,8 @@ def _stand_in(candidate: Candidate, target: Target) -> StandIn:
     if not isinstance(original, FunctionType):
         raise DisprovedError(f"it is a {type(original).__name__} and not a function")
     call = _adapted(original, target.replacement)
-    try:
-        cases = target.cases(candidate.owner)
-    except Exception as error:  # of the framework's classes, or of a missing diffusers
-        raise DisprovedError(f"it cannot be called to compare: {error!r}") from error
-    stand_in = StandIn(original, original, candidate.place.label, prove(original, call, cases))
+    proof = prove(original, call, functools.partial(target.cases, candidate.owner))
+    stand_in = StandIn(original, original, candidate.place.label, proof)
     proved: Any = None  # the class, where the method calls others that a subclass may override
     if candidate.inherited:
         stand_in.only, proved = candidate.place, candidate.owner
@@ -265,11 +262,11 @@ def _adapted(original: Callable[..., Any], replacement: Callable[..., Any]) -> C
     names = [n for n, p in theirs.items() if p.kind is not p.KEYWORD_ONLY]
     if not defaults and names == list(ours)[: len(names)]:
         return replacement
+    signature = inspect.signature(original)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if len(args) > len(names):
-            raise TypeError(f"{len(args)} positional arguments; at most {len(names)} are taken")
-        return replacement(**{**defaults, **dict(zip(names, args, strict=False)), **kwargs})
+        given = signature.bind(*args, **kwargs).arguments  # raises as the original does
+        return replacement(**{**defaults, **given})
 
     return call
 

@@ -61,22 +61,30 @@ class DisprovedError(Exception):
     """The functions differ, or cannot be compared; the message says where."""
 
 
-def prove(original: Callable[..., Any], replacement: Callable[..., Any], cases: Cases) -> Proof:
+def prove(
+    original: Callable[..., Any], replacement: Callable[..., Any], make_cases: Callable[[], Cases]
+) -> Proof:
     """Compare two functions of the same parameters on every pair of two options' values.
 
     The caller's modes (inference, no_grad, autocast, default device and dtype, backend) and random
-    generators neither matter nor change; everything runs on the CPU.
+    generators neither matter nor change; everything runs on the CPU, ``make_cases`` as well, whose
+    schedulers would else be of the caller's device and dtype.
 
     Raises:
         DisprovedError: a return value, a gradient or a generator's state differs, or one function
-            raises and the other does not, or the original raises in all cases.
+            raises and the other does not, or the original raises in all cases, or ``make_cases``
+            raises.
     """
     began, largest, answered = time.perf_counter(), 0.0, 0
     parameters = inspect.signature(original).parameters
-    known = {n: v for n, v in cases.options.items() if n.startswith("_") or n in parameters}
-    combinations = covering(known)
     error: Exception | None = None
     with _of_its_own():
+        try:
+            cases = make_cases()
+        except Exception as why:  # of the framework's classes, or of a missing diffusers
+            raise DisprovedError(f"it cannot be called to compare: {why!r}") from why
+        known = {n: v for n, v in cases.options.items() if n.startswith("_") or n in parameters}
+        combinations = covering(known)
         for chosen in combinations:
             where = ", ".join(f"{n.strip('_')}={_show(v)}" for n, v in chosen.items())
             theirs = _answer(original, chosen, cases, parameters)

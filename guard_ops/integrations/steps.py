@@ -156,6 +156,15 @@ def _rows(schedule: SdeSchedule, steps: tuple[int, ...], batch: int) -> StepCoef
     return StepCoefficients._of(table, gaussian, found.deterministic if gaussian else ())
 
 
+def top_where_one(sigma: Tensor, top: float | Tensor) -> Tensor:
+    """``top`` where ``sigma`` is 1 and 1 elsewhere: the ``sigma_max`` of :func:`coefficients_at`.
+
+    For originals that put it in the place of 1 only: from 0.999 they divide by ``1 - sigma``, where
+    :class:`guard_ops.SdeSchedule` takes a first step as one from pure noise.
+    """
+    return torch.where(sigma == 1, number(top, sigma.device).to(sigma.device), 1.0)
+
+
 def coefficients_at(
     sigma: Tensor,  # [B], [B, 1, ...] or []
     sigma_next: Tensor,

@@ -241,7 +241,7 @@ class _Surrogate(torch.autograd.Function):
         excess = torch.expm1(z)
         free = slope * excess
         bound = slope * excess.clamp(-bounds.low, bounds.high)
-        to_z = torch.where(free >= bound, slope + free, 0.0)
+        to_z = torch.where(free < bound, 0.0, slope + free)  # NaN stays one
         to_sums = rates * to_z
         if shared is not None:
             to_sums[1] += shared * to_z.mean()

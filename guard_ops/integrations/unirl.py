@@ -54,8 +54,10 @@ def denoise(
         sample = sample.float()
     if prev_sample is not None:
         prev_sample = prev_sample.to(sample.dtype).float()
+    sigma = sigma.float()
+    top = steps.top_where_one(sigma, float(sigma_max))
     coeffs = steps.coefficients_at(
-        sigma.float(), sigma_next.float(), float(eta), KINDS[name], float(sigma_max), len(sample)
+        sigma, sigma_next.float(), float(eta), KINDS[name], top, len(sample)
     )
     done = steps.sde_step(
         noise_pred,
@@ -83,16 +85,19 @@ def flowdppo_kl_adv_loss(
 
     Args:
         new_logp, old_logp, advantages: [B, S]. new_means, old_means: [B, S, *latent].
-        sigma_t: one number a step, to be broadcast over the means. kl_mask_threshold: a transition
-            with a larger KL has no gradient if it moves where its advantage pushes it.
+        sigma_t: one number a step or a transition, to be broadcast over the means: [S, 1, ...],
+            [1, S, 1, ...], [B, S, 1, ...] or []. kl_mask_threshold: a transition with a larger KL
+            has no gradient if it moves where its advantage pushes it.
 
     Returns:
         The loss of each transition, [B, S], and the original's metrics.
+
+    Raises:
+        ValueError: ``sigma_t`` cannot be broadcast so, or has several numbers for a transition.
     """
     with torch.no_grad():
         square = guard.mean_square(new_means.flatten(0, 1), old_means.flatten(0, 1))
-        sigma = sigma_t.double().expand(*sigma_t.shape[:2], *[1] * (new_means.ndim - 2))
-        kl = square.view_as(new_logp) / (2 * sigma.flatten(2)[..., 0] ** 2)
+        kl = square.view_as(new_logp) / (2 * _of_transitions(sigma_t, new_means).double() ** 2)
     log_diff = new_logp.double() - old_logp.double()
     excess = torch.expm1(log_diff)
     moved, adv = excess.detach(), advantages.detach().double()
@@ -117,3 +122,20 @@ def flowdppo_kl_adv_loss(
         "unmasked_fraction": (~removed).double().mean(),
     }
     return losses, {name: value.float() for name, value in metrics.items()}
+
+
+def _of_transitions(sigma_t: Tensor, means: Tensor) -> Tensor:
+    """``sigma_t`` as [B, S], for means [B, S, *latent] over which it is broadcast."""
+    latent = means.ndim - 2
+    try:
+        whole = torch.broadcast_to(sigma_t, means.shape)
+    except RuntimeError:
+        whole = None
+    if whole is None or any(size != 1 for size in sigma_t.shape[-latent:]):
+        raise ValueError(
+            f"`sigma_t` has shape {tuple(sigma_t.shape)}; for means {tuple(means.shape)} it needs "
+            f"[B, S{', 1' * latent}], of which B and S may be 1 or left out"
+        )
+    for _ in range(latent):
+        whole = whole[..., 0]
+    return whole

@@ -21,6 +21,13 @@ from . import guard, steps, tail
 from .flow_grpo import averaged, draw_noise, std_and_sqrt_dt
 
 KINDS: dict[str, SdeKind] = {"sde": "flow_sde", "cps": "cps", "dance_sde": "dance_sde"}
+GUARDED = {  # the loss modes of training_loss, and which of them are GRPO-Guard's
+    "flow_grpo": False,
+    "flow_grpo_fused": False,
+    "dance_grpo": False,
+    "grpo_guard": True,
+    "grpo_guard_fused": True,
+}
 
 
 def _kind(sde_type: str) -> SdeKind:
@@ -193,10 +200,10 @@ def training_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """All of ``forward_step`` between the velocity and the loss, as one call.
 
-    ``config.diffusion_loss.loss_mode`` tells which objective: a name with "guard" is GRPO-Guard,
-    whose ratio comes from the stored mean in the mean form (exactly 1 on policy), in one pass where
-    the samples are known to be at one timestep of "sde"; any other is Flow-GRPO's and DanceGRPO's,
-    over the stored log-prob, in one pass.
+    ``config.diffusion_loss.loss_mode`` tells which objective. "grpo_guard" and "grpo_guard_fused"
+    are GRPO-Guard, whose ratio comes from the stored mean in the mean form (exactly 1 on policy),
+    in one pass where the samples are known to be at one timestep of "sde". "flow_grpo",
+    "flow_grpo_fused" and "dance_grpo" are one objective, over the stored log-prob, in one pass.
 
     Args:
         scheduler: the engine's. noise_pred: velocity after guidance, [B, *latent], any floating
@@ -209,8 +216,17 @@ def training_loss(
 
     Returns:
         The loss [] and verl-omni's metrics, numbers; reading them waits for the device, once.
+
+    Raises:
+        ValueError: ``loss_mode`` or ``sde_type`` is none of these, or (on the CPU) a timestep is
+            not in the schedule.
     """
     settings, algo = config.diffusion_loss, model_config.algo
+    if settings.loss_mode not in GUARDED:
+        raise ValueError(
+            f"`config.diffusion_loss.loss_mode` is {settings.loss_mode!r}; training_loss has "
+            f"{', '.join(GUARDED)}"
+        )
     kind = _kind(algo.sde_type)
     latents = micro_batch["all_latents"]
     x, y = latents[:, step], latents[:, step + 1]
@@ -222,7 +238,7 @@ def training_loss(
     weights, clip = micro_batch.get("rollout_is_weights", None), settings.clip_ratio
     t = tail.Transition(noise_pred, x, y, coeffs)
     bounds = tail.Bounds(clip, clip, settings.adv_clip_max)
-    if "guard" in settings.loss_mode:
+    if GUARDED[settings.loss_mode]:
         t = t._replace(old_mean=micro_batch["old_prev_sample_mean"][:, step])
         one_step = steps.is_one_step(index, len(x))
         found = averaged(t, advantages, bounds, kind, "sample", weights, one_step=one_step)

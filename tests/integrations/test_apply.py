@@ -198,6 +198,39 @@ def test_holders_that_cannot_be_replaced_are_named(flow_grpo_package):
     assert not fused(part.func)
 
 
+def test_a_class_that_holds_the_original_is_reached_or_named(flow_grpo_package, monkeypatch):
+    defining, _, held = flow_grpo_package
+
+    class Trainer:
+        step = staticmethod(held[0])
+        of_class = classmethod(held[0])
+        of_itself = property(held[0])
+
+    class Inherits(Trainer):
+        pass
+
+    with integrations.apply("flow_grpo") as patch:
+        assert Trainer.step is Inherits.step is Trainer().step is defining.sde_step_with_logprob
+        assert fused(Trainer.step)
+        assert any(label.endswith("Trainer.step") for label in patch.replaced)
+        assert not fused(Trainer.of_class.__func__)
+        words = "\n".join(patch.left_alone)
+        assert "held by a classmethod: it cannot be replaced there" in words
+        assert "held by a property: it cannot be replaced there" in words
+        assert "held by a staticmethod" not in words
+        assert patch.rescan().active
+        kept = [Trainer.__dict__["step"]]
+    assert not patch.left_alone
+    assert type(Trainer.__dict__["step"]) is staticmethod
+    assert Trainer.step is held[0]
+    assert "step" not in vars(Inherits)
+    del kept
+    loose = [staticmethod(held[0])]
+    with integrations.apply("flow_grpo") as patch:
+        assert "held by a staticmethod" in "\n".join(patch.left_alone)
+        assert loose[0].__func__ is held[0]
+
+
 def test_a_script_that_exec_runs_is_reached(flow_grpo_package):
     defining, _, _ = flow_grpo_package
     script = {"__name__": "a script", "defining": defining}
@@ -258,8 +291,12 @@ def test_other_defaults_and_another_order_are_honoured(flow_grpo_package, schedu
         args = (scheduler, scheduler.timesteps[:2], x, v, x + 0.1)
         for got, wanted in zip(ours(*args), kept[0](*args), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-        with pytest.raises(TypeError, match="9 positional arguments; at most 8 are taken"):
-            ours(*range(9))
+        wrong = [(range(9), {}), (args, {"sample": x}), (args[:3], {}), (args, {"sigma_max": 1})]
+        for given, named in wrong:  # too many, one twice, one missing, an unknown one
+            with pytest.raises(TypeError):
+                kept[0](*given, **named)
+            with pytest.raises(TypeError, match="argument"):
+                ours(*given, **named)
 
 
 def test_an_unknown_parameter_is_refused(flow_grpo_package):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import numpy as np
@@ -10,15 +11,28 @@ import restated
 import torch
 
 import guard_ops as go
-from guard_ops.integrations import flow_grpo, flow_grpo_bagel, flow_grpo_wan
+from guard_ops.integrations import (
+    dance_grpo,
+    flow_factory,
+    flow_factory_unipc,
+    flow_grpo,
+    flow_grpo_bagel,
+    flow_grpo_wan,
+    unirl,
+    verl_omni,
+)
+from guard_ops.integrations.cases import dance_grpo as dance_cases
+from guard_ops.integrations.cases import flow_factory as factory_cases
 from guard_ops.integrations.cases import flow_grpo as cases
+from guard_ops.integrations.cases import unirl as unirl_cases
+from guard_ops.integrations.cases import verl_omni as verl_cases
 from guard_ops.integrations.proof import Cases, DisprovedError, covering, prove
 
 pytest.importorskip("diffusers", reason="needs diffusers' schedulers")
 
 
 def proved(original, replacement=flow_grpo.sde_step_with_logprob):
-    return prove(original, replacement, cases.step(None))
+    return prove(original, replacement, lambda: cases.step(None))
 
 
 def test_numbers_of_a_proof():
@@ -41,7 +55,7 @@ def test_numbers_of_a_proof():
     ids=["wan", "bagel"],
 )
 def test_flow_grpos_other_models(original, replacement, of):
-    assert prove(original(), replacement, of(None)).largest < 1e-5
+    assert prove(original(), replacement, lambda: of(None)).largest < 1e-5
 
 
 def test_every_two_values_of_two_options_meet():
@@ -140,6 +154,50 @@ class DefaultDtype:
         torch.set_default_dtype(torch.float32)
 
 
+TARGETS = {
+    "flow_grpo": (restated.flow_grpo_step, flow_grpo.sde_step_with_logprob, cases.step),
+    "wan": (restated.wan_step, flow_grpo_wan.sde_step_with_logprob, cases.wan_step),
+    "bagel": (restated.bagel, flow_grpo_bagel.sde_step_with_logprob, cases.bagel_step),
+    "dance_grpo": (restated.flux_step, dance_grpo.flux_step, dance_cases.step),
+    "verl_omni": (restated.verl_scheduler, verl_omni.sample_previous_step, verl_cases.step),
+    "Euler": (
+        lambda: restated.flow_factory_schedulers()[0],
+        flow_factory.step,
+        factory_cases.euler_step,
+    ),
+    "UniPC": (
+        lambda: restated.flow_factory_schedulers()[1],
+        flow_factory_unipc.step,
+        factory_cases.unipc_step,
+    ),
+    "unirl": (
+        lambda: restated.unirl_strategies()["FlowSDEStrategy"],
+        unirl.denoise,
+        unirl_cases.denoise,
+    ),
+    "flowdppo": (restated.flowdppo_loss, unirl.flowdppo_kl_adv_loss, unirl_cases.flowdppo),
+}
+
+
+def proof_of(target, monkeypatch):
+    """The proof of a target's restated original."""
+    make, replacement, of = TARGETS[target]
+    _, _, output = restated.flow_factory_schedulers()
+    monkeypatch.setattr(restated, output.__name__, output, raising=False)
+    owner = original = make()
+    if isinstance(owner, type):
+        names = ("denoise", "sample_previous_step", "_sde_step_with_logprob", "step")
+        original = next(getattr(owner, name) for name in names if name in dir(owner))
+    return prove(original, replacement, lambda: of(owner))
+
+
+@functools.cache
+def in_no_mode(target):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return proof_of(target, monkeypatch)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "mode",
     [
@@ -152,21 +210,30 @@ class DefaultDtype:
     ],
     ids=["inference", "no_grad", "autocast", "device", "dtype", "backend"],
 )
-def test_the_callers_mode_neither_matters_nor_changes(mode):
-    expected = proved(restated.flow_grpo_step())
+def test_the_callers_mode_neither_matters_nor_changes(mode, target, monkeypatch):
+    expected = in_no_mode(target)
+    kept = (cases._euler, cases._unipc)
+    for each in kept:
+        each.cache_clear()
     with mode():
         before = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         where = torch.empty(0)
-        found = proved(restated.flow_grpo_step())
+        found = proof_of(target, monkeypatch)
         assert (torch.is_inference_mode_enabled(), torch.is_grad_enabled()) == before
         after = torch.empty(0)
         assert (after.dtype, after.device) == (where.dtype, where.device)
     assert (found.cases, found.largest) == (expected.cases, expected.largest)
+    if any(each.cache_info().currsize for each in kept):  # schedulers that were made in the mode
+        again = proof_of(target, monkeypatch)
+        assert (again.cases, again.largest) == (expected.cases, expected.largest)
 
 
 def test_nested_results_are_compared():
     result = {"a": [torch.zeros(2), 1.0]}
-    some = Cases({"_one": (1,)}, lambda chosen: {"x": 1})
+
+    def some():
+        return Cases({"_one": (1,)}, lambda chosen: {"x": 1})
+
     assert prove(lambda x: result, lambda x: result, some).cases == 1
     other = {"a": [torch.zeros(2), 2.0]}
     with pytest.raises(DisprovedError, match=r"\['a'\]\[1\] is 1.0 but ours 2.0"):
@@ -175,7 +242,11 @@ def test_nested_results_are_compared():
 
 def test_a_rounding_of_16_bits_is_no_difference():
     """Of a value between two neighbours either may be right; two apart, neither is."""
-    build = Cases({"_": (0,)}, lambda chosen: {"x": torch.full((3,), 1.5, dtype=torch.bfloat16)})
+
+    def build():
+        one = torch.full((3,), 1.5, dtype=torch.bfloat16)
+        return Cases({"_": (0,)}, lambda chosen: {"x": one})
+
     up = torch.finfo(torch.bfloat16).eps
 
     def moved(by):

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from guard_ops.integrations import dance_grpo, flow_factory, flow_grpo, steps, verl_omni
+from guard_ops.integrations import (
+    dance_grpo,
+    flow_factory,
+    flow_grpo,
+    flow_grpo_wan,
+    steps,
+    verl_omni,
+)
 
 BATCH, LATENT = 4, (4, 8, 8)
 ROUNDING = 1e-6  # a few float32 roundings of numbers of order 1
@@ -317,7 +324,9 @@ def test_schedule_is_made_once_and_again_when_the_sigmas_change(scheduler):
     assert steps.schedule_of(scheduler.sigmas, 0.7, "flow_sde", "cpu") is not first
 
 
-@pytest.mark.parametrize("framework, kind", [*CASES, ("dance_grpo", "dance_sde")])
+@pytest.mark.parametrize(
+    "framework, kind", [*CASES, ("dance_grpo", "dance_sde"), ("wan", "wan_sde")]
+)
 def test_a_step_is_one_graph(scheduler, framework, kind):
     v, x, y = latents("v", "x", "y")
     at = timesteps(scheduler, mixed=True)
@@ -326,6 +335,8 @@ def test_a_step_is_one_graph(scheduler, framework, kind):
     def step(v, x, y):
         if framework == "dance_grpo":
             return dance_grpo.flux_step(v, x, 0.3, sigmas, 3, y, True, True)
+        if framework == "wan":
+            return flow_grpo_wan.sde_step_with_logprob(scheduler, v, at, x, y)
         return call(framework, scheduler, kind, v, at, x, y)
 
     torch._dynamo.reset()

@@ -436,31 +436,44 @@ def test_guard_loss_of_a_dance_rollout_that_kept_its_velocity(scheduler, network
     assert torch.equal(found.loss, expected.loss)
 
 
-def test_all_steps_at_once_in_micro_batches(scheduler, network):
+@pytest.mark.parametrize("steps", [range(TRAINED), [1, 3, 4]], ids=["all", "some"])
+def test_all_steps_at_once_in_micro_batches(scheduler, network, steps):
     """docs/swap-in.md: velocities without a graph, one objective, backward by micro-batch."""
     rollout, policy = Rollout(scheduler, network, "flow_sde", 0.7), moved(network)
     schedule = go.SdeSchedule.from_scheduler(scheduler, 0.7)
     config = go.GuardConfig.article()
     given = {
-        "advantages": rollout.advantages, "coeffs": schedule[:TRAINED], "config": config,
-        "sample": torch.stack(rollout.latents[:-1]),
-        "prev_sample": torch.stack(rollout.latents[1:]), "old_mean": torch.stack(rollout.means),
+        "advantages": rollout.advantages, "coeffs": schedule[list(steps)], "config": config,
+        "sample": torch.stack([rollout.latents[k] for k in steps]),
+        "prev_sample": torch.stack([rollout.latents[k + 1] for k in steps]),
+        "old_mean": torch.stack([rollout.means[k] for k in steps]),
     }  # fmt: skip
 
-    def velocity(k, rows=slice(None)):
+    def velocity(k, rows):
         timestep, x, *_ = rollout.step(k)
         return policy(x[rows], timestep[rows])
 
-    whole = go.guard_loss(torch.stack([velocity(k) for k in range(TRAINED)]), **given)
+    whole = go.guard_loss(torch.stack([velocity(k, slice(None)) for k in steps]), **given)
     whole.loss.backward()
     expected = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
     with torch.no_grad():
-        velocities = torch.stack([velocity(k) for k in range(TRAINED)])
+        velocities = torch.stack([velocity(k, slice(None)) for k in steps])
     out = go.guard_loss_and_grad(velocities, **given)
-    for k in range(TRAINED):
+    for n, k in enumerate(steps):
         for rows in (slice(0, 2), slice(2, BATCH)):
-            velocity(k, rows).backward(out.grad[k, rows])
+            velocity(k, rows).backward(out.grad[n, rows])
     for parameter, grad in zip(policy.parameters(), expected, strict=True):
         assert (parameter.grad - grad).norm() <= 1e-5 * grad.norm()
-    assert (whole.weights - 1 / TRAINED).abs().max() > 1e-3  # which one step a call does not have
+    assert (
+        whole.weights - 1 / len(steps)
+    ).abs().max() > 1e-3  # which one step a call does not have
+
+
+def test_dance_grpos_shuffled_steps_are_put_back():
+    """docs/swap-in.md: the script permutes each sample's steps, [B, T]."""
+    stored = torch.randn(4, 6, 2)
+    perms = torch.stack([torch.randperm(6) for _ in range(4)])
+    each = torch.arange(4)[:, None]
+    shuffled = stored[each, perms]
+    assert torch.equal(shuffled[each, perms.argsort(1)], stored)

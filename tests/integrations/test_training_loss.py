@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import restated
 import torch
 
 import guard_ops as go
@@ -112,6 +113,49 @@ def test_guard_ratio_is_exactly_one_on_policy(name):
         assert info["clipfrac"] == 0
 
 
+@pytest.mark.parametrize("dynamics", flow_factory.KINDS)
+@pytest.mark.parametrize("which", [0, 1], ids=["Euler", "UniPC"])
+def test_flow_factorys_ratio_is_one_on_policy_at_every_step(which, dynamics):
+    """UniPC begins at 0.9999, or 0.999 as a timestep, where the step divides by ``1 - sigma``."""
+    pytest.importorskip("diffusers", reason="needs diffusers' schedulers")
+    unipc = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    make = restated.flow_factory_schedulers()[which]
+    scheduler = make(dynamics_type=dynamics, **(unipc if which else {"shift": 3.0}))
+    scheduler.set_timesteps(8)
+    ends = torch.cat([scheduler.timesteps, scheduler.timesteps.new_zeros(1)]).float()
+    generator = torch.Generator().manual_seed(4)
+    for k in range(7 if dynamics == "CPS" else 8):  # its last step, without noise, has no scale
+        x, v = torch.randn((2, *SHAPE), generator=generator)
+        given = {"timestep_next": ends[k + 1], "noise_level": scripts.LEVEL, "return_dict": False}
+        y, mean, _, log_prob, *_ = flow_factory.step(
+            scheduler, v, ends[k], x, generator=generator, **given
+        )
+        tail = (scheduler, v, ends[k], ends[k + 1], x, y, torch.ones(len(x)))
+        args = scripts.flow_factory_args()
+        guarded = flow_factory.training_loss(*tail, args, old_next_latents_mean=mean)
+        assert (guarded.loss_info["ratio"] == 1).all(), k
+        plain = flow_factory.training_loss(*tail, args, old_log_prob=log_prob)
+        # from a log-prob that was rounded to float32, the last step's of up to 8
+        torch.testing.assert_close(
+            plain.loss_info["ratio"], torch.ones(len(x)), rtol=0, atol=1e-6, msg=str(k)
+        )
+
+
+@pytest.mark.parametrize("name, contender", (scripts.CONTENDERS | VARIANTS).items())
+def test_a_velocity_that_is_no_number_is_seen(name, contender):
+    """An optimizer's step with zeros for what could not be computed would go unnoticed."""
+    batch, velocity = scripts.make_batch(SHAPE, contender.kind)
+    velocity[1, 0, 0, 0] = torch.nan
+    v = velocity.requires_grad_()
+    loss, _ = contender.tail(batch, v)
+    loss.backward()
+    assert loss.isnan()
+    assert v.grad[1].isnan().any()
+    seen = v.grad.flatten(1).isnan().any(1)
+    one_bias = name.startswith("flow_grpo, GRPO-Guard")  # which is in every ratio
+    assert seen.all() if one_bias else seen.tolist() == [False, True] + [False] * 4
+
+
 @pytest.mark.parametrize("batch_size, bias", [(6, "sample"), (1, "batch"), (1, "sample")])
 def test_flow_grpos_guard_is_one_pass_where_samples_do_not_meet(batch_size, bias, monkeypatch):
     """Of samples at one timestep the scale is the density's s: exact on policy, as the others."""
@@ -153,6 +197,30 @@ def test_which_steps_are_one_is_known_without_a_device():
     assert not steps.is_one_step((3, 2, 3), 3)
     assert not steps.is_one_step(torch.tensor([3, 3]), 2)  # the host would have to wait
     assert steps.is_one_step(torch.tensor([3]), 1)
+
+
+def test_verl_omnis_loss_mode_is_one_that_is_known():
+    batch, v = scripts.make_batch(SHAPE)
+    sample = batch.sample
+    micro_batch = {
+        "all_latents": sample["all_latents"], "all_timesteps": sample["timesteps"],
+        "advantages": sample["advantages"], "old_log_probs": sample["log_probs"],
+        "old_prev_sample_mean": sample["prev_sample_mean"],
+    }  # fmt: skip
+    algo = scripts.SimpleNamespace(noise_level=scripts.LEVEL, sde_type="sde")
+    model = scripts.SimpleNamespace(algo=algo)
+
+    def loss(mode):
+        config = scripts.verl_config(mode)
+        return verl_omni.training_loss(batch.scheduler, v, micro_batch, 0, config, model)[0].item()
+
+    plain, guarded = loss("flow_grpo"), loss("grpo_guard")
+    assert plain != guarded
+    assert loss("flow_grpo_fused") == loss("dance_grpo") == plain
+    assert loss("grpo_guard_fused") == guarded
+    for mode in ("flow_dppo", "my_guard", "safeguarded"):
+        with pytest.raises(ValueError, match=rf"`config.diffusion_loss.loss_mode` is '{mode}'"):
+            loss(mode)
 
 
 @pytest.mark.parametrize("guarded", [False, True])
@@ -265,6 +333,23 @@ def test_qwen_image_scripts_divide_both_losses():
     )  # fmt: skip
     for key in ("policy_loss", "kl_loss", "loss"):
         torch.testing.assert_close(part.info[key] * 4, whole.info[key])
+
+
+def test_the_guard_scripts_kl_of_a_step_with_hardly_any_noise():
+    """It adds 1e-7 to ``2 std^2``, which is 1.4e-6 at this noise level."""
+    batch, velocity = scripts.make_batch(SHAPE)
+    std = go.SdeSchedule(batch.sigmas, 1e-3)[scripts.J]
+    variance = float(std.s**2 / -std.dt)
+    kl = []
+    for rationorm in (False, True):
+        config = scripts.flow_grpo_config(rationorm, beta=0.04)
+        config.sample.noise_level = 1e-3
+        out = flow_grpo.training_loss(
+            batch.scheduler, velocity, batch.sample, 0, config, batch.reference
+        )
+        kl.append(float(out.info["kl_loss"]))
+    assert kl[0] / kl[1] == pytest.approx(1 + 1e-7 / (2 * variance), rel=1e-6)
+    assert kl[0] / kl[1] > 1.01
 
 
 def test_the_papers_bias_is_per_sample():

@@ -27,7 +27,9 @@ def original(kind, v, x, sigma, following, eta, y):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sigmas", [(0.8, 0.7), (1.0, 0.9), ([0.9, 0.5, 1.0, 0.3], None)])
+@pytest.mark.parametrize(
+    "sigmas", [(0.8, 0.7), (1.0, 0.9), (0.999, 0.9), ([0.9, 0.5, 1.0, 0.3], None)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_replay_is_the_strategys(kind, sigmas, dtype):
     sigma = torch.tensor(sigmas[0], dtype=torch.float64)
@@ -67,6 +69,32 @@ def test_without_eta_there_is_no_log_prob_and_no_rounding():
     assert torch.equal(y, mean)
     with pytest.raises(ValueError, match="the strategy is 'dpm2'; it needs one of flow, cps"):
         unirl.denoise(SimpleNamespace(canonical_name="dpm2"), v, x, sigma, sigma - 0.1)
+
+
+SIGMA_SHAPES = {"a step": (1, 3), "a step, no batch": (3,), "a transition": (BATCH, 3), "all": ()}
+
+
+@pytest.mark.parametrize("shape", SIGMA_SHAPES.values(), ids=SIGMA_SHAPES)
+def test_flow_dppos_sigma_is_broadcast(shape):
+    generator = torch.Generator().manual_seed(2)
+    old = torch.randn(BATCH, 3, *LATENT, generator=generator)
+    new = old + 0.01 * torch.randn(old.shape, generator=generator)
+    log_prob, advantages = torch.randn(2, BATCH, 3, generator=generator)
+    spread = 0.3 + torch.rand(shape, generator=generator)
+    given = {
+        "new_logp": log_prob + 0.01, "old_logp": log_prob, "new_means": new, "old_means": old,
+        "advantages": advantages, "kl_mask_threshold": 2.4e-4,
+    }  # fmt: skip
+    sigma_t = spread.reshape(*shape, 1, 1, 1) if shape else spread
+    theirs, ours = (
+        loss(**given, sigma_t=sigma_t)
+        for loss in (restated.flowdppo_loss(), unirl.flowdppo_kl_adv_loss)
+    )
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours[1]["kl_new_old_mean"], theirs[1]["kl_new_old_mean"])
+    for wrong in ((3,), (1, 3), (8, 8), (2, 1, 1, 1), (1, 1, 3, 1, 1, 1)):
+        with pytest.raises(ValueError, match=r"`sigma_t` has shape \("):
+            unirl.flowdppo_kl_adv_loss(**given, sigma_t=torch.ones(wrong))
 
 
 @pytest.mark.parametrize("steps", [3, 1])
