@@ -68,6 +68,7 @@ class Loop:
         self.chunk = batches.chunk_size(self.shares, config)
         self.most = max(len(share) for share in self.shares)
         self.report: Callable[[str, int, int], object] = lambda phase, done, total: None
+        self.norms = torch.zeros(0)  # of the gradients of an iteration's updates
 
     def iterate(self) -> dict[str, Tensor]:
         """One iteration: its numbers over all ranks."""
@@ -79,12 +80,14 @@ class Loop:
         advantages = go.group_advantages(
             rewards, draw.groups, scale=c.advantage_scale, process_group=self.engine.group
         )
-        sums = Sums(rewards)
+        sums, norms = Sums(rewards), []
         for number, minibatch in enumerate(updates):
             self.report("update", number, len(updates))
             result = self.update(rollout, advantages, minibatch, on_policy=number == 0)
+            norms.append(result[2])
             if number >= len(updates) - c.minibatches:  # of the last epoch
                 sums.add(*result)
+        self.norms = torch.stack(norms)
         return sums.over(self.engine)
 
     def draw(self, iteration: int) -> Draw:
