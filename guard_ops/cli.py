@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -159,7 +160,8 @@ def _train(options: argparse.Namespace) -> None:
             print(as_yaml(settings), end="")
             return
         train_recipe(settings)
-        print(f"metrics, TensorBoard files and checkpoints: {options.out}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"metrics, TensorBoard files and checkpoints: {options.out}")
         return
     if options.dry_run:
         from .recipes.dry_run import describe

@@ -7,8 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from ..policies import POLICIES, PipelinePolicy, look
 from ..policies.loading import empty_transformer
 from ..policies.published import PUBLISHED
@@ -27,6 +25,7 @@ _SAID = {
     "optimizer": "AdamW's two moments, float32",
     "average": "average of the weights, float32",
     "unsharded_blocks": "two blocks unsharded",
+    "cast_weights": "weights cast to dtype",
     "activations": "activations of a micro-batch",
     "rollout": "latents, velocities, their gradients",
     "conditions": "encoded prompts",
@@ -112,7 +111,7 @@ def _empty(recipe: Recipe) -> PipelinePolicy:
     transformer = empty_transformer(config)
     transformer.to("meta")
     for parameter in transformer.parameters():
-        parameter.data = parameter.data.to(torch.float32 if full else settings.dtype)
+        parameter.data = parameter.data.to(settings.dtype)  # what they are computed in
     policy = POLICIES[pipeline](transformer, SimpleNamespace(config=scheduler), settings)
     if full:
         transformer.requires_grad_(True)

@@ -97,6 +97,20 @@ def test_full_fine_tuning_with_a_frozen_reference(tiny_words, tmp_path):
     assert all(p.isfinite().all() for p in loaded.parameters())
 
 
+def test_full_fine_tuning_of_float32_weights_computes_in_bfloat16(tiny_words, tmp_path):
+    words = tiny_words("sd3_5_medium", train="full", iterations=1, evaluation_prompts=0)
+    run("sd3_5_medium", tmp_path / "run", words)
+    (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert line["grad_norm"] > 0
+    file = tmp_path / "run" / "weights" / "transformer" / "diffusion_pytorch_model.safetensors"
+    trained = load_file(file)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    policy = policy_of("sd3_5_medium", words)
+    assert velocity(policy).dtype == torch.bfloat16
+    before = dict(policy.transformer.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in trained.items() if name in before)
+
+
 def test_a_run_is_continued_with_its_own_recipe(tiny_words, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("flux1_dev", whole, tiny_words("flux1_dev", dtype="float32"))

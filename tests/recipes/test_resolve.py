@@ -69,6 +69,7 @@ def test_settings_written_and_read_again_are_the_same(tmp_path):
         (["steps=2.5"], r"`steps` is 2.5; it needs an int"),
         (["learning_rate=fast"], r"`learning_rate` is 'fast'; it needs a number"),
         (["micro_batch=x"], r"`micro_batch` is 'x'; it needs an int or null"),
+        (["dtype=float16"], r"`dtype` is 'float16'; it needs one of bfloat16, float32"),
         (["resume=maybe"], r"`resume` is 'maybe'; it needs true or false"),
         (["objective=artcle"], r"`objective` is 'artcle'; it needs one of article, paper, flow"),
         ([], r"`prompts` is not given; it needs a .txt file with a prompt a line"),
