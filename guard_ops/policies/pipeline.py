@@ -63,6 +63,8 @@ class PolicySettings:
                 raise ValueError(f"`{name}` is {value}; it needs a multiple of 16")
         if self.frames < 1 or (self.frames - 1) % 4:
             raise ValueError(f"`frames` is {self.frames}; it needs 1, 5, 9 ... (4 n + 1)")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` is {self.guidance_scale}; it needs >= 0 and finite")
         for name in ("text_length", "decode_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it needs >= 1")
@@ -80,6 +82,7 @@ class PipelinePolicy(nn.Module):
     backbone: ClassVar[str]  # of lora.TARGETS
     vae: Any
     transformer: Any
+    video: ClassVar[bool] = False  # whether there may be more than one frame
     guided: ClassVar[bool] = True  # by two velocities; else the scale is an input of the network
 
     def __init__(

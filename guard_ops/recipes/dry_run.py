@@ -38,6 +38,7 @@ def describe(recipe: Recipe, gpus: int) -> str:
     Raises:
         ValueError: what :func:`job.check` raises; prompts are only looked at if they are given.
     """
+    job.check_numbers(recipe)
     config, _ = job.train_config(recipe), job.guard_config(recipe)
     draws.shares(config.samples, config.minibatches, gpus)
     load_reward(recipe.reward)
@@ -104,6 +105,7 @@ def _empty(recipe: Recipe) -> PipelinePolicy:
     """The policy on the meta device."""
     pipeline, config, scheduler = _configuration(recipe.model)
     settings = job.policy_settings(recipe)
+    job.check_frames(POLICIES[pipeline], recipe)
     if "pos_embed_max_size" in config:  # a table of positions takes long to make; a part is enough
         needed = max(settings.height, settings.width) // 16
         config = {**config, "pos_embed_max_size": min(needed, config["pos_embed_max_size"])}
