@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -113,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", metavar="RECIPE", help="a name, or a .yaml file")
     train.add_argument("settings", metavar="key=value", nargs="*", help="instead of the recipe's")
     train.add_argument("--dry-run", action="store_true", help="say what it comes to, and end")
-    train.add_argument("--gpus", type=int, default=1, help="of the dry run; default: 1")
+    train.add_argument("--gpus", type=int, help="of the dry run; default: 1")
     train.set_defaults(run=_train)
 
     bench = commands.add_parser("bench", help="time the kernels against plain PyTorch")
@@ -150,6 +151,11 @@ def _train(options: argparse.Namespace) -> None:
     from .recipes.config import DigitsRecipe
     from .recipes.resolve import as_yaml, resolve
 
+    if options.gpus is not None and not options.dry_run:
+        raise ValueError(
+            "`--gpus` is what `--dry-run` plans for; to train on several, start the command with "
+            "torchrun --nproc-per-node"
+        )
     settings = resolve(options.recipe, options.settings, needed=not options.dry_run)
     options.out = Path(settings.out)
     if isinstance(settings, DigitsRecipe):
@@ -159,14 +165,16 @@ def _train(options: argparse.Namespace) -> None:
             print(as_yaml(settings), end="")
             return
         train_recipe(settings)
-        print(f"metrics, TensorBoard files and checkpoints: {options.out}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"metrics, TensorBoard files and checkpoints: {options.out}")
         return
     if options.dry_run:
         from .recipes.dry_run import describe
 
-        if options.gpus < 1:
-            raise ValueError(f"`--gpus` is {options.gpus}; it needs >= 1")
-        print(describe(settings, options.gpus))
+        gpus = 1 if options.gpus is None else options.gpus
+        if gpus < 1:
+            raise ValueError(f"`--gpus` is {gpus}; it needs >= 1")
+        print(describe(settings, gpus))
         return
     from .recipes.job import train
 

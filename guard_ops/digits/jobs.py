@@ -12,6 +12,7 @@ import guard_ops as go
 
 from ..recipes.config import DigitsRecipe
 from ..trainer.config import TrainConfig
+from ..trainer.engine import Engine
 from ..trainer.progress import progress_bar
 from ..trainer.trainer import Trainer
 from .judges import Gold, ProxyReward
@@ -57,6 +58,7 @@ def digits_trainer(
     out: Path,
     judges: tuple[ProxyReward, Gold],
     *,
+    engine: Engine | None = None,
     resume: bool = False,
     initialize: Callable[[], object] | None = None,
 ) -> Trainer:
@@ -69,6 +71,7 @@ def digits_trainer(
         OBJECTIVES[objective],
         config,
         out,
+        engine=engine,
         resume=resume,
         optimizer=lambda parameters: torch.optim.AdamW(
             parameters,
@@ -88,24 +91,42 @@ def _asked(pixels: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def train_digits(
-    objective: str, config: TrainConfig, pretrain_steps: int, out: Path, *, resume: bool
+    objective: str,
+    config: TrainConfig,
+    pretrain_steps: int,
+    out: Path,
+    engine: Engine,
+    *,
+    resume: bool,
 ) -> None:
     """Pretrain, and fine-tune with one objective."""
     digits, policy = load_digits(), DigitPolicy()
 
     def initialize() -> None:
-        policy.load_state_dict(pretrained(out, config.seed, pretrain_steps).state_dict())
+        # the others read the file that the first rank has made
+        engine.first(lambda: pretrained(out, config.seed, pretrain_steps) and None)
+        file = out / "pretrained.safetensors"
+        policy.load_state_dict(load_or_pretrain(file, config.seed, pretrain_steps).state_dict())
 
     judges = ProxyReward(digits), Gold(digits)
     trainer = digits_trainer(
-        policy, objective, config, pretrain_steps, out, judges, resume=resume, initialize=initialize
+        policy,
+        objective,
+        config,
+        pretrain_steps,
+        out,
+        judges,
+        engine=engine,
+        resume=resume,
+        initialize=initialize,
     )
-    if trainer.iteration >= config.iterations:
+    said = engine.rank == 0
+    if said and trainer.iteration >= config.iterations:
         print(
             f"the run in {out} is at iteration {trainer.iteration} already; it goes on with "
             f"`iterations` above that, not {config.iterations}"
         )
-    elif trainer.iteration:
+    elif said and trainer.iteration:
         print(f"resuming after iteration {trainer.iteration}", flush=True)
     trainer.fit(title=objective)
     trainer.close()
@@ -121,4 +142,10 @@ def train_recipe(recipe: DigitsRecipe) -> None:
         evaluate_every=recipe.evaluate_every,
     )
     out = Path(recipe.out)
-    train_digits(recipe.objective, config, recipe.pretrain_steps, out, resume=recipe.resume)
+    engine = Engine(device="cpu")
+    try:
+        train_digits(
+            recipe.objective, config, recipe.pretrain_steps, out, engine, resume=recipe.resume
+        )
+    finally:
+        engine.close()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..trainer.extras import require
 from ..trainer.policy import Condition, Schedule
@@ -62,6 +63,8 @@ class PolicySettings:
                 raise ValueError(f"`{name}` is {value}; it needs a multiple of 16")
         if self.frames < 1 or (self.frames - 1) % 4:
             raise ValueError(f"`frames` is {self.frames}; it needs 1, 5, 9 ... (4 n + 1)")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"`guidance_scale` is {self.guidance_scale}; it needs >= 0 and finite")
         for name in ("text_length", "decode_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it needs >= 1")
@@ -79,6 +82,7 @@ class PipelinePolicy(nn.Module):
     backbone: ClassVar[str]  # of lora.TARGETS
     vae: Any
     transformer: Any
+    video: ClassVar[bool] = False  # whether there may be more than one frame
     guided: ClassVar[bool] = True  # by two velocities; else the scale is an input of the network
 
     def __init__(
@@ -98,6 +102,7 @@ class PipelinePolicy(nn.Module):
         self.encodings = encodings
         self._negative: dict[str, Tensor] | None = None
         self._source: tuple[ModelFolder, torch.device] | None = None
+        self._float32_weights = False  # whatever `settings.dtype` is
         self._check_size()
         if settings.checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -159,7 +164,19 @@ class PipelinePolicy(nn.Module):
         condition: Condition,  # of encode
     ) -> Tensor:
         """What the pipeline hands its scheduler; guidance is two rows of one call."""
-        x = latents.to(self.settings.dtype)
+        with self._computing_in_dtype(latents.device.type):
+            return self._guided_velocity(latents.to(self.settings.dtype), timestep, condition)
+
+    def _computing_in_dtype(self, device: str) -> AbstractContextManager[Any]:
+        """Autocast for float32 weights in full fine-tuning, which FSDP2 casts by itself.
+
+        Casts are not cached: with checkpointing, those of one block are alive at a time.
+        """
+        if not self._float32_weights or isinstance(self, FSDPModule):
+            return nullcontext()
+        return torch.autocast(device, dtype=self.settings.dtype, cache_enabled=False)
+
+    def _guided_velocity(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         if not self.guided or self.settings.guidance_scale == 1:
             return self.predict(x, timestep, condition)
         negative = self._negative_for(condition, len(x))
@@ -318,6 +335,8 @@ class PipelinePolicy(nn.Module):
         vae = loading.load_vae(folder, where)
         policy = cls(transformer, scheduler, settings, vae=vae)
         policy._source = folder, where
+        held = torch.float32 if empty else trained_dtype or settings.dtype
+        policy._float32_weights = held == torch.float32 != settings.dtype
 
         def load_text() -> Encode:
             pipe = loading.load_text_pipeline(folder, transformer, settings.dtype, where)

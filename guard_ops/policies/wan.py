@@ -15,6 +15,7 @@ class WanPolicy(PipelinePolicy):
 
     pipeline = "WanPipeline"
     backbone = "wan"
+    video = True
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

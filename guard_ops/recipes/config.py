@@ -68,7 +68,7 @@ class Recipe:
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # float16 would need loss scaling
     checkpointing: bool = True
     compile: bool = False  # the transformer's blocks
     sharding: Literal["ddp", "fsdp"] = "ddp"

@@ -7,8 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from ..policies import POLICIES, PipelinePolicy, look
 from ..policies.loading import empty_transformer
 from ..policies.published import PUBLISHED
@@ -27,6 +25,7 @@ _SAID = {
     "optimizer": "AdamW's two moments, float32",
     "average": "average of the weights, float32",
     "unsharded_blocks": "two blocks unsharded",
+    "cast_weights": "weights cast to dtype",
     "activations": "activations of a micro-batch",
     "rollout": "latents, velocities, their gradients",
     "conditions": "encoded prompts",
@@ -39,6 +38,7 @@ def describe(recipe: Recipe, gpus: int) -> str:
     Raises:
         ValueError: what :func:`job.check` raises; prompts are only looked at if they are given.
     """
+    job.check_numbers(recipe)
     config, _ = job.train_config(recipe), job.guard_config(recipe)
     draws.shares(config.samples, config.minibatches, gpus)
     load_reward(recipe.reward)
@@ -105,6 +105,7 @@ def _empty(recipe: Recipe) -> PipelinePolicy:
     """The policy on the meta device."""
     pipeline, config, scheduler = _configuration(recipe.model)
     settings = job.policy_settings(recipe)
+    job.check_frames(POLICIES[pipeline], recipe)
     if "pos_embed_max_size" in config:  # a table of positions takes long to make; a part is enough
         needed = max(settings.height, settings.width) // 16
         config = {**config, "pos_embed_max_size": min(needed, config["pos_embed_max_size"])}
@@ -112,7 +113,7 @@ def _empty(recipe: Recipe) -> PipelinePolicy:
     transformer = empty_transformer(config)
     transformer.to("meta")
     for parameter in transformer.parameters():
-        parameter.data = parameter.data.to(torch.float32 if full else settings.dtype)
+        parameter.data = parameter.data.to(settings.dtype)  # what they are computed in
     policy = POLICIES[pipeline](transformer, SimpleNamespace(config=scheduler), settings)
     if full:
         transformer.requires_grad_(True)

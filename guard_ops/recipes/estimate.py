@@ -41,6 +41,7 @@ class Memory(NamedTuple):
     optimizer: int
     average: int
     unsharded_blocks: int
+    cast_weights: int  # where float32 weights are not sharded: autocast's, kept for the backward
     activations: int
     rollout: int
     conditions: int
@@ -210,6 +211,7 @@ def memory(
     mine = -(-samples // gpus)
     latent = math.prod(policy.latent_shape)
     itemsize = policy.settings.dtype.itemsize
+    dtype, full = policy.settings.dtype, not policy.has_lora
     block = max((sum(p.numel() for p in b.parameters()) for b in policy.blocks), default=0)
     per_sample = (steps + 1) * 4 + steps * itemsize + 2 * trained_steps * itemsize
     text = sum(t.numel() * t.element_size() for t in condition_like(policy).values())
@@ -220,6 +222,9 @@ def memory(
         optimizer=share(8 * numbers),
         average=share(4 * numbers) if average else 0,
         unsharded_blocks=2 * itemsize * block if sharded and gpus > 1 else 0,
+        cast_weights=itemsize * (block if policy.settings.checkpointing else numbers)
+        if full and dtype != torch.float32 and not (sharded and gpus > 1)
+        else 0,
         activations=micro_batch * activation.peak(policy.settings.checkpointing),
         rollout=mine * latent * per_sample,
         conditions=mine * text,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import shutil
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,18 +18,19 @@ import guard_ops as go
 
 from ..policies import POLICIES, ModelFolder, PipelinePolicy, PolicySettings, look
 from ..rewards import load_reward
-from ..trainer import draws
+from ..trainer import draws, state
 from ..trainer.config import TrainConfig
 from ..trainer.engine import Engine
-from ..trainer.folder import write_whole
+from ..trainer.folder import FolderLock, aside, write_whole, writing
 from ..trainer.prompts import Prompts, read_prompts
 from ..trainer.trainer import Trainer
 from ..trainer.window import Window
 from .config import Recipe
 from .pictures import write_grid
-from .resolve import as_yaml
+from .resolve import as_yaml, resolve
 from .trackers import Trackers, check_trackers
 
+EXPORTS = ("lora", "lora-average", "weights", "weights-average")
 EVALUATION_SEED = 2**40  # of pictures, whatever the run's seed: always from the same latents
 
 
@@ -89,6 +93,7 @@ def check(recipe: Recipe, ranks: int) -> Checked:
     Raises:
         ValueError: of prompts, model, reward, sizes, more ranks than samples; names the key.
     """
+    check_numbers(recipe)
     config, guard, settings = train_config(recipe), guard_config(recipe), policy_settings(recipe)
     draws.shares(config.samples, config.minibatches, ranks)
     prompts = read_prompts(recipe.prompts)
@@ -99,7 +104,27 @@ def check(recipe: Recipe, ranks: int) -> Checked:
         )
     load_reward(recipe.reward)
     check_trackers(recipe.trackers)
-    return Checked(recipe, prompts, look(recipe.model, POLICIES), settings, config, guard)
+    folder = look(recipe.model, POLICIES)
+    check_frames(POLICIES[folder.pipeline], recipe)
+    return Checked(recipe, prompts, folder, settings, config, guard)
+
+
+def check_numbers(recipe: Recipe) -> None:
+    """Raises ValueError for a number that nothing else looks at before the weights are loaded."""
+    lowest = {"evaluation_prompts": 0, "evaluation_steps": 2}
+    if recipe.train == "lora":
+        lowest["lora_rank"] = 1
+    for name, least in lowest.items():
+        if getattr(recipe, name) < least:
+            raise ValueError(f"`{name}` is {getattr(recipe, name)}; it needs >= {least}")
+    if not math.isfinite(recipe.lora_alpha):
+        raise ValueError(f"`lora_alpha` is {recipe.lora_alpha}; it needs a finite number")
+
+
+def check_frames(kind: type[PipelinePolicy], recipe: Recipe) -> None:
+    """Raises ValueError for frames of an image."""
+    if recipe.frames != 1 and not kind.video:
+        raise ValueError(f"`frames` is {recipe.frames}; {kind.pipeline} makes images, of 1 frame")
 
 
 def load_policy(checked: Checked, device: torch.device, encodings: Path) -> PipelinePolicy:
@@ -149,6 +174,7 @@ def train(recipe: Recipe) -> Path:
 
 def _train(checked: Checked, engine: Engine) -> Path:
     recipe, out = checked.recipe, Path(checked.recipe.out)
+    engine.first(lambda: _refuse_folder(out, recipe.resume))
     encodings = Path(recipe.encodings) if recipe.encodings else out / "encodings"
     policy = load_policy(checked, engine.device, encodings)
     _encode_all(policy, checked, engine)
@@ -180,6 +206,7 @@ def _train(checked: Checked, engine: Engine) -> Path:
     try:
         evaluation.trainer = trainer
         if engine.rank == 0:
+            _set_others_aside(out, begun=trainer.iteration == 0)
             write_whole(out / "recipe.yaml", as_yaml(recipe).encode())
             trackers = Trackers(recipe.trackers, out, dataclasses.asdict(recipe))
         trainer.fit(title=out.name)
@@ -191,6 +218,39 @@ def _train(checked: Checked, engine: Engine) -> Path:
         if trackers is not None:
             trackers.close()
         trainer.close()
+
+
+def _refuse_folder(out: Path, resume: bool) -> None:
+    """What the trainer would refuse, before a model is loaded for it."""
+    if not resume:
+        state.refuse_checkpoints(out / "checkpoints")
+    if out.exists():
+        FolderLock(out).release()
+
+
+def _set_others_aside(out: Path, *, begun: bool) -> None:
+    """Keep a recipe that no run wrote and, where a run begins, what an earlier one exported."""
+    found = [out / "recipe.yaml"] if not _written_by_a_run(out / "recipe.yaml") else []
+    if begun:
+        found += [out / name for name in EXPORTS]
+    for path in found:
+        if os.path.lexists(path):
+            kept = aside(path, "aside")
+            with writing(path):
+                path.rename(kept)
+            warnings.warn(
+                f"guard_ops: {path} is kept as {kept.name}: it is not of this run",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _written_by_a_run(path: Path) -> bool:
+    """Whether a recipe is in the form in which runs write theirs."""
+    try:
+        return path.read_text() == as_yaml(resolve(str(path)))
+    except (OSError, ValueError):
+        return False
 
 
 def _encode_all(policy: PipelinePolicy, checked: Checked, engine: Engine) -> None:
@@ -277,5 +337,19 @@ def _export(policy: PipelinePolicy, trainer: Trainer, engine: Engine, out: Path)
 
 
 def _export_on_first(policy: PipelinePolicy, engine: Engine, folder: Path) -> None:
-    policy.export(folder, write=engine.rank == 0)
+    """Written under another name first; what an earlier part of this run exported is replaced."""
+    temporary, old = (folder.with_name(f"{folder.name}.{each}") for each in ("writing", "old"))
+    first = engine.rank == 0
+    with engine.together(), writing(temporary):
+        if first and temporary.exists():  # a run was killed while it wrote this
+            shutil.rmtree(temporary)
+        policy.export(temporary, write=first)
+    if first:
+        with writing(folder):
+            if old.exists():
+                shutil.rmtree(old)
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
     engine.barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from .config import DigitsRecipe, Recipe
 
 SHIPPED = Path(__file__).parent
 KINDS: dict[str, type[Recipe] | type[DigitsRecipe]] = {"pipeline": Recipe, "digits": DigitsRecipe}
+PATHS = {"model", "prompts", "out", "encodings"}  # in which ~ is a home
 _REMEDIES = {
     "model": "a folder in diffusers' format, or an id of the hub",
     "prompts": 'a .txt file with a prompt a line, or a .jsonl file with a "prompt" a line',
@@ -47,11 +49,13 @@ def resolve(
     if kind not in KINDS:
         raise ValueError(f"{path}: `kind` is {kind!r}; it needs one of {', '.join(KINDS)}")
     wanted = KINDS[kind]
-    objectives = keys.pop("objectives", {})
+    objectives = _objectives(path, keys.pop("objectives", {}), wanted)
     words = _words(given)
     settings = omegaconf.OmegaConf.structured(wanted)
     for where, layer in ((f"{path}: ", {"out": f"runs/{path.stem}"} | keys), ("", words)):
         _check_keys(where, layer, wanted)
+        for key, value in layer.items():
+            _no_interpolation(where, key, value)
     objective = words.get("objective", keys.get("objective", wanted.objective))
     for where, layer in (
         (f"{path}: ", {"out": f"runs/{path.stem}-{objective}"} | keys),
@@ -69,8 +73,34 @@ def resolve(
     if missing and needed:
         needs = _REMEDIES.get(missing[0], "a value")
         raise ValueError(f"`{missing[0]}` is not given; it needs {needs}: {missing[0]}=...")
+    for key in PATHS & set(wanted.__dataclass_fields__):
+        if settings[key]:
+            settings[key] = os.path.expanduser(settings[key])
     result: Recipe | DigitsRecipe = omegaconf.OmegaConf.to_object(settings)
     return result
+
+
+def _objectives(path: Path, found: Any, wanted: type[Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The keys of each objective, of which all are checked, also those that are not chosen."""
+    known = typing.get_args(typing.get_type_hints(wanted)["objective"])
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"{path}: `objectives` is {found!r}; it needs the keys of each objective, by its name"
+        )
+    for name, layer in found.items():
+        if name not in known:
+            raise ValueError(
+                f"{path}: objectives: there is no objective `{name}`"
+                f"{_did_you_mean(str(name), known)}; there are {', '.join(known)}"
+            )
+        where = f"{path}: objectives.{name}: "
+        _check_keys(where, layer, wanted)
+        if "objective" in layer:
+            raise ValueError(f"{where}`objective` is what these keys are of; it cannot be set here")
+        settings = require("omegaconf", "train").OmegaConf.structured(wanted)
+        for key, value in layer.items():
+            _set(settings, wanted, where, key, value)
+    return found
 
 
 def as_yaml(settings: Recipe | DigitsRecipe) -> str:
@@ -111,7 +141,12 @@ def _words(given: Sequence[str]) -> dict[str, Any]:
         key, equals, _ = word.partition("=")
         if not equals or not key.isidentifier():
             raise ValueError(f"{word!r} is no setting; it needs key=value")
-    result: dict[str, Any] = omegaconf.to_container(omegaconf.from_dotlist(list(given)))
+    result: dict[str, Any] = {}
+    for word in given:
+        try:
+            result |= omegaconf.to_container(omegaconf.from_dotlist([word]))
+        except Exception as error:  # of YAML and OmegaConf
+            raise ValueError(f"{word!r} is no setting; its value is no YAML: {error}") from error
     return result
 
 
@@ -129,6 +164,7 @@ def _check_keys(where: str, layer: Any, wanted: type[Any]) -> None:
 
 def _set(settings: Any, wanted: type[Any], where: str, key: str, value: Any) -> None:
     errors = require("omegaconf.errors", "train")
+    _no_interpolation(where, key, value)
     hint = typing.get_type_hints(wanted)[key]
     if type(value) is int and hint in (float, typing.Optional[float]):  # noqa: UP045
         value = float(value)
@@ -136,6 +172,14 @@ def _set(settings: Any, wanted: type[Any], where: str, key: str, value: Any) -> 
         settings[key] = value
     except (errors.ValidationError, errors.UnsupportedValueType) as error:
         raise ValueError(f"{where}`{key}` is {value!r}; it needs {_in_words(hint)}") from error
+
+
+def _no_interpolation(where: str, key: str, value: Any) -> None:
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and "${" in text:
+            raise ValueError(
+                f"{where}`{key}` is {value!r}; it needs a value, as `${{...}}` is not looked up"
+            )
 
 
 def _in_words(hint: Any) -> str:

@@ -157,9 +157,19 @@ class Engine:
             torch.autograd.backward(velocity, gradient)
 
     def clip(self, parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-        """Scales the gradients down to a norm of ``largest``; returns the norm they had."""
-        norm = torch.nn.utils.clip_grad_norm_(list(parameters), largest)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        """Scales the gradients down to a norm of ``largest``; returns the norm they had.
+
+        If that is not finite they become 0, so that an optimizer's step leaves the weights finite;
+        nothing waits for the device.
+        """
+        held = list(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(held, largest)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        unusable = norm.isfinite().logical_not()
+        for parameter in held:
+            if parameter.grad is not None:
+                local(parameter.grad).masked_fill_(unusable, 0)
+        return norm
 
     def weight(self, samples: int, out: go.LossAndGrad, config: go.GuardConfig) -> Tensor:
         """What makes the mean of the ranks' losses the mean over all their samples, []."""

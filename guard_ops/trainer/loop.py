@@ -68,6 +68,7 @@ class Loop:
         self.chunk = batches.chunk_size(self.shares, config)
         self.most = max(len(share) for share in self.shares)
         self.report: Callable[[str, int, int], object] = lambda phase, done, total: None
+        self.norms = torch.zeros(0)  # of the gradients of an iteration's updates
 
     def iterate(self) -> dict[str, Tensor]:
         """One iteration: its numbers over all ranks."""
@@ -79,12 +80,14 @@ class Loop:
         advantages = go.group_advantages(
             rewards, draw.groups, scale=c.advantage_scale, process_group=self.engine.group
         )
-        sums = Sums(rewards)
+        sums, norms = Sums(rewards), []
         for number, minibatch in enumerate(updates):
             self.report("update", number, len(updates))
             result = self.update(rollout, advantages, minibatch, on_policy=number == 0)
+            norms.append(result[2])
             if number >= len(updates) - c.minibatches:  # of the last epoch
                 sums.add(*result)
+        self.norms = torch.stack(norms)
         return sums.over(self.engine)
 
     def draw(self, iteration: int) -> Draw:
@@ -160,7 +163,7 @@ class Loop:
         assert isinstance(out.grad, Tensor)
         weight = self.engine.weight(len(batch.rows), out, self.guard)  # the mean is over samples
         self.learner.optimizer.zero_grad(set_to_none=True)
-        self._push(rollout, batch, out.grad.mul_(weight.to(out.grad.dtype)))
+        self._push(rollout, batch, out.grad, weight)
         norm = self.engine.clip(self.learner.parameters.values(), self.config.max_grad_norm)
         self.learner.optimizer.step()
         self.learner.ema.update()
@@ -199,8 +202,8 @@ class Loop:
             result.append(torch.cat(parts)[: len(batch.rows)])
         return torch.stack(result)
 
-    def _push(self, rollout: Rollout, batch: Minibatch, gradient: Tensor) -> None:
-        """Backward of ``gradient`` [K, b, *latent] through the network."""
+    def _push(self, rollout: Rollout, batch: Minibatch, gradient: Tensor, weight: Tensor) -> None:
+        """Backward of ``weight`` times ``gradient`` [K, b, *latent] through the network."""
         rows, gradient = batch.rows, gradient.flatten(0, 1)  # [K b, *latent]
         steps = rollout.draw.plan.of(rows).expand(-1, len(rows)).flatten()
         most = len(gradient) // len(rows) * batch.most
@@ -210,7 +213,7 @@ class Loop:
             last = number == len(pieces) - 1
             at = self._at(rollout, steps[pairs], rows[pairs % len(rows)])
             velocity = self.engine.velocity(*at, last=last)
-            part = gradient[pairs]
+            part = _times(gradient[pairs], weight)
             part[max(0, len(gradient) - number * size) :].zero_()  # what fills the piece up
             self.engine.backward(velocity, part, last=last)
 
@@ -220,3 +223,9 @@ class Loop:
         """What the network is given for samples ``rows``, each at its step."""
         condition = take(rollout.draw.condition, rows)
         return rollout.latents[steps, rows], self.timesteps[steps], condition
+
+
+def _times(gradient: Tensor, weight: Tensor) -> Tensor:
+    """``weight * gradient``, rounded once: in 16 bits the weight would be off by up to 0.4%."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return (gradient.to(wide) * weight.to(wide)).to(gradient.dtype)

@@ -59,13 +59,18 @@ def find(
     return saved, unusable if engine.rank == 0 else []
 
 
+def refuse_checkpoints(root: Path) -> None:
+    """Raises a ValueError where there are checkpoints: a run that begins has none."""
+    if checkpoint.exist(root):
+        raise ValueError(
+            f"`out` is {str(root.parent)!r}, which has checkpoints of another run; continue it "
+            "with `resume=True` or choose another folder"
+        )
+
+
 def _choose(root: Path, resume: bool) -> tuple[str | None, list[checkpoint.Unusable]]:
     if not resume:
-        if checkpoint.exist(root):
-            raise ValueError(
-                f"`out` is {str(root.parent)!r}, which has checkpoints of another run; continue it "
-                "with `resume=True` or choose another folder"
-            )
+        refuse_checkpoints(root)
         return None, []
     found, unusable = checkpoint.newest(root, _understand)
     if found is None and unusable:

@@ -143,7 +143,8 @@ class Trainer:
         A run that has come so far already does nothing.
 
         Raises:
-            FloatingPointError: the loss is not finite, which is noticed before a checkpoint.
+            FloatingPointError: the loss, or the gradient of an update, is not finite, which is
+                noticed before a checkpoint. Such a gradient is not applied.
         """
         c = self.config
         if self.iteration >= c.iterations:
@@ -156,13 +157,7 @@ class Trainer:
             while self.iteration < c.iterations:
                 started = time.perf_counter()
                 numbers: dict[str, Any] = {n: x.tolist() for n, x in self.iterate().items()}
-                if not math.isfinite(numbers["loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {numbers['loss']} in iteration {self.iteration} "
-                        f"({sum(numbers['nonfinite']):.0f} transitions are not finite); the "
-                        'checkpoints are from before it. GuardConfig(nonfinite="drop") skips such '
-                        "transitions"
-                    )
+                self._refuse_nonfinite(numbers)
                 numbers["seconds"] = time.perf_counter() - started
                 last = self.iteration == c.iterations
                 if self.evaluate and (last or self.iteration % c.evaluate_every == 0):
@@ -193,6 +188,23 @@ class Trainer:
         finally:
             if self._lock is not None:
                 self._lock.release()
+
+    def _refuse_nonfinite(self, numbers: Mapping[str, Any]) -> None:
+        where = f"in iteration {self.iteration}"
+        if not math.isfinite(numbers["loss"]):
+            raise FloatingPointError(
+                f"the loss is {numbers['loss']} {where} ({sum(numbers['nonfinite']):.0f} "
+                "transitions are not finite); the checkpoints are from before it. "
+                'GuardConfig(nonfinite="drop") skips such transitions'
+            )
+        norms = self.loop.norms.tolist()
+        for number, norm in enumerate(norms, 1):
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"the norm of the gradient is {norm} in update {number} of {len(norms)} "
+                    f"{where}; that gradient was not applied, and the checkpoints are from before "
+                    "it"
+                )
 
     def _take_folder(self) -> None:
         self._lock = FolderLock(self.out)

@@ -1,12 +1,13 @@
 import pytest
+import ranks
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import full_disk
 
-from guard_ops.digits import pretraining
+from guard_ops.digits import jobs, pretraining
 from guard_ops.digits.policy import DigitPolicy, flow_matching_loss, load_digits
 from guard_ops.digits.pretraining import load_or_pretrain, pretrain
-from guard_ops.trainer import RunFolderError
+from guard_ops.trainer import RunFolderError, TrainConfig
 
 
 class Stop(BaseException):
@@ -146,3 +147,19 @@ def test_what_pretraining_has_not_made_or_has_set_aside_survives_it(tmp_path):
         load_or_pretrain(path, 0, 2)
         assert [p for p in sorted(folder.rglob("*")) if p.is_file()] == sorted(others)
         assert sorted(p.name for p in folder.iterdir()) == [others[1].parent.name, "notes.txt"]
+
+
+def _train_counted(engine, out):
+    """How often this rank pretrained, and the policy that it trained."""
+    calls, original = [], pretraining.pretrain
+    pretraining.pretrain = lambda *a, **k: calls.append(1) or original(*a, **k)
+    jobs.EVALUATION_SAMPLES = 2
+    config = TrainConfig(iterations=1, checkpoint_every=1, evaluate_every=100, group_size=2)
+    jobs.train_digits("article", config, 2, out, engine, resume=False)
+    return {"calls": len(calls)}
+
+
+def test_only_the_first_of_two_ranks_pretrains(tmp_path):
+    found = ranks.run(tmp_path / "ranks", 2, _train_counted, tmp_path / "run")
+    assert [each["calls"] for each in found] == [1, 0]
+    assert (tmp_path / "run" / "pretrained.safetensors").exists()

@@ -68,6 +68,7 @@ def test_sharded_full_fine_tuning_is_shared_by_gpus(tiny_words):
     assert sizes[0].optimizer == 8 * trained
     assert sizes[1].optimizer == 4 * trained
     assert sizes[1].unsharded_blocks > sizes[0].unsharded_blocks == 0
+    assert sizes[0].cast_weights > sizes[1].cast_weights == 0
     assert two != one
 
 

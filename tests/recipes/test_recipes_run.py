@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from guard_ops import cli
 from guard_ops.recipes import job
 from guard_ops.recipes.resolve import resolve
+from guard_ops.trainer.folder import FolderLock
 from guard_ops.trainer.metrics import read_metrics
 
 RECIPES = ("sd3_5_medium", "flux1_dev", "wan2_1_t2v_1_3b", "qwen_image")
@@ -97,6 +98,20 @@ def test_full_fine_tuning_with_a_frozen_reference(tiny_words, tmp_path):
     assert all(p.isfinite().all() for p in loaded.parameters())
 
 
+def test_full_fine_tuning_of_float32_weights_computes_in_bfloat16(tiny_words, tmp_path):
+    words = tiny_words("sd3_5_medium", train="full", iterations=1, evaluation_prompts=0)
+    run("sd3_5_medium", tmp_path / "run", words)
+    (line,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert line["grad_norm"] > 0
+    file = tmp_path / "run" / "weights" / "transformer" / "diffusion_pytorch_model.safetensors"
+    trained = load_file(file)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    policy = policy_of("sd3_5_medium", words)
+    assert velocity(policy).dtype == torch.bfloat16
+    before = dict(policy.transformer.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in trained.items() if name in before)
+
+
 def test_a_run_is_continued_with_its_own_recipe(tiny_words, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("flux1_dev", whole, tiny_words("flux1_dev", dtype="float32"))
@@ -147,6 +162,13 @@ def test_a_videos_metadata_reach_a_reward_of_yours(tiny_words, tmp_path, monkeyp
         ({"model": "/no/such/folder"}, "`model` '/no/such/folder' is no folder; it needs one"),
         ({"prompts": "/no/prompts.txt"}, "`prompts` '/no/prompts.txt' cannot be read: No such"),
         ({"kl_beta": -1}, "`kl_beta` is -1.0; it needs >= 0"),
+        ({"evaluation_steps": 1}, "`evaluation_steps` is 1; it needs >= 2"),
+        ({"evaluation_prompts": -1}, "`evaluation_prompts` is -1; it needs >= 0"),
+        ({"guidance_scale": ".nan"}, "`guidance_scale` is nan; it needs >= 0 and finite"),
+        ({"guidance_scale": -1}, "`guidance_scale` is -1.0; it needs >= 0 and finite"),
+        ({"lora_rank": 0}, "`lora_rank` is 0; it needs >= 1"),
+        ({"lora_alpha": ".inf"}, "`lora_alpha` is inf; it needs a finite number"),
+        ({"frames": 5}, "`frames` is 5; StableDiffusion3Pipeline makes images, of 1 frame"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_weight_is_loaded(
@@ -169,3 +191,39 @@ def test_more_ranks_than_samples_is_said_before_a_weight_is_loaded(
     assert "is 4 samples; 64 ranks with `minibatches` 2 need at least 128" in (
         capsys.readouterr().err
     )
+
+
+def test_a_folder_that_is_taken_is_refused_before_a_weight_is_loaded(
+    tiny_words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(job, "load_policy", lambda *_: pytest.fail("weights are loaded"))
+    words = [f"out={tmp_path}", *tiny_words("sd3_5_medium")]
+    lock = FolderLock(tmp_path)
+    assert cli.main(["train", "sd3_5_medium", *words]) == 1
+    assert "is in use by process" in capsys.readouterr().err
+    lock.release()
+    (tmp_path / "checkpoints" / "iteration-000001").mkdir(parents=True)
+    assert cli.main(["train", "sd3_5_medium", *words]) == 1
+    assert "which has checkpoints of another run" in capsys.readouterr().err
+
+
+def test_files_of_others_are_set_aside(tiny_words, tmp_path):
+    """The recipe lies in the folder of the run, with an earlier run's LoRA."""
+    mine, old = tmp_path / "recipe.yaml", tmp_path / "lora" / "old.safetensors"
+    lines = [word.replace("=", ": ", 1) for word in tiny_words("sd3_5_medium", iterations=1)]
+    text = "# mine\n" + "\n".join(lines) + f"\nout: {tmp_path}\nminibatches: 1\n"
+    mine.write_text(text)
+    old.parent.mkdir()
+    old.write_text("old")
+    with pytest.warns(RuntimeWarning, match="is kept as .*aside: it is not of this run"):
+        assert cli.main(["train", str(mine)]) == 0
+    assert (tmp_path / "recipe.yaml.aside").read_text() == text
+    assert (tmp_path / "lora.aside" / "old.safetensors").read_text() == "old"
+    assert [p.name for p in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+    first = (tmp_path / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+    assert cli.main(["train", str(mine), "resume=true", "iterations=2"]) == 0
+    assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").read_bytes() != first
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {n for n in names if "aside" in n} == {"recipe.yaml.aside", "lora.aside"}
+    assert not {n for n in names if "writing" in n or "old" in n}

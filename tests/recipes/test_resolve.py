@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("omegaconf")
 
+from guard_ops import cli
 from guard_ops.recipes.config import DigitsRecipe, Recipe
 from guard_ops.recipes.resolve import as_yaml, resolve, shipped
 
@@ -69,6 +70,9 @@ def test_settings_written_and_read_again_are_the_same(tmp_path):
         (["steps=2.5"], r"`steps` is 2.5; it needs an int"),
         (["learning_rate=fast"], r"`learning_rate` is 'fast'; it needs a number"),
         (["micro_batch=x"], r"`micro_batch` is 'x'; it needs an int or null"),
+        (["dtype=float16"], r"`dtype` is 'float16'; it needs one of bfloat16, float32"),
+        (["out=${x}"], r"`out` is '\$\{x\}'; it needs a value, as `\$\{...\}` is not looked up"),
+        (["trackers=[${x}]"], r"'trackers=\[\$\{x\}\]' is no setting; its value is no YAML"),
         (["resume=maybe"], r"`resume` is 'maybe'; it needs true or false"),
         (["objective=artcle"], r"`objective` is 'artcle'; it needs one of article, paper, flow"),
         ([], r"`prompts` is not given; it needs a .txt file with a prompt a line"),
@@ -87,6 +91,13 @@ def test_a_mistake_names_the_key(words, message):
         ("- 3", r"mine.yaml holds a list; it needs keys and values"),
         ("kind: video", r"mine.yaml: `kind` is 'video'; it needs one of pipeline, digits"),
         ("objectives: {article: {stepps: 3}}", r"objectives.article: there is no key `stepps`"),
+        ("objectives: 3", r"mine.yaml: `objectives` is 3; it needs the keys of each objective"),
+        ("objectives: {papr: {}}", r"no objective `papr`; did you mean paper\?; there are article"),
+        ("objectives: {paper: {stepps: 3}}", r"objectives.paper: there is no key `stepps`"),
+        ("objectives: {paper: {steps: x}}", r"objectives.paper: `steps` is 'x'; it needs an int"),
+        ("objectives: {paper: 3}", r"objectives.paper: it needs keys and values, and is 3"),
+        ("objectives: {paper: {objective: article}}", r"`objective` is what these keys are of"),
+        ("out: runs/${seed}", r"mine.yaml: `out` is 'runs/\$\{seed\}'; it needs a value, as"),
         ("seed: x", r"mine.yaml: `seed` is 'x'; it needs an int"),
     ],
 )
@@ -101,3 +112,24 @@ def test_an_unknown_recipe_names_the_nearest():
         resolve("flux_dev")
     with pytest.raises(ValueError, match=r"there is no recipe missing.yaml"):
         resolve("missing.yaml")
+
+
+def test_a_home_is_found_in_the_names_of_files(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    words = ["model=~/m", "prompts=~/p.txt", "out=~/runs", "encodings=~/e"]
+    settings = resolve("sd3_5_medium", words)
+    found = settings.model, settings.prompts, settings.out, settings.encodings
+    assert found == ("/home/ada/m", "/home/ada/p.txt", "/home/ada/runs", "/home/ada/e")
+
+
+def test_gpus_are_for_a_dry_run(capsys):
+    assert cli.main(["train", "digits", "--gpus", "8"]) == 1
+    assert "`--gpus` is what `--dry-run` plans for" in capsys.readouterr().err
+
+
+def test_the_published_noise_of_wan_and_the_norm_of_dance_grpos_gradients():
+    wan = resolve("wan2_1_t2v_1_3b", ["prompts=p.txt", "objective=flow_grpo"])
+    assert (wan.sde, wan.noise_level) == ("wan_sde", 1.0)
+    for name in MODELS:
+        dance = resolve(name, ["prompts=p.txt", "objective=dance_grpo"])
+        assert dance.max_grad_norm == 0.01

@@ -6,6 +6,7 @@ from tiny import CONFIG, TinyPolicy, reward, started, tiny_trainer
 
 import guard_ops as go
 from guard_ops.trainer import CheckpointError, FlowPolicy, checkpoint
+from guard_ops.trainer.loop import _times
 from guard_ops.trainer.metrics import read_metrics
 
 GUARDS = {
@@ -264,3 +265,39 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 def test_defaults_of_the_tiny_job_cover_every_row_once_an_epoch():
     assert CONFIG.prompts_per_iteration * CONFIG.group_size % CONFIG.minibatches == 0
+
+
+@pytest.mark.parametrize("update", [1, 4])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_a_checkpoint(tmp_path, update):
+    """The loss is finite throughout; of 2 epochs of 2 updates the first epoch is in no metric."""
+    trainer = tiny_trainer(tmp_path, iterations=4, checkpoint_every=1)
+    trainer.iterate()
+    backward, count = trainer.engine.backward, [0]
+
+    def broken(velocity, gradient, *, last=True):
+        count[0] += last
+        backward(velocity, gradient * (torch.inf if count[0] == update else 1), last=last)
+
+    trainer.engine.backward = broken
+    with pytest.raises(
+        FloatingPointError,
+        match=f"norm of the gradient is (nan|inf) in update {update} of 4 in iteration 2; that",
+    ):
+        trainer.fit(progress=False)
+    assert newest(trainer).iteration == 0
+    assert all(p.isfinite().all() for p in trainer.parameters.values())
+    assert all(p.isfinite().all() for p in trainer.ema.average.values())
+    trainer.close()
+    assert tiny_trainer(tmp_path, resume=True, iterations=4, checkpoint_every=1).iteration == 0
+
+
+def test_a_ranks_weight_is_not_rounded_to_the_gradients_dtype():
+    """Of 5 of 9 samples on one of two ranks: 10 / 9, which bfloat16 has as 1.1094."""
+    gradient = torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.tensor(10 / 9, dtype=torch.float64)
+    scaled = _times(gradient, weight)
+    assert scaled.dtype == torch.bfloat16
+    # one rounding to 8 bits, of a product off by at most a float32's rounding
+    exact = gradient.double() * weight
+    assert ((scaled.double() - exact).abs() <= exact.abs() * (2**-8 + 2**-22)).all()
+    assert not torch.equal(scaled, gradient * weight.bfloat16())
