@@ -85,13 +85,22 @@ class Encodings:
 
 
 def identity(folder: ModelFolder, dtype: torch.dtype, length: int) -> str:
-    """Of the text encoders of a model: their configurations, and names and sizes of their files."""
+    """Of the text encoders of a model: their configurations, and names and sizes of their files.
+
+    Of a model of the hub it is the commit, the configurations and the tokenizers: the weights are
+    fetched when something is to be encoded, and the key has to be the same before and after.
+    """
     digest = hashlib.sha256()
+    local = Path(folder.model).is_dir()
+    if not local:
+        digest.update(folder.path.name.encode())
     for part in sorted(folder.path.glob("t*")):
         if not part.name.startswith(("text_encoder", "tokenizer")):
             continue
         for file in sorted(part.iterdir()):
-            digest.update(f"{part.name}/{file.name}".encode())
+            if not (local or file.suffix == ".json" or part.name.startswith("tokenizer")):
+                continue
+            digest.update(f"{part.name}/{file.name} {file.stat().st_size}\n".encode())
             if file.suffix == ".json":
                 digest.update(file.read_bytes())
     return f"{folder.model} {digest.hexdigest()[:16]} {dtype} {length}"

@@ -92,11 +92,12 @@ def without_lora(transformer: Any) -> Iterator[None]:
         transformer.enable_adapters()
 
 
-def state_of(transformer: Any) -> dict[str, Tensor]:
+def state_of(transformer: Any, *, keep: bool = True) -> dict[str, Tensor]:
     """The adapters, in full and on the CPU; every rank has to call where they are sharded."""
     peft = require("peft", "models")
     found = peft.get_peft_model_state_dict(transformer)
-    return {name: whole(value) for name, value in found.items()}
+    gathered = ((name, whole(value, keep=keep)) for name, value in found.items())
+    return {name: value for name, value in gathered if value is not None}
 
 
 def export_lora(transformer: Any, state: dict[str, Tensor], pipeline: str, folder: Path) -> None:
@@ -115,8 +116,7 @@ def export_lora(transformer: Any, state: dict[str, Tensor], pipeline: str, folde
     )
 
 
-def whole(value: Tensor) -> Tensor:
-    """A parameter in full, float32, on the CPU."""
+def whole(value: Tensor, *, keep: bool = True) -> Tensor | None:
+    """A parameter in full, float32, on the CPU; None on ranks that do not keep it."""
     full = value.full_tensor() if hasattr(value, "full_tensor") else value
-    result: Tensor = full.detach().to("cpu", torch.float32).contiguous()
-    return result
+    return full.detach().to("cpu", torch.float32).contiguous() if keep else None

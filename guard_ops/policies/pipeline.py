@@ -259,11 +259,15 @@ class PipelinePolicy(nn.Module):
             write: False on all ranks but one; sharded weights are gathered by all of them.
         """
         if self.has_lora:
-            state = lora.state_of(self.transformer)
+            state = lora.state_of(self.transformer, keep=write)
             if write:
                 lora.export_lora(self.transformer, state, self.pipeline, folder)
             return
-        weights = {name: lora.whole(value) for name, value in self.transformer.state_dict().items()}
+        weights = {}
+        for name, value in self.transformer.state_dict().items():
+            full = lora.whole(value, keep=write)
+            if full is not None:
+                weights[name] = full
         if write:
             where = folder / "transformer"
             self.transformer.save_config(where)

@@ -73,6 +73,7 @@ class Recipe:
     compile: bool = False  # the transformer's blocks
     sharding: Literal["ddp", "fsdp"] = "ddp"
     decode_batch: int = 2
+    timeout: float = 600.0  # seconds for which ranks wait for one, as while it reads a checkpoint
 
     # what is recorded
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])

@@ -41,6 +41,7 @@ def describe(recipe: Recipe, gpus: int) -> str:
     job.check_numbers(recipe)
     config, _ = job.train_config(recipe), job.guard_config(recipe)
     draws.shares(config.samples, config.minibatches, gpus)
+    job.check_reference(recipe, gpus)
     load_reward(recipe.reward)
     found = f"{len(read_prompts(recipe.prompts).texts)} in the file, " if recipe.prompts else ""
     policy = _empty(recipe)
@@ -56,7 +57,6 @@ def describe(recipe: Recipe, gpus: int) -> str:
         steps=config.steps,
         trained_steps=trained_steps,
         micro_batch=min(recipe.micro_batch or most, most),
-        average=bool(recipe.ema_decay),
     )
     trained, frozen = estimate.parameters(policy)
     iteration = _tflop(activation, recipe, config.samples, trained_steps)
@@ -116,6 +116,8 @@ def _empty(recipe: Recipe) -> PipelinePolicy:
         parameter.data = parameter.data.to(settings.dtype)  # what they are computed in
     policy = POLICIES[pipeline](transformer, SimpleNamespace(config=scheduler), settings)
     if full:
+        if recipe.kl_beta:
+            policy.keep_reference()
         transformer.requires_grad_(True)
     else:
         from accelerate import init_empty_weights

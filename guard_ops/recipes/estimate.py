@@ -197,7 +197,6 @@ def memory(
     steps: int,
     trained_steps: int,
     micro_batch: int,
-    average: bool,
 ) -> Memory:
     """What each GPU holds at the peak of an update."""
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -216,11 +215,12 @@ def memory(
     per_sample = (steps + 1) * 4 + steps * itemsize + 2 * trained_steps * itemsize
     text = sum(t.numel() * t.element_size() for t in condition_like(policy).values())
     return Memory(
-        frozen_weights=share(sum(p.numel() * p.element_size() for p in frozen)),
+        # in full fine-tuning the frozen copy for a KL term, in float32 as the trained weights
+        frozen_weights=share(sum(p.numel() * (4 if full else p.element_size()) for p in frozen)),
         trained_weights=share(4 * numbers),
         gradients=share(4 * numbers),
         optimizer=share(8 * numbers),
-        average=share(4 * numbers) if average else 0,
+        average=share(4 * numbers),  # at any decay, 0 included
         unsharded_blocks=2 * itemsize * block if sharded and gpus > 1 else 0,
         cast_weights=itemsize * (block if policy.settings.checkpointing else numbers)
         if full and dtype != torch.float32 and not (sharded and gpus > 1)

@@ -96,6 +96,7 @@ def check(recipe: Recipe, ranks: int) -> Checked:
     check_numbers(recipe)
     config, guard, settings = train_config(recipe), guard_config(recipe), policy_settings(recipe)
     draws.shares(config.samples, config.minibatches, ranks)
+    check_reference(recipe, ranks)
     prompts = read_prompts(recipe.prompts)
     if len(prompts.texts) < recipe.prompts_per_iteration:
         raise ValueError(
@@ -111,6 +112,8 @@ def check(recipe: Recipe, ranks: int) -> Checked:
 
 def check_numbers(recipe: Recipe) -> None:
     """Raises ValueError for a number that nothing else looks at before the weights are loaded."""
+    if not 0 < recipe.timeout < math.inf:
+        raise ValueError(f"`timeout` is {recipe.timeout}; it needs > 0 and finite")
     lowest = {"evaluation_prompts": 0, "evaluation_steps": 2}
     if recipe.train == "lora":
         lowest["lora_rank"] = 1
@@ -119,6 +122,16 @@ def check_numbers(recipe: Recipe) -> None:
             raise ValueError(f"`{name}` is {getattr(recipe, name)}; it needs >= {least}")
     if not math.isfinite(recipe.lora_alpha):
         raise ValueError(f"`lora_alpha` is {recipe.lora_alpha}; it needs a finite number")
+
+
+def check_reference(recipe: Recipe, ranks: int) -> None:
+    """Raises ValueError for a frozen copy of a sharded model, which each rank would hold whole."""
+    if recipe.kl_beta and recipe.train == "full" and recipe.sharding == "fsdp" and ranks > 1:
+        raise ValueError(
+            f"`kl_beta` is {recipe.kl_beta} with train=full and sharding=fsdp on {ranks} ranks, "
+            "each of which would hold two whole models to load them; it needs 0, train=lora or "
+            "sharding=ddp"
+        )
 
 
 def check_frames(kind: type[PipelinePolicy], recipe: Recipe) -> None:
@@ -165,6 +178,7 @@ def train(recipe: Recipe) -> Path:
         recipe.sharding,
         param_dtype=dtype if full else None,
         reduce_dtype=torch.float32 if full else None,
+        timeout=recipe.timeout,
     )
     try:
         return _train(checked, engine)
@@ -291,7 +305,15 @@ class Evaluation:
         averaged = bool(self.recipe.ema_decay)
         with self.trainer.ema.applied() if averaged else nullcontext():
             pixels = self._sample()
-        rewards = self.reward(pixels, self.texts, self.metadata)
+        size = self.recipe.decode_batch
+        rewards = torch.cat(
+            [
+                self.reward(
+                    pixels[k : k + size], self.texts[k : k + size], self.metadata[k : k + size]
+                )
+                for k in range(0, len(pixels), size)
+            ]
+        )
         self.pixels = pixels.cpu()
         if self.engine.rank == 0:
             name = f"iteration-{self.trainer.iteration:06d}"
@@ -322,7 +344,7 @@ class Evaluation:
             if first + engine.rank < len(self.texts):
                 whole[mine] = pixels[0]
         assert whole is not None
-        return engine.sum(whole)
+        return engine.joined(whole)
 
 
 def _export(policy: PipelinePolicy, trainer: Trainer, engine: Engine, out: Path) -> Path:

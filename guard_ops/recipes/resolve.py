@@ -80,7 +80,7 @@ def resolve(
     return result
 
 
-def _objectives(path: Path, found: Any, wanted: type[Any]) -> Mapping[str, Mapping[str, Any]]:
+def _objectives(path: Path, found: Any, wanted: type[Any]) -> dict[str, dict[str, Any]]:
     """The keys of each objective, of which all are checked, also those that are not chosen."""
     known = typing.get_args(typing.get_type_hints(wanted)["objective"])
     if not isinstance(found, Mapping):
@@ -100,7 +100,7 @@ def _objectives(path: Path, found: Any, wanted: type[Any]) -> Mapping[str, Mappi
         settings = require("omegaconf", "train").OmegaConf.structured(wanted)
         for key, value in layer.items():
             _set(settings, wanted, where, key, value)
-    return found
+    return dict(found)
 
 
 def as_yaml(settings: Recipe | DigitsRecipe) -> str:

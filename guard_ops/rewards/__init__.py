@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 
 from ..trainer.policy import Reward
 from .jpeg_size import jpeg_size
@@ -26,6 +28,9 @@ def load_reward(name: str) -> Reward:
             f"`reward` is {name!r}; it needs one of {', '.join(REWARDS)}, or a function of yours "
             "as module:function"
         )
+    here = os.getcwd()  # which an installed command does not import from
+    if not {here, ""} & set(sys.path):
+        sys.path.append(here)
     try:
         found: Reward = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -192,6 +192,12 @@ class Engine:
             total = total + part
         return total
 
+    def joined(self, value: Tensor) -> Tensor:
+        """The ranks' values, each 0 where another's is not, added in place: no rank holds two."""
+        if self.group is not None:
+            dist.all_reduce(value, group=self.group)
+        return value
+
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.group is not None:

@@ -42,7 +42,8 @@ def _lines(title: str, total: int, begun: int) -> Callable[[int, str], None]:
     def update(done: int, text: str) -> None:
         nonlocal printed, shown
         seconds = time.monotonic() - started
-        if done != shown and (done >= total or seconds - printed >= SECONDS):
+        due = seconds - printed >= SECONDS  # also where one step takes long
+        if (done < total and due) or (done >= total and done != shown):
             print(f"{title}: {done}/{total} {seconds:.0f} s {text}".rstrip(), flush=True)
             printed, shown = seconds, done
 

@@ -28,7 +28,8 @@ def read_prompts(path: str | Path) -> Prompts:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"`prompts` is {str(path)!r}; it needs a .txt or a .jsonl file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines(): U+2028 and others are part of a text, and of JSON
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"`prompts` {str(path)!r} cannot be read: {reason}") from error

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from guard_ops.policies import POLICIES, ModelError, look
+from guard_ops.policies.encodings import identity
 from guard_ops.policies.loading import WEIGHTS, load_transformer
 from guard_ops.trainer import Engine
 
@@ -152,3 +153,21 @@ def test_an_empty_policy_is_filled_when_the_engine_has_given_it_memory(name, loa
     with torch.no_grad():
         a, b = (each.velocity(latents, timestep, condition) for each in (expected, policy))
     assert torch.equal(a, b)
+
+
+def test_encodings_are_of_files_with_their_sizes_which_a_fetch_does_not_change(model, tmp_path):
+    copy = tmp_path / "commit"
+    shutil.copytree(model("sd3"), copy)
+    folder = look(str(copy), POLICIES)
+    weights = next((copy / "text_encoder").glob("*.safetensors"))
+    before = identity(folder, torch.float32, 16)
+    assert identity(folder, torch.float32, 16) == before
+    weights.write_bytes(weights.read_bytes() + b" ")  # another size
+    assert identity(folder, torch.float32, 16) != before
+
+    hub = folder._replace(model="somebody/sd3")
+    fetched = identity(hub, torch.float32, 16)
+    weights.unlink()
+    assert identity(hub, torch.float32, 16) == fetched
+    copy.rename(tmp_path / "other")
+    assert identity(hub._replace(path=tmp_path / "other"), torch.float32, 16) != fetched

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from guard_ops import cli
-from guard_ops.recipes import dry_run, estimate
+from guard_ops.recipes import dry_run, estimate, job
 from guard_ops.recipes.resolve import resolve
 
 
@@ -61,11 +61,12 @@ def test_sharded_full_fine_tuning_is_shared_by_gpus(tiny_words):
     sizes = [
         estimate.memory(
             policy, counted, gpus=gpus, sharded=True, samples=4, steps=4, trained_steps=3,
-            micro_batch=1, average=True,
+            micro_batch=1,
         )
         for gpus in (1, 2)
     ]  # fmt: skip
     assert sizes[0].optimizer == 8 * trained
+    assert sizes[0].average == 4 * trained
     assert sizes[1].optimizer == 4 * trained
     assert sizes[1].unsharded_blocks > sizes[0].unsharded_blocks == 0
     assert sizes[0].cast_weights > sizes[1].cast_weights == 0
@@ -78,3 +79,24 @@ def test_a_size_that_the_model_lacks_is_an_error(tiny_words, capsys):
     assert "`height` is 1024; this model has positions for 384" in capsys.readouterr().err
     assert cli.main(["train", "sd3_5_medium", "--dry-run", "--gpus", "0"]) == 1
     assert "`--gpus` is 0; it needs >= 1" in capsys.readouterr().err
+
+
+def test_the_average_is_counted_at_decay_0_where_the_trainer_holds_it_too(tiny_words):
+    settings = resolve("sd3_5_medium", tiny_words("sd3_5_medium", ema_decay=0))
+    assert "average of the weights, float32" in dry_run.describe(settings, 1)
+
+
+def test_the_frozen_copy_of_full_fine_tuning_with_a_kl_term_is_counted(tiny_words):
+    words = tiny_words("sd3_5_medium", train="full", kl_beta=0.1)
+    trained, frozen = estimate.parameters(dry_run._empty(resolve("sd3_5_medium", words)))
+    assert frozen == trained
+
+
+def test_a_sharded_model_keeps_no_frozen_copy(tiny_words):
+    words = tiny_words("sd3_5_medium", train="full", sharding="fsdp", kl_beta=0.1)
+    settings = resolve("sd3_5_medium", words)
+    with pytest.raises(ValueError, match=r"`kl_beta` is 0\.1 with train=full and sharding=fsdp"):
+        dry_run.describe(settings, 2)
+    with pytest.raises(ValueError, match=r"`kl_beta` is 0\.1 with train=full and sharding=fsdp"):
+        job.check(settings, 2)
+    job.check(settings, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from guard_ops import cli
 from guard_ops.recipes import job
 from guard_ops.recipes.resolve import resolve
+from guard_ops.trainer.engine import Engine
 from guard_ops.trainer.folder import FolderLock
 from guard_ops.trainer.metrics import read_metrics
 
@@ -166,6 +168,7 @@ def test_a_videos_metadata_reach_a_reward_of_yours(tiny_words, tmp_path, monkeyp
         ({"evaluation_prompts": -1}, "`evaluation_prompts` is -1; it needs >= 0"),
         ({"guidance_scale": ".nan"}, "`guidance_scale` is nan; it needs >= 0 and finite"),
         ({"guidance_scale": -1}, "`guidance_scale` is -1.0; it needs >= 0 and finite"),
+        ({"timeout": 0}, "`timeout` is 0.0; it needs > 0 and finite"),
         ({"lora_rank": 0}, "`lora_rank` is 0; it needs >= 1"),
         ({"lora_alpha": ".inf"}, "`lora_alpha` is inf; it needs a finite number"),
         ({"frames": 5}, "`frames` is 5; StableDiffusion3Pipeline makes images, of 1 frame"),
@@ -227,3 +230,22 @@ def test_files_of_others_are_set_aside(tiny_words, tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert {n for n in names if "aside" in n} == {"recipe.yaml.aside", "lora.aside"}
     assert not {n for n in names if "writing" in n or "old" in n}
+
+
+def test_pictures_are_judged_in_pieces_of_the_decoder(tiny_words, monkeypatch, tmp_path):
+    settings = resolve("sd3_5_medium", tiny_words("sd3_5_medium", evaluation_prompts=2))
+    settings.decode_batch = 1
+    seen = []
+
+    def reward(pixels, prompts, metadata):
+        seen.append((len(pixels), prompts))
+        return pixels.flatten(1).mean(1)
+
+    checked = job.check(settings, 1)
+    evaluation = job.Evaluation(None, reward, checked, Engine(device="cpu"), tmp_path)
+    evaluation.recipe.ema_decay = 0.0
+    evaluation.trainer = SimpleNamespace(iteration=1)
+    pixels = torch.stack([torch.full((3, 4, 4), value) for value in (0.25, 0.75)])
+    monkeypatch.setattr(evaluation, "_sample", lambda: pixels)
+    assert evaluation() == {"evaluation_reward": 0.5}
+    assert seen == [(1, ["a red cube"]), (1, ["the lazy dog"])]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 import torch
@@ -41,3 +42,10 @@ def test_jpeg_size_of_a_video_is_its_frames_mean():
 def test_what_is_no_reward_says_so(name, message):
     with pytest.raises(ValueError, match=message):
         load_reward(name)
+
+
+def test_a_reward_in_the_current_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_reward_here.py").write_text("def score(*inputs): ...\n")
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("my_reward_here:score").__name__ == "score"

@@ -46,3 +46,12 @@ def test_in_a_terminal_there_is_a_bar(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "━" in text
     assert "4/4" in text
+
+
+def test_a_step_that_takes_long_has_a_line_every_half_minute_too(clock, capsys):
+    with progress_bar("training", 2) as update:
+        for n in range(13):
+            update(0, f"rollout {n}/13")
+            clock[0] += 10
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"training: 0/2 {10 * n} s rollout {n}/13" for n in (0, 3, 6, 9, 12)]

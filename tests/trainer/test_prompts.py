@@ -39,3 +39,8 @@ def test_a_file_that_is_not_there_or_no_text_says_so(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"cannot be read: .*utf-8"):
         read_prompts(tmp_path / "p.txt")
+
+
+def test_a_line_ends_at_a_line_feed_only(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a\u2028dog"}\r\n{"prompt": "b"}\n', "utf-8")
+    assert read_prompts(tmp_path / "p.jsonl").texts == ["a\u2028dog", "b"]
