@@ -37,7 +37,10 @@ def flux_step(
         ``(prev_sample_mean, pred_original_sample)``; float32.
     """
     at = _from_the_front(index, len(sigmas))
-    sigma = sigmas[at].to(latents.device)
+    where = latents.device
+    # [1], as the host would wait for the value of an index of no dimensions
+    chosen = steps.on_device(at, where).reshape(1) if isinstance(at, Tensor) else at
+    sigma = steps.on_device(sigmas, where)[chosen]
     x, v = latents.float(), model_output
     pred_original_sample = torch.addcmul(x, -sigma, v.float())
     coeffs = _coefficients(sigmas, at, eta, sde_solver, x)

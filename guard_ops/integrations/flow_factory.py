@@ -108,7 +108,7 @@ def _sigmas(
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """sigma, the next one and the noise level, each [] or [B] (the level may be a number)."""
     device = latents.device
-    now = steps.number(timestep, device).to(device)
+    now = steps.on_device(steps.number(timestep, device), device)
     index = None
     if timestep_next is None:
         if now.ndim > 1:
@@ -119,21 +119,21 @@ def _sigmas(
         if isinstance(timestep, int) or not now.is_floating_point():
             index = now.long().reshape(-1)  # the step's number, as the original takes it
         else:
-            found = steps.index_for_timestep(self.timesteps.to(device), now)
+            found = steps.index_for_timestep(steps.on_device(self.timesteps, device), now)
             index = torch.as_tensor(found, device=device)
-        sigmas = self.sigmas.to(device)
+        sigmas = steps.on_device(self.sigmas, device)
         sigma, following = sigmas[index], sigmas[index + 1]
     else:
         sigma = now / 1000
-        following = steps.number(timestep_next, device).to(device) / 1000
+        following = steps.on_device(steps.number(timestep_next, device), device) / 1000
     if noise_level is None:
         if index is None:
-            found = steps.index_for_timestep(self.sigmas.to(device), sigma)
+            found = steps.index_for_timestep(steps.on_device(self.sigmas, device), sigma)
             index = torch.as_tensor(found, device=device)
-        eligible = torch.isin(index, self.current_sde_steps.to(device, non_blocking=True))
+        eligible = torch.isin(index, steps.on_device(self.current_sde_steps, device))
         noise_level = torch.where(eligible, float(self.noise_level), 0.0)
     if isinstance(noise_level, Tensor):
-        noise_level = noise_level.to(device).flatten()
+        noise_level = steps.on_device(noise_level, device).flatten()
     return sigma, following, noise_level
 
 

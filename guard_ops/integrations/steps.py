@@ -37,15 +37,13 @@ def schedule_of(sigmas: Tensor, noise_level: float, kind: SdeKind, device: Any) 
 
     Sigmas on the CPU, where schedulers keep them, are known by their values. Those on an
     accelerator, of which a look would make the host wait, are known by their version, which an
-    edit of ``sigmas.data`` does not change.
+    edit of ``sigmas.data`` does not change, nor any edit of an inference tensor, which has none.
     """
     level, where = float(noise_level), torch.device(device)
-    if sigmas.device.type == "cpu":
+    if _on_host(sigmas):
         return _schedule(tuple(sigmas.tolist()), level, kind, where)
-    if sigmas.is_inference():  # which has no version
-        return SdeSchedule(sigmas, level, kind, where)
     known = _schedules.setdefault(sigmas, {})
-    key = (sigmas._version, level, kind, where)
+    key = (None if sigmas.is_inference() else sigmas._version, level, kind, where)
     if key not in known:
         known[key] = SdeSchedule(sigmas, level, kind, where)
     found: SdeSchedule = known[key]
@@ -57,6 +55,37 @@ def _schedule(
     sigmas: tuple[float, ...], noise_level: float, kind: SdeKind, device: torch.device
 ) -> SdeSchedule:
     return SdeSchedule(sigmas, noise_level, kind, device)
+
+
+def on_device(numbers: Tensor, device: torch.device) -> Tensor:
+    """A scheduler's ``numbers`` on ``device``; those on the CPU are copied there once.
+
+    A copy from the CPU makes the host wait, so the copies are kept, known by their values.
+    """
+    if device.type == "cpu" or not _on_host(numbers):
+        return numbers.to(device)
+    copied = _copied(tuple(numbers.reshape(-1).tolist()), numbers.dtype, device)
+    return copied.reshape(numbers.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _copied(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def coefficients_on(coeffs: StepCoefficients, device: torch.device) -> StepCoefficients:
+    """``coeffs`` on ``device``; those on the CPU, which are kept, are copied there once."""
+    if coeffs.device == device:
+        return coeffs
+    if coeffs.device.type != "cpu" or torch.compiler.is_compiling():
+        return coeffs.to(device)
+    return _moved(coeffs, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _moved(coeffs: StepCoefficients, device: torch.device) -> StepCoefficients:
+    return coeffs.to(device)
 
 
 Index = int | tuple[int, ...] | Tensor  # of one step, or of each sample's
@@ -84,7 +113,9 @@ def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> tuple[int, ...] |
                     f"{len(timesteps)} timesteps"
                 )
         return tuple([known[value] for value in wanted])
-    match = timesteps.unsqueeze(0) == timestep.to(timesteps.device).reshape(-1, 1)
+    where = _where(timesteps, timestep)
+    wanted_there = on_device(timestep, where).reshape(-1, 1)
+    match = on_device(timesteps, where).unsqueeze(0) == wanted_there
     torch._assert_async(match.any(1).all(), "`timestep` is not one of the scheduler's")
     return match.int().argmax(1)
 
@@ -98,6 +129,15 @@ def is_one_step(index: Index, batch: int) -> bool:
 
 def _each(index: int | tuple[int, ...]) -> tuple[int, ...]:
     return (index,) if isinstance(index, int) else index
+
+
+def _where(*each: Any) -> torch.device:
+    """The accelerator that one of the tensors is on, from which nothing is to be read; or the CPU.
+
+    What is no tensor is anywhere.
+    """
+    devices = [x.device for x in each if isinstance(x, Tensor)]
+    return next((d for d in devices if d.type != "cpu"), devices[0])
 
 
 def _on_host(x: Tensor) -> bool:
@@ -121,12 +161,14 @@ def coefficients(
     rule = SDE_RULES[kind]
     known = not isinstance(noise_level, Tensor) and 0 <= noise_level <= rule.largest_noise_level
     if not known or torch.compiler.is_compiling():
-        at = torch.as_tensor(index, device=sigmas.device).reshape(-1)
+        where = _where(sigmas, index, noise_level)
+        at, sigmas = torch.as_tensor(index), on_device(sigmas, where)
+        at = on_device(at, where).reshape(-1)
         found = coefficients_at(sigmas[at], sigmas[at + 1], noise_level, kind, sigmas[1], batch)
-        return found.to(device)
+        return coefficients_on(found, device)
     if isinstance(index, Tensor):
         schedule = schedule_of(sigmas, float(noise_level), kind, device)
-        table = schedule[index.to(device).reshape(1, -1).expand(1, batch)].table
+        table = schedule[on_device(index, device).reshape(1, -1).expand(1, batch)].table
         return StepCoefficients._of(table, rule.gaussian, ())
     steps = _each(index)
     if sigmas.device.type == "cpu":
@@ -162,7 +204,7 @@ def top_where_one(sigma: Tensor, top: float | Tensor) -> Tensor:
     For originals that put it in the place of 1 only: from 0.999 they divide by ``1 - sigma``, where
     :class:`guard_ops.SdeSchedule` takes a first step as one from pure noise.
     """
-    return torch.where(sigma == 1, number(top, sigma.device).to(sigma.device), 1.0)
+    return torch.where(sigma == 1, on_device(number(top, sigma.device), sigma.device), 1.0)
 
 
 def coefficients_at(
@@ -192,7 +234,7 @@ def _known_at(rows: tuple[tuple[float, ...], ...], kind: SdeKind, batch: int) ->
 def _table_at(
     each: Sequence[float | Tensor], kind: SdeKind, batch: int, device: torch.device
 ) -> StepCoefficients:
-    rows = [number(x, device).to(device, torch.float64).reshape(1, -1) for x in each]
+    rows = [on_device(number(x, device), device).double().reshape(1, -1) for x in each]
     sigma, sigma_next, level, sigma_max = (row.expand(1, batch) for row in rows)
     table = coefficient_table(sigma, sigma_next, level, kind, sigma_max)
     return StepCoefficients._of(table, SDE_RULES[kind].gaussian, ())

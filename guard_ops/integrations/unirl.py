@@ -62,7 +62,7 @@ def denoise(
     done = steps.sde_step(
         noise_pred,
         sample,
-        coeffs.to(sample.device),
+        steps.coefficients_on(coeffs, sample.device),
         prev_sample,
         lambda: draw_noise(noise_pred, None),
         with_log_prob=scored,

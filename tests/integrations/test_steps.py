@@ -312,6 +312,70 @@ def test_refusing_the_host_refuses_diffusers_lookup(scheduler):
         scheduler.index_for_timestep(scheduler.timesteps[2])
 
 
+class Copies(TorchDispatchMode):
+    """Counts what is copied from the CPU to a device, or back, of which the host would wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.name() in ("aten::_to_copy", "aten::copy_"):
+            devices = {x.device.type for x in (*args, out) if isinstance(x, torch.Tensor)}
+            self.count += len(devices) > 1
+        return out
+
+
+def test_a_scheduler_on_the_cpu_is_copied_to_the_device_once(scheduler, monkeypatch):
+    """ "meta" stands for the accelerator; the values of its numbers nobody can read."""
+    monkeypatch.setattr(torch, "_assert_async", lambda *_: None)
+    for cached in (steps._copied, steps._moved, steps._known, steps._known_at, steps._schedule):
+        cached.cache_clear()
+    meta = torch.device("meta")
+    x = torch.empty(BATCH, *LATENT, device=meta)
+    timestep = torch.empty(BATCH, device=meta)
+    scheduler.is_eval, scheduler.noise_level = False, 0.7
+    scheduler.current_sde_steps = torch.arange(7)
+    host, level = scheduler.timesteps[:BATCH], torch.full((BATCH,), 0.7)
+
+    def once():
+        sigmas, at = scheduler.sigmas, steps.index_for_timestep(scheduler.timesteps, timestep)
+        assert at.device == meta
+        for given in (timestep, host, 3):
+            flow_factory._sigmas(scheduler, given, None, None, x)
+            flow_factory._sigmas(scheduler, given, host, level, x)
+        steps.top_where_one(timestep, sigmas[1])
+        for index in (at, 3, (0, 1, 2, 3)):
+            steps.coefficients(sigmas, index, level, "flow_sde", BATCH, meta)
+            steps.coefficients(sigmas, index, level_there, "flow_sde", BATCH, meta)
+            steps.coefficients(sigmas, index, 1.5, "cps", BATCH, meta)
+        known = steps.coefficients_at(sigmas[1], sigmas[2], 0.7, "flow_sde", 0.99, BATCH)
+        assert steps.coefficients_on(known, meta).device == meta
+
+    level_there = level.to(meta)
+    once()
+    with Copies() as copies:
+        once()
+    assert copies.count == 0
+    kept = steps._copied.cache_info().currsize
+    scheduler.sigmas[1] -= 1e-3  # other values are another copy
+    steps.on_device(scheduler.sigmas, meta)
+    assert steps._copied.cache_info().currsize == kept + 1
+    with Copies() as copies:
+        scheduler.sigmas.to(meta)
+    assert copies.count == 1
+
+
+def test_sigmas_of_inference_mode_make_one_schedule(scheduler, monkeypatch):
+    monkeypatch.setattr(steps, "_on_host", lambda x: False)  # as on an accelerator
+    with torch.inference_mode():
+        sigmas = scheduler.sigmas.clone()
+    first = steps.schedule_of(sigmas, 0.7, "flow_sde", "cpu")
+    assert steps.schedule_of(sigmas, 0.7, "flow_sde", "cpu") is first
+    assert steps.schedule_of(sigmas, 0.5, "flow_sde", "cpu") is not first
+
+
 def test_schedule_is_made_once_and_again_when_the_sigmas_change(scheduler):
     first = steps.schedule_of(scheduler.sigmas, 0.7, "flow_sde", "cpu")
     assert steps.schedule_of(scheduler.sigmas, 0.7, "flow_sde", "cpu") is first

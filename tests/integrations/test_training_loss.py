@@ -336,7 +336,7 @@ def test_qwen_image_scripts_divide_both_losses():
 
 
 def test_the_guard_scripts_kl_of_a_step_with_hardly_any_noise():
-    """It adds 1e-7 to ``2 std^2``, which is 1.4e-6 at this noise level."""
+    """It adds 1e-7 to ``2 std^2``, which is 1.4e-5 at this noise level."""
     batch, velocity = scripts.make_batch(SHAPE)
     std = go.SdeSchedule(batch.sigmas, 1e-3)[scripts.J]
     variance = float(std.s**2 / -std.dt)
@@ -349,7 +349,7 @@ def test_the_guard_scripts_kl_of_a_step_with_hardly_any_noise():
         )
         kl.append(float(out.info["kl_loss"]))
     assert kl[0] / kl[1] == pytest.approx(1 + 1e-7 / (2 * variance), rel=1e-6)
-    assert kl[0] / kl[1] > 1.01
+    assert kl[0] / kl[1] > 1.005
 
 
 def test_the_papers_bias_is_per_sample():
