@@ -198,9 +198,9 @@ struct LossProblem {
     problem.largest = call.compute_type() == at::kDouble ? std::numeric_limits<double>::max()
                                                          : std::numeric_limits<float>::max();
     if (!statistics) return;
-    TORCH_CHECK(statistics->dim() == 2 && statistics->size(0) == 3 &&
-                    statistics->size(1) == problem.steps,
-                "guard_ops: statistics needs shape [3, K]: mean, std, std_floor");
+    TORCH_CHECK(
+        statistics->dim() == 2 && statistics->size(0) == 3 && statistics->size(1) == problem.steps,
+        "guard_ops: statistics needs shape [3, K]: mean, std, std_floor");
     statistics = statistics->contiguous();
     problem.mean = statistics->const_data_ptr<double>();
     problem.std = problem.mean + problem.steps;
