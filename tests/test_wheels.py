@@ -31,6 +31,7 @@ with warnings.catch_warnings(record=True) as caught:
     for _ in range(2):
         guard_ops.guard_loss(
             v, advantages=torch.ones(4), coeffs=guard_ops.SdeSchedule([1.0, 0.5, 0.0])[0],
+            config=guard_ops.GuardConfig(),
             old_model_output=v.detach(), noise=torch.randn(4, 6)).loss.backward()
 print(json.dumps({
     "file": guard_ops.__file__,

@@ -44,8 +44,8 @@ def scalar_truth(log_ratio, config, kl_old, coeffs, statistics=None):
     finite &= truth.representable(o, u)
     u = u.where(finite)
     unbiased = Rounded.exact((log_ratio.double() + kl_old.double()).where(finite, torch.zeros(())))
-    s = coeffs.s.unsqueeze(-1).expand(log_ratio.shape)
-    norm = truth_loss.ratio_norm(u, unbiased, s, truth_loss.Mean(finite), config, statistics)
+    o.steps, o.table = len(log_ratio), {"s": coeffs.s.unsqueeze(-1).expand(log_ratio.shape)}
+    norm = truth_loss.ratio_norm(u, unbiased, o, truth_loss.Mean(finite), config, statistics)
     finite &= truth.representable(o, norm.excess)
     return norm.excess.where(finite, math.nan), finite
 

@@ -61,7 +61,10 @@ def test_coefficients_are_the_truth(sigmas, noise_level, kind):
             )
         else:
             top = sigmas[1] if sigma == 1 else sigma
-            std = noise_level * (math.sqrt(sigma / (1 - top)) if kind == "flow_sde" else 1.0)
+            shape = {"flow_sde": sigma / (1 - top) if top < 1 else 0.0, "dance_sde": 1.0}
+            std = noise_level * math.sqrt(shape.get(kind, 0.0))
+            if kind == "wan_sde":
+                std = noise_level * sigmas[1] * sigma
             drift = std**2 / (2 * sigma) * step
             width = std * math.sqrt(-step)
             density = 1 / (2 * width**2)
