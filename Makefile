@@ -20,9 +20,9 @@ demo: $(VENV)/runtime
 # Two processes of as many threads as there are cores: none may spin while it waits for another.
 test test-all test-slow test-triton test-emulated: export OMP_WAIT_POLICY = passive
 
-# What every change is tested by, in ten minutes of two cores from an empty clone: each backend, form,
-# norm and public function, and each pair of such values (tests/combinations.py). The compilers do not
-# wait for pip and mypy, which have work for one core.
+# What every change is tested by, in a quarter of an hour of two cores from an empty clone: each
+# backend, form, norm and public function, and each pair of such values (tests/combinations.py). The
+# compilers do not wait for pip and mypy, which have work for one core.
 test:
 	$(MAKE) --jobs 3 lint test-cpp emulated-extension
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -31,7 +31,7 @@ test:
 # Where this machine can compile for 64-bit Arm and emulate it.
 ARM_BITS := $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64-static)),test-arm-bits)
 
-# As CI runs it, before a release, and after a change to kernels: what takes minutes more, such as
+# Before a release, and after a change to kernels: what takes minutes more, such as
 # every combination, machine code for every architecture, and another architecture's bits.
 test-all: test
 	$(MAKE) test-slow
