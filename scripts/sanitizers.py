@@ -56,7 +56,8 @@ def cpp_tests(sanitizer: Sanitizer) -> int:
     ctest = toolchain.find_program("ctest", os.environ) or "ctest"
     only = ["-R", sanitizer.tests]
     return subprocess.call(
-        [str(ctest), "--test-dir", str(folder), "--output-on-failure", "-j", "2", *only]
+        [str(ctest), "--test-dir", str(folder), "--output-on-failure", "-j", "2", *only],
+        env=os.environ | {"GUARD_OPS_EVERY_CASE": "1"},
     )
 
 

@@ -10,7 +10,7 @@ import itertools
 
 import pytest
 import torch
-from combinations import pairs_first
+from combinations import pairs_first, values_first
 from problems import FORMS, arguments, problem, relative, run, without_advantages
 
 import guard_ops as go
@@ -104,8 +104,7 @@ def test_other_kinds_of_sde(form, kind, backend):
     )
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form, norm", values_first(itertools.product(FORMS, NORMS)))
 def test_both_branches_of_classifier_free_guidance(form, norm, backend):
     if form == "log-prob" and norm == "closed_form":
         norm = "none"

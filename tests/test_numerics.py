@@ -43,8 +43,8 @@ def plain_standardized(given, old_model_output):
     "form, bound",
     [
         ("velocity", 1e-5),
-        ("mean", 2e-2),
         # seconds each, and smaller in the next test
+        pytest.param("mean", 2e-2, marks=pytest.mark.slow_suite),
         pytest.param("noise", 1e-5, marks=pytest.mark.slow_suite),
         pytest.param("seeded", 1e-5, marks=pytest.mark.slow_suite),
     ],

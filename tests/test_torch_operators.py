@@ -123,7 +123,7 @@ def compiled_and_eager(given, config, compiler, dynamic=None):
 
 
 # The compiled graph holds the same operators; only the multiplication by grad_output is its own.
-# To trace a call takes a second.
+# To trace a call takes seconds.
 rarely = pytest.mark.slow_suite
 
 

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 
 namespace guard_ops::test {
 
@@ -18,12 +19,19 @@ inline bool fail(const char* file, int line) {
   return true;
 }
 
-// Says whether the next case is run: one in GUARD_OPS_TEST_STRIDE is. A prime gives every form,
-// type and length its turn, where a divisor of a loop's length would meet the same of its values
-// again.
+// Asked for by `make test-slow` and by the sanitizers; `make test` has some of what takes seconds.
+inline bool every_case() {
+  static const bool asked = std::getenv("GUARD_OPS_EVERY_CASE") != nullptr;
+  return asked;
+}
+
+// Says whether the next case is run: one in GUARD_OPS_TEST_STRIDE is, and one in three of `make
+// test`. A prime gives every form, type and length its turn, where a divisor of a loop's length
+// would meet the same of its values again.
 inline long cases = 0, cases_run = 0;
 inline bool is_run() {
-  const bool run = cases++ % GUARD_OPS_TEST_STRIDE == 0;
+  constexpr long asked = GUARD_OPS_TEST_STRIDE;
+  const bool run = cases++ % (every_case() || asked > 3 ? asked : 3) == 0;
   cases_run += run;
   return run;
 }

@@ -82,7 +82,14 @@ def test_unknown_repeat_is_refused():
 
 
 # Tolerance: allocator and interpreter pages, counters that the kernel batches per core.
-@pytest.mark.parametrize("kept, freed", [(8, 0), (8, 4), (0, 16)])
+@pytest.mark.parametrize(
+    "kept, freed",
+    [
+        pytest.param(8, 0, marks=pytest.mark.slow_suite),
+        (8, 4),
+        pytest.param(0, 16, marks=pytest.mark.slow_suite),
+    ],
+)
 def test_peak_counts_what_is_kept_and_what_is_already_freed(kept, freed):
     held = []
 

@@ -159,6 +159,7 @@ def _train_counted(engine, out):
     return {"calls": len(calls)}
 
 
+@pytest.mark.slow_suite  # half a minute, most of it to start two processes
 def test_only_the_first_of_two_ranks_pretrains(tmp_path):
     found = ranks.run(tmp_path / "ranks", 2, _train_counted, tmp_path / "run")
     assert [each["calls"] for each in found] == [1, 0]

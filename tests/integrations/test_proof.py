@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 
 import numpy as np
 import pytest
 import restated
 import torch
+from combinations import values_first
 
 import guard_ops as go
 from guard_ops.integrations import (
@@ -197,25 +199,23 @@ def in_no_mode(target):
         return proof_of(target, monkeypatch)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "mode",
-    [
-        torch.inference_mode,
-        torch.no_grad,
-        lambda: torch.autocast("cpu", torch.bfloat16),
-        lambda: torch.device("meta"),
-        DefaultDtype,
-        lambda: go.use_backend("reference"),
-    ],
-    ids=["inference", "no_grad", "autocast", "device", "dtype", "backend"],
-)
+MODES = {
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+    "dtype": DefaultDtype,
+    "backend": lambda: go.use_backend("reference"),
+}
+
+
+@pytest.mark.parametrize("mode, target", values_first(itertools.product(MODES, TARGETS)))
 def test_the_callers_mode_neither_matters_nor_changes(mode, target, monkeypatch):
     expected = in_no_mode(target)
     kept = (cases._euler, cases._unipc)
     for each in kept:
         each.cache_clear()
-    with mode():
+    with MODES[mode]():
         before = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         where = torch.empty(0)
         found = proof_of(target, monkeypatch)

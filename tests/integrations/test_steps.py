@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import originals
 import pytest
 import torch
+from combinations import values_first
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guard_ops.integrations import (
@@ -389,7 +390,7 @@ def test_schedule_is_made_once_and_again_when_the_sigmas_change(scheduler):
 
 
 @pytest.mark.parametrize(
-    "framework, kind", [*CASES, ("dance_grpo", "dance_sde"), ("wan", "wan_sde")]
+    "framework, kind", values_first([*CASES, ("dance_grpo", "dance_sde"), ("wan", "wan_sde")])
 )
 def test_a_step_is_one_graph(scheduler, framework, kind):
     v, x, y = latents("v", "x", "y")

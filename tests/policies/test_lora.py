@@ -127,7 +127,13 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "wan2_1_t2v_1_3b" else pytest.mark.slow_suite)
+        for name in PARAMETERS
+    ],
+)
 def test_published_sizes_and_the_adapters_of_the_published_recipes(name):
     """At full size, without values: every target matches, and as many parameters as published."""
     published: Published = PUBLISHED[name]

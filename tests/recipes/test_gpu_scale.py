@@ -38,7 +38,9 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(script, monkeypatch, capsys
     assert "there is no GPU here: nothing was run" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param("sd3_5_medium", marks=pytest.mark.slow_suite), "flux1_dev"]
+)
 def test_each_part_of_an_iteration_is_timed(name, script):
     words = ["height=32", "width=32", "text_length=8", "lora_rank=2"]
     config = PUBLISHED[name].transformer | SMALL[name]

@@ -68,7 +68,12 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "count, sharding",
-    [(2, "ddp"), (2, "fsdp"), pytest.param(4, "ddp", marks=pytest.mark.slow_suite), (4, "fsdp")],
+    [
+        (2, "ddp"),
+        pytest.param(2, "fsdp", marks=pytest.mark.slow_suite),
+        pytest.param(4, "ddp", marks=pytest.mark.slow_suite),
+        (4, "fsdp"),
+    ],
 )
 def test_three_updates_on_several_ranks_give_the_weights_of_one(tmp_path, alone, count, sharding):
     results = ranks.run(tmp_path, count, everything, tmp_path / "out", sharding=sharding)
