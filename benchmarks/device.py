@@ -11,8 +11,9 @@ there can be: every operand read once, the gradient written once. ``moved_share_
 those that have to move: the article's objective needs every ratio before any gradient, and its
 gradient's pass reads a batch that no chip holds from memory again.
 
-What the bounds look at comes first, each number is saved as soon as it is there, and what fails or
-hangs takes nothing with it but its own row (:mod:`benchmarks.isolated`).
+What decides most comes first, each number is saved as soon as it is there, and what fails or hangs
+takes nothing with it but its own row (:mod:`benchmarks.isolated`). A second run on the same device
+with the same sources keeps the rows of the first and measures those that it lacks.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from .measure import Call
 from .workloads import bytes_in_two_passes, bytes_per_element
 
 WORKLOADS = {workload.name: workload for workload in (LARGE, SMALL)}
-FORMS = ("mean", "velocity", "noise", "seeded")
 CHAINS = ("eager", "torch.compile")
+CHAINED = ("bfloat16", "article")  # the dtype and the objective that these are measured in
 # The paths of each backend, and those that only objectives whose rows are independent can take.
 PATHS = {
     "triton": ("two_launches", "one_launch", "rows"),
@@ -51,8 +52,12 @@ PATHS = {
 INDEPENDENT = ("rows", "cluster", "in_turn")
 REFUSED = {(LARGE.name, "cluster")}  # a row of it is more than a cluster's blocks hold
 COPY_BYTES = 2 << 30  # half of them read, half written
-JOB_SECONDS = 90.0  # the most that a job may take, including compilation
+# The most seconds that a job may take. What hangs once is not tried again by the same path.
+JOB_SECONDS = {"triton": 40.0, "torch.compile": 90.0}  # these compile
+OTHER_SECONDS = 20.0
 FAILURES = 3  # after so many, no more of a contender is tried
+# What has to be the same for the rows of an earlier run to be kept.
+SAME = ("device", "sources", "torch", "triton", "cuda", "hip")
 MISSED = 3  # the exit status if everything ran, but not fast enough
 MARGIN_SECONDS = 5.0  # kept to print the end of the table
 
@@ -72,22 +77,42 @@ COPIED = Job("-", "-", COPY, "-", "-")
 
 
 def jobs(backends: Sequence[str]) -> list[Job]:
-    """Everything that is measured, beginning with what the bounds look at."""
+    """Everything that is measured, what decides most first.
+
+    That is what the bounds look at, then CUDA's paths (which decide the thresholds between them),
+    the forms that make noise, Triton's paths and the other form; and last ``torch.compile``, each
+    row of which takes as long as many of the others.
+    """
     kinds = [(w, d, o) for w in WORKLOADS for d in DTYPES for o in OBJECTIVES]
-    bounded, forms, paths = [], [], []
-    for workload, dtype, objective in kinds:
-        for backend in backends:
-            bounded.append(Job(workload, dtype, backend, "mean", objective))
-            forms += [Job(workload, dtype, backend, form, objective) for form in FORMS[1:]]
-            paths += [
-                Job(workload, dtype, backend, "mean", objective, path)
-                for path in PATHS.get(backend, ())
-                if objective == "paper" or path not in INDEPENDENT
-                if (workload, path) not in REFUSED
-            ]
-        if dtype == "bfloat16" and objective == "article":
-            bounded += [Job(workload, dtype, chain, "mean", objective) for chain in CHAINS]
-    return [*bounded, *forms, *paths]
+
+    def mean(contender: str) -> list[Job]:
+        return [Job(w, d, contender, "mean", o) for w, d, o in kinds]
+
+    def forms(*names: str) -> list[Job]:
+        return [Job(w, d, b, form, o) for w, d, o in kinds for b in backends for form in names]
+
+    def paths(backend: str) -> list[Job]:
+        return [
+            Job(workload, dtype, backend, "mean", objective, path)
+            for workload, dtype, objective in kinds
+            for path in PATHS[backend]
+            if objective == "paper" or path not in INDEPENDENT
+            if (workload, path) not in REFUSED
+        ]
+
+    def chain(name: str) -> list[Job]:
+        return [job for job in mean(name) if (job.dtype, job.objective) == CHAINED]
+
+    bounded = [job for together in zip(*map(mean, backends), strict=True) for job in together]
+    return [
+        *bounded,
+        *chain("eager"),
+        *(paths("cuda") if "cuda" in backends else []),
+        *forms("noise", "seeded"),
+        *(paths("triton") if "triton" in backends else []),
+        *forms("velocity"),
+        *chain("torch.compile"),
+    ]
 
 
 def measured(job: Job) -> isolated.Answer:
@@ -232,6 +257,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "triton": version,
+        "sources": results.sources(),
         **known,
     }
 
@@ -241,12 +267,26 @@ def save(
     copy: float | None,
     here: dict[str, Any],  # what environment() returned
     backends: Sequence[str],
+    out: Path | None = None,
     folder: Path = results.FOLDER,
 ) -> Path:
     """``<device>.json``, in the form of :mod:`benchmarks.results`; its other sections stay."""
     known = {**here, "copy_gigabytes_per_second": copy / 1e9 if copy else None}
     section = {"environment": known, "rows": rows, "bounds_missed": bounds(rows, backends)}
-    return results.put("device", section, folder, "cuda")
+    return results.put("device", section, folder, "cuda", out)
+
+
+def earlier(
+    todo: Sequence[Job], here: dict[str, Any], folder: Path = results.FOLDER
+) -> dict[Job, results.Row]:
+    """The rows of this device's file that are measured already, with the same sources."""
+    section = results.known("device", folder, "cuda")
+    there = section.get("environment", {})
+    if any(there.get(name) != here.get(name) for name in SAME):
+        return {}
+    rows = [row for row in section.get("rows", []) if "error" not in row]
+    known = {tuple(row.get(name, "chosen") for name in Job._fields): row for row in rows}
+    return {job: known[job] for job in todo if job in known}
 
 
 def line(found: results.Row) -> str:
@@ -274,8 +314,13 @@ def measure_all(
     worker: isolated.Worker,
     deadline: float,  # on the clock of time.monotonic
 ) -> Iterator[tuple[Job, isolated.Answer]]:
-    """The answers in turn, until the deadline; none of a contender after ``FAILURES`` failures."""
+    """The answers in turn, until the deadline.
+
+    A path of a contender that hung once is not tried again, nor a contender after ``FAILURES``
+    failures.
+    """
     failures: Counter[str] = Counter()
+    hung: set[tuple[str, str]] = set()
     for job in todo:
         left = deadline - time.monotonic()
         if left <= 0:
@@ -283,8 +328,14 @@ def measure_all(
         if failures[job.contender] >= FAILURES:
             yield job, {"error": f"not tried: {job.contender} failed {FAILURES} times"}
             continue
-        answer = worker.ask(job, min(JOB_SECONDS, left))
+        if (job.contender, job.path) in hung:
+            yield job, {"error": f"not tried: {job.contender} hung by the path {job.path}"}
+            continue
+        most = JOB_SECONDS.get(job.contender, OTHER_SECONDS)
+        answer = worker.ask(job, min(most, left))
         failures[job.contender] += "error" in answer
+        if most <= left and answer.get("error", "").startswith(isolated.HUNG):
+            hung.add((job.contender, job.path))
         yield job, answer
 
 
@@ -292,12 +343,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write; returns ``MISSED`` if a bound is missed, or a number for it is missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
     parser.add_argument("--seconds", type=float, default=600, help="stop after these; default 600")
-    deadline = time.monotonic() + parser.parse_args(arguments).seconds - MARGIN_SECONDS
+    parser.add_argument("--out", type=Path, help="a folder that gets the file too, row by row")
+    parser.add_argument("--again", action="store_true", help="measure what an earlier run has, too")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds - MARGIN_SECONDS
     if not torch.cuda.is_available():
         print("no GPU: nothing measured", file=sys.stderr)
         return 0
     backends, here = device_backends(), environment()
-    todo, rows, copy = [COPIED, *jobs(backends)], [], None
+    planned, copy = jobs(backends), None
+    kept = {} if options.again else earlier(planned, here)
+    rows: list[results.Row] = list(kept.values())
+    if kept:
+        print(f"{len(kept)} of {len(planned)} rows are kept from an earlier run")
+    todo = [COPIED, *(job for job in planned if job not in kept)]
     with isolated.Worker(measured) as worker:
         for job, answer in measure_all(todo, worker, deadline):
             if job == COPIED:
@@ -307,10 +366,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             rows.append(row(job, answer, copy))
             print(line(rows[-1]), flush=True)
-            path = save(rows, copy, here, backends)
-    print(f"wrote {path}" if rows else "wrote nothing")
-    if len(rows) < len(todo) - 1:
-        print(f"{len(todo) - 1 - len(rows)} of {len(todo) - 1} rows not measured: no time left")
+            save(rows, copy, here, backends, options.out)
+    print(f"wrote {save(rows, copy, here, backends, options.out)}" if rows else "wrote nothing")
+    if len(rows) < len(planned):
+        print(f"{len(planned) - len(rows)} of {len(planned)} rows not measured: no time left")
     missed = bounds(rows, backends)
     print("\n".join(f"MISSED {text}" for text in missed) or "every bound met")
     return MISSED if missed else 0

@@ -15,6 +15,7 @@ from typing import Any
 Answer = dict[str, Any]  # has an "error" if something failed
 Work = Callable[[Any], Answer]
 MESSAGE = 200  # characters of an error that are kept
+HUNG = "no result within"  # how the error of what did not answer in time begins
 
 
 class Worker:
@@ -42,7 +43,7 @@ class Worker:
             answer: Answer = (
                 connection.recv()
                 if connection.poll(seconds)
-                else {"error": f"no result within {seconds:.0f} s"}
+                else {"error": f"{HUNG} {seconds:.0f} s"}
             )
         except (EOFError, OSError):
             self._process.join(1)

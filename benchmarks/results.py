@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -41,13 +42,45 @@ def save(name: str, rows: list[Row], folder: Path = FOLDER, device: str = "cpu")
     return put(name, section(rows, device), folder, device)
 
 
-def put(name: str, found: dict[str, Any], folder: Path = FOLDER, device: str = "cpu") -> Path:
+def put(
+    name: str,
+    found: dict[str, Any],
+    folder: Path = FOLDER,
+    device: str = "cpu",
+    copy_to: Path | None = None,  # a folder that gets the whole file as well
+) -> Path:
     """Write a section into the machine's file; its other sections stay."""
     folder.mkdir(exist_ok=True)
     path = folder / f"{machine_label(device)}.json"
     machine = json.loads(path.read_text()) if path.exists() else {}
-    write(path, machine | {name: found})
+    for place in (path, *([copy_to / path.name] if copy_to else [])):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write(place, machine | {name: found})
     return path
+
+
+def known(name: str, folder: Path = FOLDER, device: str = "cpu") -> dict[str, Any]:
+    """A section of the machine's file; empty without one, or if the file cannot be read."""
+    try:
+        machine = json.loads((folder / f"{machine_label(device)}.json").read_text())
+        found = machine.get(name, {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def sources() -> str:
+    """A hash of what is measured: the package and its kernels, in Python and C++.
+
+    Numbers of two runs belong together where it is the same.
+    """
+    root = FOLDER.parents[1]
+    digest = hashlib.sha256()
+    for top in ("guard_ops", "csrc"):
+        for path in sorted((root / top).rglob("*")):
+            if path.suffix in (".py", ".h", ".cpp", ".cu"):
+                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def write(path: Path, machine: Machine) -> None:

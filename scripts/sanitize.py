@@ -1,9 +1,9 @@
 """The GPU kernels under compute-sanitizer: ``python scripts/sanitize.py``.
 
-Runs memcheck, racecheck, initcheck and synccheck over small calls of every op by every path of the
-``cuda`` and ``triton`` backends, all of them side by side and each for a limited time. Without a
-GPU, or without the tool, it says so and exits with 0; a finding, or a run that did not end, exits
-with 1.
+Runs memcheck and racecheck, then initcheck and synccheck, over small calls of every op by every
+path of the ``cuda`` and ``triton`` backends, those of a pair side by side and each for a limited
+time. Without a GPU, or without the tool, it says so and exits with 0; where the machine refuses the
+tool its device, with ``NOT_RUN``; a finding, or a run that did not end, exits with 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ sys.path[:0] = [str(ROOT / "scripts")]
 
 import bounded  # noqa: E402
 
-TOOLS = ("memcheck", "initcheck", "racecheck", "synccheck")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TOGETHER = 2  # tools that run side by side; what comes later has the time that is left
+LEAST_SECONDS = 20.0  # with less, a tool is not begun
+NOT_RUN = 4  # the exit status if the machine lets no tool see its device
+REFUSED = "Device not supported"  # what a tool says then, as on virtual machines without its driver
 SLOW = ("racecheck", "synccheck")  # get tiny latents, as they follow every shared memory access
 BACKENDS = ("cuda", "triton")
 PATHS = {
@@ -140,8 +144,12 @@ def missing() -> str:
 
 def run_all(
     runs: Sequence[Run], tool: str, seconds: float, start: Callable[..., Any] = bounded.run
-) -> list[Run]:
-    """Does the runs side by side; returns those with a finding, or that took over ``seconds``."""
+) -> tuple[list[Run], list[Run]]:
+    """Does the runs side by side.
+
+    Returns:
+        Those with a finding, or that took over ``seconds``; and those that were refused the device.
+    """
 
     def one(run: Run) -> tuple[int | None, str]:
         environment = {
@@ -158,15 +166,19 @@ def run_all(
         )
         return result
 
-    failed = []
+    failed, refused = [], []
     with ThreadPoolExecutor(len(runs) or 1) as pool:
         for run, (status, text) in zip(runs, pool.map(one, runs), strict=True):
+            if run.tool is not None and REFUSED in text:
+                refused.append(run)
+                print(f"sanitize: {run}: not run, the tool is refused the device", flush=True)
+                continue
             what = f"not ended after {seconds:.0f} s" if status is None else f"status {status}"
             print(f"sanitize: {run}: {'clean' if status == 0 else what}", flush=True)
             if status != 0:
                 failed.append(run)
                 print("\n".join(f"  {line}" for line in text.splitlines()[-40:]), flush=True)
-    return failed
+    return failed, refused
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -191,15 +203,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if tool is None:
         print(f"sanitize: nothing was run, {missing()}")
         return 0
-    failed = run_all([Run(name, None) for name in here], tool, FIRST_SHARE * options.seconds)
+    failed, _ = run_all([Run(name, None) for name in here], tool, FIRST_SHARE * options.seconds)
     left = [name for name in here if Run(name, None) not in failed]
-    tools = [Run(name, kind) for name in left for kind in TOOLS]
-    failed += run_all(tools, tool, max(1.0, end - time.monotonic()))
+    refused: list[Run] = []
+    done: list[Run] = []
+    for first in range(0, len(TOOLS), TOGETHER):
+        runs = [Run(name, kind) for name in left for kind in TOOLS[first : first + TOGETHER]]
+        seconds = end - time.monotonic()
+        if refused or seconds < LEAST_SECONDS:
+            why = "refused the device" if refused else "no time left"
+            print(f"sanitize: not run, {why}: {', '.join(map(str, runs))}")
+            continue
+        found, turned_away = run_all(runs, tool, seconds)
+        failed, refused = failed + found, refused + turned_away
+        done += [run for run in runs if run not in turned_away]
     if len(left) < len(BACKENDS):
         rest = [name for name in BACKENDS if name not in left]
         print(f"sanitize: not under any tool: {', '.join(rest)}")
-    print(f"sanitize: {'failed: ' + ', '.join(map(str, failed)) if failed else 'clean'}")
-    return 1 if failed else 0
+    clean = f"clean: {', '.join(str(run) for run in done if run not in failed) or 'nothing'}"
+    print(f"sanitize: {'failed: ' + ', '.join(map(str, failed)) if failed else clean}")
+    if failed:
+        return 1
+    return 0 if done else NOT_RUN
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import device as gpu
 from benchmarks import results
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def fake(check, name, code="", seconds=30, least=5, required=True, **more):
 
 def test_the_figures_come_before_what_takes_long(check):
     names = [step.name for step in check.STEPS]
-    assert names == ["build", "doctor", "benchmarks", "tests", "sanitizer"]
+    assert names == ["build", "doctor", "CUDA kernels", "benchmarks", "tests", "sanitizer"]
     assert check.TOTAL_SECONDS <= 600
 
 
@@ -59,6 +60,9 @@ def test_a_step_leaves_the_others_their_least(check):
     assert check.limit(steps, 1, 200) == 150
     assert check.limit(steps, 2, 30) == 30
     assert check.limit(steps, 2, -5) == 1
+    # too little for everything: each has its part
+    assert check.limit(steps, 0, 79) == 40
+    assert check.limit(steps, 1, 39) == 30
 
 
 def test_steps_that_all_take_all_they_may_end_in_time(check):
@@ -143,7 +147,7 @@ def test_an_interrupted_check_leaves_no_step_behind(tmp_path):
 import os, sys
 sys.path.insert(0, {str(ROOT / "scripts")!r})
 import gpu_check
-gpu_check.without_a_gpu = gpu_check.architecture = lambda: ""
+gpu_check.without_a_gpu = gpu_check.architecture = gpu_check.passed_earlier = lambda: ""
 gpu_check.STEPS = [gpu_check.Step("x", [sys.executable, "-c", {hangs!r}], 60, 5, True)]
 gpu_check.main()
 """
@@ -164,15 +168,17 @@ def test_outcomes_say_what_failed_and_what_counts(check):
         fake(check, "counts", "raise SystemExit(4)"),
         fake(check, "means something", "raise SystemExit(5)", meaning={5: "too slow"}),
         fake(check, "left out", "raise SystemExit(5)", wanted=lambda: "no compiler"),
-        check.Step("knows", [*python("import sys; sys.exit(int(sys.argv[1]) != 15)"),
-                             check.SECONDS], 30, 5, True),
+        fake(check, "refused", "raise SystemExit(6)", not_run={6: "no device"}),
+        check.Step("knows", [*python("import sys; sys.exit(sys.argv[1:] != ['15', '--a', 'b'])"),
+                             check.SECONDS, check.OPTIONS], 30, 5, True),
     ]  # fmt: skip
-    outcomes = check.run_steps(steps, os.environ)
+    outcomes = check.run_steps(steps, os.environ, options=["--a", "b"])
     assert [(o.text, o.failed) for o in outcomes] == [
         ("FAILED: exit status 3", False),
         ("FAILED: exit status 4", True),
         ("FAILED: too slow", True),
         ("not run: no compiler", False),
+        ("not run: no device", False),
         ("passed", False),
     ]
 
@@ -220,7 +226,9 @@ def test_backends_are_asked_of_a_new_process(check, monkeypatch):
 def device(monkeypatch, tmp_path):
     """A GPU by name only, and where its results go."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100/80")
-    monkeypatch.setattr(results.put, "__defaults__", (tmp_path, "cpu"))
+    monkeypatch.setattr(results.put, "__defaults__", (tmp_path, "cpu", None))
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(results, "sources", lambda: "these")
     return tmp_path / "nvidia-h100-80.json"
 
 
@@ -255,10 +263,139 @@ def test_every_step_is_saved_before_the_next_and_the_clock_is_the_process_s(
     assert "gpu-check: a, at most 15 s" in capsys.readouterr().out
 
 
+class Workshop:
+    """A fake device: what each step's command does there, in this process and at once."""
+
+    def __init__(self, check, rows):
+        self.check, self.rows, self.ran = check, rows, []
+
+    def run(self, command, seconds, *_, **__):
+        step = next(s for s in self.check.STEPS if s.command[:3] == list(command)[:3])
+        if step.name == "CUDA kernels" and "-n" in command:
+            step = next(s for s in self.check.STEPS if s.name == "tests")
+        self.ran.append(step.name)
+        if step.name == "benchmarks":
+            return self.benchmarks(list(command)[3:]), ""
+        statuses = {"tests": None, "sanitizer": self.check.sanitize.NOT_RUN}
+        return statuses.get(step.name, 0), ""
+
+    def benchmarks(self, arguments):
+        """Measures so many rows before the time is up."""
+        left = iter(range(self.rows + 1))  # and the copy
+
+        class Worker:
+            __enter__ = __exit__ = lambda self, *_: self
+
+            def ask(self, job, seconds):
+                if next(left) == 0:
+                    return {"bandwidth": 4e12}
+                return {"microseconds": 7.0, "loss_and_grad_microseconds": 7.0}
+
+        def within(todo, worker, deadline):
+            for n, job in enumerate(todo):
+                if n > self.rows:
+                    return
+                yield job, worker.ask(job, 1)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gpu.isolated, "Worker", lambda work: Worker())
+            patch.setattr(gpu, "measure_all", within)
+            patch.setattr(gpu, "device_backends", lambda: ["cuda", "triton"])
+            patch.setattr(gpu, "environment", lambda: {"device": "fake", "sources": "these"})
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            for function in (gpu.save, gpu.earlier):
+                defaults = function.__defaults__[:-1]
+                patch.setattr(function, "__defaults__", (*defaults, results.FOLDER))
+            return gpu.main(arguments)
+
+
+def test_two_runs_do_everything_once_and_lose_nothing(check, device, monkeypatch, tmp_path, capsys):
+    total = len(gpu.jobs(["cuda", "triton"]))
+    workshop = Workshop(check, total - 10)
+    monkeypatch.setattr(check.bounded, "run", workshop.run)
+    monkeypatch.setattr(check, "without_a_gpu", lambda: "")
+    monkeypatch.setattr(check, "architecture", lambda: "90-real")
+    monkeypatch.setattr(check, "backends", lambda _: (["cuda", "triton"], {}))
+    for name in ("no_build", "no_cuda_kernels"):
+        step = next(s for s in check.STEPS if s.wanted is getattr(check, name))
+        check.STEPS[check.STEPS.index(step)] = step._replace(wanted=lambda: "")
+    sanitizer = check.STEPS[-1]
+    check.STEPS[-1] = sanitizer._replace(wanted=lambda: "")
+    monkeypatch.setattr(check, "PYTHON", "/bin/false")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    out = tmp_path / "out"
+
+    assert check.main(["--out", str(out), "--seconds", "100000"]) == 1
+    assert workshop.ran == [
+        "build", "doctor", "CUDA kernels", "benchmarks", "tests", "sanitizer"
+    ]  # fmt: skip
+    saved = json.loads(device.read_text())
+    assert json.loads((out / device.name).read_text()) == saved
+    assert len(saved["device"]["rows"]) == total - 10
+    texts = {row["step"]: row["text"] for row in saved["gpu_check"]["rows"]}
+    assert texts["CUDA kernels"] == "passed"
+    assert texts["benchmarks"] == "FAILED: a bound is missed, or was not measured"
+    assert texts["tests"].startswith("FAILED: more than")
+    assert texts["sanitizer"].startswith("not run: compute-sanitizer is refused the device")
+
+    workshop.ran.clear()
+    assert check.main(["--out", str(out), "--seconds", "100000"]) == 1
+    assert workshop.ran == ["build", "doctor", "benchmarks", "tests", "sanitizer"]
+    saved = json.loads(device.read_text())
+    assert len(saved["device"]["rows"]) == total
+    texts = {row["step"]: row["text"] for row in saved["gpu_check"]["rows"]}
+    assert texts["CUDA kernels"] == "passed in an earlier run"
+    assert f"{total - 10} of {total} rows are kept from an earlier run" in capsys.readouterr().out
+
+    workshop.ran.clear()
+    assert check.main(["--again", "--seconds", "100000"]) == 1
+    assert "CUDA kernels" in workshop.ran
+    workshop.ran.clear()
+    monkeypatch.setattr(results, "sources", lambda: "others")
+    assert check.main(["--seconds", "100000"]) == 1
+    assert "CUDA kernels" in workshop.ran
+
+
+def test_what_it_and_its_steps_print_is_in_the_folder_too(tmp_path):
+    log = tmp_path / "deep" / "gpu-check.log"
+    code = f"""
+import os, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+import gpu_check
+with gpu_check.printed_too(Path({str(log)!r})):
+    print("of its own")
+    subprocess.run(["sh", "-c", "echo of a step; echo of its errors >&2"])
+print("after", flush=True)
+"""
+    for count in (1, 2):  # a second run adds to what the first has
+        done = subprocess.run(python(code), capture_output=True, text=True, check=True)
+        lines = {"of its own", "of a step", "of its errors"}
+        assert set(done.stdout.splitlines()) == lines | {"after"}
+        assert sorted(log.read_text().splitlines()) == sorted([*lines] * count)
+
+
+def test_other_sources_have_another_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "benchmarks" / "results")
+    (tmp_path / "csrc").mkdir()
+    first = results.sources()
+    (tmp_path / "csrc" / "a.cu").write_text("1")
+    second = results.sources()
+    (tmp_path / "csrc" / "a.cu").write_text("2")
+    (tmp_path / "csrc" / "notes.md").write_text("3")
+    assert len({first, second, results.sources()}) == 3
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"gpu_check": 3}'])
+def test_a_file_that_cannot_be_read_has_no_earlier_run(check, device, text):
+    device.write_text(text)
+    assert check.passed_earlier(device.parent) == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run the check itself")
 def test_without_a_gpu_it_says_what_it_did_not_run():
     command = [sys.executable, str(ROOT / "scripts" / "gpu_check.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    for step in ("build", "doctor", "tests", "benchmarks", "sanitizer"):
+    for step in ("build", "doctor", "CUDA kernels", "tests", "benchmarks", "sanitizer"):
         assert f"  {step}: python" in done.stdout

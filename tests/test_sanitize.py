@@ -50,7 +50,7 @@ def test_a_finding_and_a_run_without_end_are_failures(sanitize, capsys):
         return answers[command[2]]
 
     runs = [sanitize.Run("triton", tool) for tool in answers]
-    assert sanitize.run_all(runs, "tool", 40.0, start) == runs[1:]
+    assert sanitize.run_all(runs, "tool", 40.0, start) == (runs[1:], [])
     assert asked == [(40.0, "triton")] * 3
     text = capsys.readouterr().out
     assert "memcheck on triton: clean" in text
@@ -59,9 +59,17 @@ def test_a_finding_and_a_run_without_end_are_failures(sanitize, capsys):
     assert "quiet" not in text
 
 
+def test_a_tool_that_is_refused_the_device_has_found_nothing(sanitize, capsys):
+    words = "========= Error: Device not supported. Please refer to the documentation"
+    runs = [sanitize.Run("cuda", tool) for tool in (None, "memcheck")]
+    found = sanitize.run_all(runs, "tool", 40.0, lambda *_, **__: (1, words))
+    assert found == (runs[:1], runs[1:])  # the calls alone have no tool that could be refused
+    assert "memcheck on cuda: not run, the tool is refused the device" in capsys.readouterr().out
+
+
 @pytest.fixture
 def machine(sanitize, monkeypatch):
-    """A GPU and the tool; what ``run_all`` was given, and which of it is to fail."""
+    """A GPU and the tool; what ``run_all`` was given, and which of it is to fail or be refused."""
     import torch
 
     import guard_ops as go
@@ -70,7 +78,8 @@ def machine(sanitize, monkeypatch):
 
     def run_all(runs, tool, seconds):
         seen.append((list(runs), seconds))
-        return [run for run in runs if run in failing]
+        refused = [run for run in runs if "refused" in failing and run.tool]
+        return [run for run in runs if run in failing], refused
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -83,11 +92,36 @@ def machine(sanitize, monkeypatch):
 def test_all_of_it_fits_the_time(sanitize, machine):
     seen, _ = machine
     assert sanitize.main(["--seconds", "100"]) == 0
-    (alone, first), (tools, second) = seen
+    (alone, first), (tools, second), (others, third) = seen
     assert [run.tool for run in alone] == [None, None]
-    assert len(set(tools)) == 2 * 4
+    assert {run.tool for run in tools} == {"memcheck", "racecheck"}
+    assert {run.tool for run in others} == {"initcheck", "synccheck"}
+    assert len(set(tools + others)) == 2 * 4
     assert first == 40
-    assert 0 < second <= 100 - 2 * sanitize.bounded.GRACE_SECONDS  # counted from the start
+    # counted from the start
+    assert 0 < third <= second <= 100 - 2 * sanitize.bounded.GRACE_SECONDS
+
+
+def test_what_has_no_time_left_or_no_device_is_not_run_and_is_no_finding(
+    sanitize, machine, capsys, monkeypatch
+):
+    seen, failing = machine
+    failing.append("refused")
+    assert sanitize.main(["--seconds", "100"]) == sanitize.NOT_RUN
+    text = capsys.readouterr().out
+    assert "not run, refused the device: initcheck on cuda, synccheck on cuda" in text
+    assert "clean: nothing" in text
+    assert len(seen) == 2
+
+    failing.clear()
+    seen.clear()
+    clock = iter([0.0, 40.0, 85.0])
+    monkeypatch.setattr(sanitize.time, "monotonic", lambda: next(clock))
+    assert sanitize.main(["--seconds", "100"]) == 0
+    assert seen[1][1] == 50.0
+    text = capsys.readouterr().out
+    assert "not run, no time left: initcheck on cuda, synccheck on cuda" in text
+    assert "sanitize: clean: memcheck on cuda, racecheck on cuda, memcheck on triton" in text
 
 
 def test_what_does_not_run_alone_is_not_run_under_a_tool(sanitize, machine, capsys):

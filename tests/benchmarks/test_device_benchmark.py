@@ -87,15 +87,29 @@ def test_what_is_not_measured_is_said_to_be_so():
     assert device.bounds([], []) == ["no backend here has kernels for the device"]
 
 
-def test_what_the_bounds_look_at_is_measured_first():
+def kind(job):
+    """What a job is measured for."""
+    if job.contender in device.CHAINS:
+        return job.contender
+    if job.path != "chosen":
+        return f"{job.contender} by path"
+    return {"mean": "bounded", "velocity": "velocity"}.get(job.form, "noise, seeded")
+
+
+def test_what_decides_most_is_measured_first():
     todo = device.jobs(["cuda", "triton"])
     assert len(todo) == len(set(todo))
-    first = [job for job in todo if job.form == "mean" and job.path == "chosen"]
-    assert todo[: len(first)] == first
+    kinds = [kind(job) for job in todo]
+    assert list(dict.fromkeys(kinds)) == [
+        "bounded", "eager", "cuda by path", "noise, seeded", "triton by path", "velocity",
+        "torch.compile",
+    ]  # fmt: skip
+    assert kinds == sorted(kinds, key=list(dict.fromkeys(kinds)).index)  # each kind is together
     times = {"microseconds": 1.0, "loss_and_grad_microseconds": 1.0}
-    made = [device.row(job, times, copy=1e12) for job in first]
+    looked_at = ("bounded", "eager", "torch.compile")
+    made = [device.row(job, times, copy=1e12) for job in todo if kind(job) in looked_at]
     assert not any("not measured" in line for line in device.bounds(made))
-    assert {job.form for job in todo} == set(device.FORMS)
+    assert {job.form for job in todo} == {"mean", "velocity", "noise", "seeded"}
     paths = {(job.contender, job.objective, job.path) for job in todo}
     assert ("triton", "article", "one_launch") in paths
     assert ("cuda", "paper", "cluster") in paths
@@ -134,10 +148,12 @@ class FakeWorker:
         pass
 
     def ask(self, job, seconds):
-        assert 0 < seconds <= device.JOB_SECONDS
+        assert 0 < seconds <= device.JOB_SECONDS.get(job.contender, 20)
         self.asked.append(job)
         if job.contender in self.failing:
             return {"error": "its process ended with -9"}
+        if job.path in self.failing:
+            return {"error": f"{device.isolated.HUNG} {seconds:.0f} s"}
         return {"bandwidth": 4e12} if job == COPIED else {"microseconds": 7.0}
 
 
@@ -153,6 +169,25 @@ def test_a_contender_that_only_fails_does_not_stop_the_others():
     assert all("error" not in x for job, x in got.items() if job.contender != "cuda")
 
 
+def test_what_hangs_once_is_not_tried_again():
+    todo = device.jobs(["cuda", "triton"])
+    worker = FakeWorker(["in_turn"])
+    got = dict(device.measure_all(todo, worker, deadline=float("inf")))
+    hung = [answer for job, answer in got.items() if job.path == "in_turn"]
+    assert len(hung) == 4
+    assert hung[0]["error"] == "no result within 20 s"
+    assert all(a["error"] == "not tried: cuda hung by the path in_turn" for a in hung[1:])
+    assert [job.path for job in worker.asked].count("in_turn") == 1
+    assert all("error" not in answer for job, answer in got.items() if job.path != "in_turn")
+
+
+def test_what_the_deadline_cut_off_has_not_hung():
+    todo = [job for job in device.jobs(["cuda"]) if job.path == "in_turn"][:2]
+    deadline = device.time.monotonic() + 5
+    answers = [a["error"] for _, a in device.measure_all(todo, FakeWorker(["in_turn"]), deadline)]
+    assert answers == ["no result within 5 s"] * 2
+
+
 def test_nothing_is_begun_after_the_deadline():
     assert list(device.measure_all(device.jobs(["triton"]), FakeWorker(), deadline=0.0)) == []
 
@@ -164,8 +199,9 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Fake GPU")
     monkeypatch.setattr(device, "device_backends", lambda: ["cuda", "triton"])
     monkeypatch.setattr(device, "environment", lambda: {"device": "Fake GPU"})
-    honest = device.save
+    honest, kept = device.save, device.earlier
     monkeypatch.setattr(device, "save", lambda *given: honest(*given, folder=tmp_path))
+    monkeypatch.setattr(device, "earlier", lambda *given: kept(*given, folder=tmp_path))
     return tmp_path
 
 
@@ -185,6 +221,43 @@ def test_every_number_is_saved_as_soon_as_it_is_there(machine, monkeypatch, caps
     assert len(saved["device"]["rows"]) == 2
     assert saved["device"]["environment"]["copy_gigabytes_per_second"] == 4000.0
     assert any("not measured" in line for line in saved["device"]["bounds_missed"])
+
+
+def test_a_second_run_measures_what_the_first_has_not(machine, monkeypatch, capsys):
+    workers = []
+
+    class Short(FakeWorker):
+        """Time for so many rows; one of them fails."""
+
+        def ask(self, job, seconds):
+            if len(self.asked) == 20:
+                raise KeyboardInterrupt
+            answer = super().ask(job, seconds)
+            return {"error": "no"} if len(self.asked) == 5 and len(workers) == 1 else answer
+
+    monkeypatch.setattr(
+        device.isolated, "Worker", lambda work: workers.append(Short()) or workers[-1]
+    )
+    todo, out = device.jobs(["cuda", "triton"]), machine / "out" / "deep"
+    for count in (19, 19 + 19 - 1):
+        with pytest.raises(KeyboardInterrupt):
+            device.main(["--out", str(out)])
+        saved = results.load(machine)["fake-gpu"]["device"]["rows"]
+        assert len(saved) == count
+        assert json.loads((out / "fake-gpu.json").read_text()) == results.load(machine)["fake-gpu"]
+    assert "18 of " in capsys.readouterr().out  # the row that failed is not kept
+    first, second = (worker.asked[1:] for worker in workers)
+    assert first == todo[:19]
+    assert second[0] == first[3]
+    assert second[1:] == todo[19 : 19 + 18]
+
+    with pytest.raises(KeyboardInterrupt):
+        device.main(["--again"])
+    assert workers[-1].asked[1:] == todo[:19]
+    monkeypatch.setattr(device, "environment", lambda: {"device": "Fake GPU", "sources": "other"})
+    with pytest.raises(KeyboardInterrupt):
+        device.main([])
+    assert workers[-1].asked[1:] == todo[:19]
 
 
 def test_failures_are_rows_and_the_status_says_what_is_missing(machine, monkeypatch, capsys):
