@@ -311,7 +311,7 @@ def _coefficients(
     """[1, B] of the steps from ``t`` to ``t_next``, kept where the host knows all the numbers."""
     if device.type != "cpu" or not all(steps.known(x) for x in (t, t_next, sigmas)):
         return _coefficients_of(t, t_next, sigmas[1], level, kind, batch, device)
-    top = float(sigmas[1])
+    top = steps.numbers(sigmas)[1]
     return _known_coefficients(_key(t), _key(t_next), top, level, kind, batch)
 
 
@@ -319,7 +319,7 @@ Key = tuple[tuple[float, ...], torch.dtype] | float  # a tensor's numbers and dt
 
 
 def _key(x: float | Tensor) -> Key:
-    return (tuple(x.reshape(-1).tolist()), x.dtype) if isinstance(x, Tensor) else x
+    return (steps.numbers(x), x.dtype) if isinstance(x, Tensor) else x
 
 
 @functools.lru_cache(maxsize=256)
@@ -328,11 +328,11 @@ def _known_coefficients(
 ) -> StepCoefficients:
     cpu = torch.device("cpu")
     with torch.inference_mode(False):
-        ends = [
+        now, following = (
             torch.tensor(x[0], dtype=x[1], device=cpu) if isinstance(x, tuple) else x
             for x in (t, t_next)
-        ]
-        return _coefficients_of(*ends, top, level, kind, batch, cpu)
+        )
+        return _coefficients_of(now, following, top, level, kind, batch, cpu)
 
 
 def _coefficients_of(

@@ -250,22 +250,24 @@ def averaged(
         by_dt = _by_own_dt(coeffs)
         by_dt = by_dt if weights is None else by_dt * weights
         return tail.closed_form(t, advantages, bounds, by_dt)
-    exponent, by_dt = _averaged_scale(coeffs, kind, tail.numel(t), of_batch)
-    by_dt = by_dt if weights is None else by_dt * weights
-    return tail.of_sums(t, advantages, bounds, exponent, by_dt)
+    exponent, share = _averaged_scale(coeffs, kind, tail.numel(t), of_batch)
+    if weights is not None:
+        share = share * tail.checked_weights(t, weights)
+    return tail.of_sums(t, advantages, bounds, exponent, share)
 
 
 @tail.kept
 def _averaged_scale(
     coeffs: StepCoefficients, kind: SdeKind, numel: int, of_batch: bool
 ) -> tuple[tail.Exponent, Tensor]:
-    """The exponent ``scale (log r + bias)`` and ``1 / mean(sqrt_dt)^2``."""
+    """The exponent ``scale (log r + bias)``, and ``-1 / mean(sqrt_dt)^2 / B``."""
     std, sqrt_dt = std_and_sqrt_dt_of(coeffs, kind)
     root = sqrt_dt.mean()
     scale = root * std.mean()
     log_ratio = tail.log_ratio_rates(coeffs, numel)
     square = 1 / (2 * scale * numel)
-    return tail.scaled(log_ratio, scale, square, of_batch=of_batch), 1 / root**2
+    exponent = tail.scaled(log_ratio, scale, square, of_batch=of_batch)
+    return exponent, -1 / (root**2 * std.shape[-1])
 
 
 @tail.kept

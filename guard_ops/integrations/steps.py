@@ -102,7 +102,7 @@ def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> tuple[int, ...] |
             the device fails instead.
     """
     if _on_host(timesteps) and _on_host(timestep):
-        return _index(tuple(timesteps.tolist()), tuple(timestep.reshape(-1).tolist()))
+        return _index(numbers(timesteps), numbers(timestep))
     where = _where(timesteps, timestep)
     wanted_there = on_device(timestep, where).reshape(-1, 1)
     match = on_device(timesteps, where).unsqueeze(0) == wanted_there
@@ -142,6 +142,11 @@ def _where(*each: Any) -> torch.device:
     """
     devices = [x.device for x in each if isinstance(x, Tensor)]
     return next((d for d in devices if d.type != "cpu"), devices[0])
+
+
+def numbers(x: Tensor) -> tuple[float, ...]:
+    """Those of a tensor that the host has, flat."""
+    return tuple((x if x.ndim == 1 else x.reshape(-1)).tolist())
 
 
 def known(x: float | Tensor) -> bool:
@@ -227,7 +232,7 @@ def coefficients_at(
     """[1, B] coefficients of steps between arbitrary sigmas, on their device."""
     each = (sigma, sigma_next, noise_level, sigma_max)
     if all(known(x) for x in each):
-        rows = (tuple(x.reshape(-1).tolist()) if isinstance(x, Tensor) else (x,) for x in each)
+        rows = (numbers(x) if isinstance(x, Tensor) else (x,) for x in each)
         return _known_at(tuple(rows), kind, batch)
     return _table_at(each, kind, batch, sigma.device)
 

@@ -26,7 +26,6 @@ from ..config import GuardConfig, RatioNorm
 from ..schedule import StepCoefficients
 from ..transitions import Transitions
 
-
 F = TypeVar("F", bound=Callable[..., Any])
 ABOVE = objective.Metrics._fields.index("clip_fraction_high")  # clip_fraction_low is the next
 
@@ -122,7 +121,7 @@ def plain(
         return _one_pass(t, advantages, bounds, "none", weights)
     if kl_beta:
         return _one_pass(t, advantages, bounds, "none", weights, kl_beta)
-    return of_sums(t, advantages, bounds, _log_ratio(t.coeffs, numel(t)), weights)
+    return of_sums(t, advantages, bounds, _log_ratio(t.coeffs, numel(t)), _share(t, weights))
 
 
 def closed_form(
@@ -135,7 +134,7 @@ def closed_form(
     """
     if t.ref_model_output is None and t.coeffs.gaussian:
         return _one_pass(t, advantages, bounds, "closed_form", weights)
-    return of_sums(t, advantages, bounds, _own_scale(t.coeffs, numel(t)), weights)
+    return of_sums(t, advantages, bounds, _own_scale(t.coeffs, numel(t)), _share(t, weights))
 
 
 @kept
@@ -246,7 +245,7 @@ def of_sums(
     advantages: Tensor,  # [B]
     bounds: Bounds,
     exponent: Exponent,
-    weights: Tensor | None = None,  # [] or [B]
+    share: Tensor,  # [] or [B]: -w / B
 ) -> Clipped:
     """``mean_i w max(-A r, -A clip(r))`` with any ``r = exp(z)``: two passes.
 
@@ -260,14 +259,8 @@ def of_sums(
     if old is not None:
         offset = _constants(t.coeffs, numel(t)) - old
     given = {"advantages": advantages if shape.one_step else advantages.unsqueeze(0)}
-    share = -1 / shape.batch if torch.compiler.is_compiling() else _share(shape.batch)
     slope = transitions.per_transition("advantages", given["advantages"], shape, v.device)
     slope = slope.clamp(-bounds.adv, bounds.adv) * share
-    if weights is not None:
-        if weights.ndim:
-            weights = weights if shape.one_step else weights.unsqueeze(0)
-            weights = transitions.per_transition("step_weights", weights, shape, v.device)
-        slope = slope * weights
     found = _Surrogate.apply(  # type: ignore[no-untyped-call]
         select(v.device),
         bounds,
@@ -280,11 +273,22 @@ def of_sums(
     return Clipped(*found)
 
 
-@functools.lru_cache(maxsize=64)
-def _share(batch: int) -> Tensor:
-    """``-1 / B`` as a tensor: of a number torch makes one, which takes longer than its use."""
-    with torch.inference_mode(False):
-        return torch.tensor(-1 / batch, dtype=torch.float64, device="cpu")
+def _share(t: Transition, weights: Tensor | None) -> Tensor:
+    """``-w / B``, [] or [B]."""
+    share = _equal_share(t.coeffs)
+    return share if weights is None else share * checked_weights(t, weights)
+
+
+def checked_weights(t: Transition, weights: Tensor) -> Tensor:
+    """[B]; raises for another shape or device."""
+    v = t.model_output
+    shape = transitions.CallShape(1, len(v), tuple(v.shape), one_step=True)
+    return transitions.per_transition("step_weights", weights, shape, v.device)[0]
+
+
+@kept
+def _equal_share(coeffs: StepCoefficients) -> Tensor:
+    return torch.full_like(coeffs.s[0, 0], -1 / coeffs.shape[-1])
 
 
 @kept
@@ -340,6 +344,7 @@ class _Surrogate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *logged: Tensor | None) -> Any:
         to_sums, *tensors = autograd._saved(ctx)
+        assert to_sums is not None
         coefficients = torch.zeros_like(to_sums) if grad is None else to_sums * grad
         *_, of_reference = logged
         if of_reference is not None:

@@ -334,8 +334,8 @@ def _metrics(logs: list[float], moved: list[float], clip: float) -> dict[str, fl
     """verl-omni's metrics as the numbers that its logger wants, from log r and r - 1."""
     count = len(moved)
     bias = sum(moved) / count
-    squares = sum((u - bias) * (u - bias) for u in moved)  # which overflow to inf, as ** does not
-    high, low = (sum(u > clip for u in moved) / count, sum(u < -clip for u in moved) / count)
+    squares = sum([(u - bias) * (u - bias) for u in moved])  # which overflow to inf, as ** does not
+    high, low = sum([u > clip for u in moved]) / count, sum([u < -clip for u in moved]) / count
     return {
         "actor/ppo_kl": -sum(logs) / count,
         "actor/pg_clipfrac": high + low,
