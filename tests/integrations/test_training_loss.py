@@ -326,6 +326,38 @@ def test_a_tail_is_few_operators_more_than_guard_loss(name, contender):
         assert more <= most, f"it computes and dispatches {found} more than guard_loss"
 
 
+@pytest.mark.parametrize("rationorm, beta", [(True, 0.0), (False, 0.04)], ids=["coupled", "KL"])
+def test_a_tail_of_two_passes_is_traced_whole(rationorm, beta):
+    batch, velocity = scripts.make_batch(SHAPE)
+    config = scripts.flow_grpo_config(rationorm, beta)
+
+    def loss(v):
+        given = (batch.scheduler, v, batch.sample, 0, config, batch.reference)
+        return flow_grpo.training_loss(*given).loss
+
+    v = velocity.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(v), v)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (found,) = torch.autograd.grad(compiled(v), v)
+    torch.testing.assert_close(found, expected)
+
+
+def test_weights_of_another_shape_are_refused_in_two_passes_too():
+    """Where they would be broadcast to every pair of samples."""
+    batch, v = scripts.make_batch(SHAPE, "dance_sde")
+    sample = batch.sample
+    micro_batch = {
+        "all_latents": sample["all_latents"], "all_timesteps": sample["timesteps"],
+        "advantages": sample["advantages"], "old_prev_sample_mean": sample["prev_sample_mean"],
+        "rollout_is_weights": torch.ones(6, 1),
+    }  # fmt: skip
+    algo = scripts.SimpleNamespace(noise_level=scripts.LEVEL, sde_type="dance_sde")
+    given = (micro_batch, 0, scripts.verl_config("grpo_guard"), scripts.SimpleNamespace(algo=algo))
+    with pytest.raises(ValueError, match=r"`step_weights` has shape \(6, 1\)"):
+        verl_omni.training_loss(batch.scheduler, v, *given)
+
+
 @pytest.mark.parametrize("name, contender", scripts.CONTENDERS.items())
 def test_a_devices_lookup_is_the_hosts(name, contender, monkeypatch):
     """On an accelerator nothing is looked up by the host, which would have to wait for it."""
