@@ -153,7 +153,8 @@ def training_loss(
         tail.Bounds(args.clip_range, args.clip_range, args.adv_clip_max),
         _equal_weights(weight, len(advantages), advantages.device),
     )
-    return TrainingLoss(found.loss, 1 + found.excess())
+    excess = found.excess()
+    return TrainingLoss(found.loss, excess + tail.number(1.0, excess))
 
 
 def _equal_weights(weight: float, batch: int, device: torch.device) -> Tensor:

@@ -280,7 +280,8 @@ def training_loss(
         kl_loss = kl_beta * kl_div
         loss = loss + kl_loss
         kl_info = {"kl_div": kl_div.detach(), "kl_loss": kl_loss.detach()}
-    ratio = (1 + found.excess()).float()
+    excess = found.excess()
+    ratio = (excess + tail.number(1.0, excess)).float()
     negative = -adv
     above, below = found.above_and_below()
     return TrainingLoss(

@@ -226,7 +226,8 @@ def transition(
 def approx_kl(found: tail.Clipped) -> Tensor:
     """``mean (log r)^2 / 2`` as the scripts log it, []."""
     log_ratio = found.log_ratio()
-    return (log_ratio.dot(log_ratio) * (0.5 / len(log_ratio))).float()
+    square = log_ratio.dot(log_ratio)
+    return (square * tail.number(0.5 / len(log_ratio), square)).float()
 
 
 def averaged(

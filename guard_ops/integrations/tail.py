@@ -51,6 +51,21 @@ def kept(make: F) -> F:
     return get  # type: ignore[return-value]
 
 
+def number(value: float, like: Tensor) -> Tensor | float:
+    """``value`` as an operand beside ``like``.
+
+    Of a Python number torch makes a tensor in every call, which takes longer than the operator. One
+    without dimensions may be on the CPU, whatever the device of ``like`` is.
+    """
+    return value if torch.compiler.is_compiling() else _number(value, like.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
 class Transition(NamedTuple):
     """What a script has of one timestep; latents are [B, *latent]."""
 
