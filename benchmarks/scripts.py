@@ -230,8 +230,8 @@ def dance_grpo_original(batch: Batch, v: Tensor) -> tuple[Tensor, dict[str, Any]
 
 def dance_grpo_tail(batch: Batch, v: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """:func:`guard_ops.integrations.dance_grpo.training_loss`."""
-    x, y = batch.sample["latents"][:, 0], batch.sample["next_latents"][:, 0]
-    old_log_prob, _, advantages = _old(batch)
+    names = ("latents", "next_latents", "log_probs", "advantages")
+    x, y, old_log_prob, advantages = (batch.sample[name][:, 0] for name in names)
     found = dance_grpo.training_loss(
         DANCE_ARGS, v, x, y, old_log_prob, advantages, batch.sigmas, J, STEPS
     )
@@ -295,7 +295,9 @@ def flow_factory_tail(
     batch: Batch, v: Tensor, *, guarded: bool, kl_beta: float = 0.0, kl_type: str = "v-based"
 ) -> tuple[Tensor, dict[str, Any]]:
     """:func:`guard_ops.integrations.flow_factory.training_loss`."""
-    one = {name: value[:, 0] for name, value in batch.sample.items()}
+    old = "prev_sample_mean" if guarded else "log_probs"
+    names = ("timesteps", "timesteps_next", "latents", "next_latents", "advantages", old)
+    one = {name: batch.sample[name][:, 0] for name in names}
     return flow_factory.training_loss(
         batch.scheduler,
         v,
@@ -305,8 +307,8 @@ def flow_factory_tail(
         one["next_latents"],
         one["advantages"],
         flow_factory_args(kl_beta, kl_type),
-        old_log_prob=None if guarded else one["log_probs"],
-        old_next_latents_mean=one["prev_sample_mean"] if guarded else None,
+        old_log_prob=None if guarded else one[old],
+        old_next_latents_mean=one[old] if guarded else None,
         ref_noise_pred=batch.reference if kl_beta > 0 else None,
     )
 

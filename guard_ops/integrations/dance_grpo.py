@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -150,9 +151,23 @@ def training_loss(
         ),
         advantages,
         tail.Bounds(args.clip_range, args.clip_range, args.adv_clip_max),
-        torch.full_like(advantages, weight, dtype=torch.float64),
+        _equal_weights(weight, len(advantages), advantages.device),
     )
-    return TrainingLoss(found.loss, 1 + found.excess)
+    excess = found.excess()
+    return TrainingLoss(found.loss, excess + tail.number(1.0, excess))
+
+
+def _equal_weights(weight: float, batch: int, device: torch.device) -> Tensor:
+    """[B] float64; one on the CPU is kept."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.full((batch,), weight, dtype=torch.float64, device=device)
+    return _known_weights(weight, batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_weights(weight: float, batch: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((batch,), weight, dtype=torch.float64, device="cpu")
 
 
 def grpo_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..schedule import SDE_RULES, SdeKind
+from ..schedule import SDE_RULES, SdeKind, StepCoefficients
 from . import guard, steps, tail
 from .flow_grpo import draw_noise
 
@@ -253,9 +254,8 @@ def training_loss(
     if kl_beta > 0 and ref_noise_pred is None:
         raise ValueError(f"`ref_noise_pred` is missing; with `kl_beta` {kl_beta} it is needed")
     kind = KINDS[scheduler.dynamics_type]
-    sigma, following, level = _sigmas(scheduler, t, t_next, float(scheduler.noise_level), latents)
-    top = steps.top_where_one(sigma, scheduler.sigmas[1])
-    coeffs = steps.coefficients_at(sigma, following, level, kind, top, len(latents))
+    level = float(scheduler.noise_level)
+    coeffs = _coefficients(t, t_next, scheduler.sigmas, level, kind, len(latents), latents.device)
     adv = advantage.clamp(*training_args.adv_clip_range)
     low, high = training_args.clip_range
     reference = ref_noise_pred if kl_beta > 0 else None
@@ -269,33 +269,88 @@ def training_loss(
         reference,
     )
     bounds = tail.Bounds(-low, high, math.inf)
-    if old_next_latents_mean is None:
-        found = tail.plain(transition, adv, bounds)
-    else:  # scaled by sqrt(-dt) std_dev_t, which is an SDE's s
-        scale = coeffs.s if SDE_RULES[kind].diffusion else coeffs.s * (-coeffs.dt).sqrt()
-        found = tail.closed_form(transition, adv, bounds, scale[0])
-    from_reference = found.from_reference
+    objective = tail.plain if old_next_latents_mean is None else tail.closed_form
+    found = objective(transition, adv, bounds)
     loss = found.loss
-    info = {"policy_loss": loss}
-    if from_reference is not None:
-        if training_args.kl_type == "v-based":
-            from_reference = from_reference / coeffs.b[0] ** 2
-        kl_div = from_reference.mean().float()
-        loss = loss + kl_beta * kl_div
-        info |= {"kl_div": kl_div, "kl_loss": kl_beta * kl_div}
-    ratio = 1 + found.excess
+    policy_loss = loss.detach()
+    kl_info = {}
+    if found.from_reference is not None:
+        share = _kl_share(coeffs, training_args.kl_type == "v-based")
+        kl_div = found.from_reference.dot(share).float()
+        kl_loss = kl_beta * kl_div
+        loss = loss + kl_loss
+        kl_info = {"kl_div": kl_div.detach(), "kl_loss": kl_loss.detach()}
+    excess = found.excess()
+    ratio = (excess + tail.number(1.0, excess)).float()
     negative = -adv
-    rows = {
-        "ratio": ratio,
-        "unclipped_loss": negative * ratio,
-        "clipped_loss": negative * ratio.clamp(1 + low, 1 + high),
-    }
-    shares = {
-        "loss": loss,
-        "clip_frac_high": found.high,
-        "clip_frac_low": found.low,
-        "clip_frac_total": found.high + found.low,
-    }
-    logged = rows | info | shares
-    plain = {n: x.detach() if x.requires_grad else x for n, x in logged.items()}
-    return TrainingLoss(loss, {name: value.float() for name, value in plain.items()})
+    above, below = found.above_and_below()
+    return TrainingLoss(
+        loss,
+        {
+            "ratio": ratio,
+            "unclipped_loss": (negative * ratio).float(),
+            "clipped_loss": (negative * ratio.clamp(1 + low, 1 + high)).float(),
+            "policy_loss": policy_loss,
+            **kl_info,
+            "loss": loss.detach() if kl_info else policy_loss,
+            "clip_frac_high": above,
+            "clip_frac_low": below,
+            "clip_frac_total": above + below,
+        },
+    )
+
+
+def _coefficients(
+    t: float | Tensor,
+    t_next: float | Tensor,
+    sigmas: Tensor,
+    level: float,
+    kind: SdeKind,
+    batch: int,
+    device: torch.device,
+) -> StepCoefficients:
+    """[1, B] of the steps from ``t`` to ``t_next``, kept where the host knows all the numbers."""
+    if device.type != "cpu" or not all(steps.known(x) for x in (t, t_next, sigmas)):
+        return _coefficients_of(t, t_next, sigmas[1], level, kind, batch, device)
+    top = steps.numbers(sigmas)[1]
+    return _known_coefficients(_key(t), _key(t_next), top, level, kind, batch)
+
+
+Key = tuple[tuple[float, ...], torch.dtype] | float  # a tensor's numbers and dtype, or a number
+
+
+def _key(x: float | Tensor) -> Key:
+    return (steps.numbers(x), x.dtype) if isinstance(x, Tensor) else x
+
+
+@functools.lru_cache(maxsize=256)
+def _known_coefficients(
+    t: Key, t_next: Key, top: float, level: float, kind: SdeKind, batch: int
+) -> StepCoefficients:
+    cpu = torch.device("cpu")
+    with torch.inference_mode(False):
+        now, following = (
+            torch.tensor(x[0], dtype=x[1], device=cpu) if isinstance(x, tuple) else x
+            for x in (t, t_next)
+        )
+        return _coefficients_of(now, following, top, level, kind, batch, cpu)
+
+
+def _coefficients_of(
+    t: float | Tensor,
+    t_next: float | Tensor,
+    top: float | Tensor,
+    level: float,
+    kind: SdeKind,
+    batch: int,
+    device: torch.device,
+) -> StepCoefficients:
+    now, following = (steps.on_device(steps.number(x, device), device) / 1000 for x in (t, t_next))
+    return steps.coefficients_at(now, following, level, kind, steps.top_where_one(now, top), batch)
+
+
+@tail.kept
+def _kl_share(coeffs: StepCoefficients, of_velocities: bool) -> Tensor:
+    """What of each sample's ``mean((mean - ref)^2)`` is in ``kl_div``, [B]."""
+    one = torch.ones_like(coeffs.b[0])
+    return (one / coeffs.b[0] ** 2 if of_velocities else one) / len(one)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -146,35 +145,44 @@ def training_loss(
     index = steps.index_for_timestep(scheduler.timesteps, sample["timesteps"][:, j])
     batch, level = len(noise_pred), config.sample.noise_level
     coeffs = steps.coefficients(scheduler.sigmas, index, level, kind, batch, noise_pred.device)
-    t, advantages, bounds = transition(noise_pred, sample, j, config, noise_pred_ref, coeffs)
     rationorm = getattr(config, "rationorm", False)
+    old = "old_mean" if rationorm else "old_log_prob"
+    t, advantages, bounds = transition(noise_pred, sample, j, config, noise_pred_ref, coeffs, old)
     if rationorm:
-        t = t._replace(old_mean=sample["prev_sample_mean"][:, j])
         one_step = steps.is_one_step(index, batch)
         found = averaged(t, advantages, bounds, kind, bias_reduction, one_step=one_step)
     else:
-        t = t._replace(old_log_prob=sample["log_probs"][:, j])
         found = tail.plain(t, advantages, bounds)
     loss = found.loss
     if gradient_accumulation_steps != 1:
         loss = loss / gradient_accumulation_steps
     logged = loss.detach()
+    above, below = found.above_and_below()
     info = {
         "approx_kl": approx_kl(found),
-        "clipfrac": found.high + found.low,
-        "clipfrac_gt_one": found.high,
-        "clipfrac_lt_one": found.low,
+        "clipfrac": above + below,
+        "clipfrac_gt_one": above,
+        "clipfrac_lt_one": below,
         "policy_loss": logged,
     }
     if found.from_reference is not None:
-        std, _ = std_and_sqrt_dt_of(coeffs, kind)
         # the GRPO-Guard script's, and no other's, keeps from a division by zero
-        square = 2 * std[0] ** 2 + (1e-7 if rationorm else 0.0)
-        kl_loss = (found.from_reference / square).mean().float()
-        kl_loss = kl_loss / gradient_accumulation_steps
+        share = _kl_share(coeffs, kind, 1e-7 if rationorm else 0.0, gradient_accumulation_steps)
+        kl_loss = found.from_reference.dot(share).float()
         loss = loss + config.train.beta * kl_loss
         info["kl_loss"], logged = kl_loss.detach(), loss.detach()
-    return PolicyLoss(loss, info | {"loss": logged})
+    info["loss"] = logged
+    return PolicyLoss(loss, info)
+
+
+@tail.kept
+def _kl_share(coeffs: StepCoefficients, kind: SdeKind, eps: float, parts: int) -> Tensor:
+    """What of each sample's ``mean((mean - ref)^2)`` is in the scripts' mean KL, [B]."""
+    std, _ = std_and_sqrt_dt_of(coeffs, kind)
+    return 1 / (2 * std[0] ** 2 + eps) / (std.shape[-1] * parts)
+
+
+SAMPLES = {"old_mean": "prev_sample_mean", "old_log_prob": "log_probs"}  # the scripts' names
 
 
 def transition(
@@ -184,8 +192,12 @@ def transition(
     config: Any,
     noise_pred_ref: Tensor | None,
     coeffs: StepCoefficients,
+    old: str,
 ) -> tuple[tail.Transition, Tensor, tail.Bounds]:
-    """What a script trains at timestep ``j``, of which the old policy is missing, and its bounds.
+    """What a script trains at timestep ``j``, and its bounds.
+
+    Args:
+        old: how the old policy is known, "old_mean" or "old_log_prob".
 
     Returns:
         The transition, with the reference where ``config.train.beta`` > 0; its advantages [B]; and
@@ -199,16 +211,23 @@ def transition(
         raise ValueError(
             f"`noise_pred_ref` is missing; with `config.train.beta` {train.beta} it is needed"
         )
-    x, y, advantages = (sample[name][:, j] for name in ("latents", "next_latents", "advantages"))
-    reference = noise_pred_ref if train.beta > 0 else None
-    t = tail.Transition(noise_pred, x, y, coeffs, ref_model_output=reference)
-    return t, advantages, tail.Bounds(train.clip_range, train.clip_range, train.adv_clip_max)
+    t = tail.Transition(
+        noise_pred,
+        sample["latents"][:, j],
+        sample["next_latents"][:, j],
+        coeffs,
+        ref_model_output=noise_pred_ref if train.beta > 0 else None,
+        **{old: sample[SAMPLES[old]][:, j]},
+    )
+    bounds = tail.Bounds(train.clip_range, train.clip_range, train.adv_clip_max)
+    return t, sample["advantages"][:, j], bounds
 
 
 def approx_kl(found: tail.Clipped) -> Tensor:
     """``mean (log r)^2 / 2`` as the scripts log it, []."""
-    log_ratio = found.log_ratio
-    return (log_ratio.dot(log_ratio) * (0.5 / len(log_ratio))).float()
+    log_ratio = found.log_ratio()
+    square = log_ratio.dot(log_ratio)
+    return (square * tail.number(0.5 / len(log_ratio), square)).float()
 
 
 def averaged(
@@ -227,54 +246,35 @@ def averaged(
     (Flow-SDE) and no sample's bias depends on another; otherwise two.
     """
     guard.check_bias_reduction(bias_reduction)
-    coeffs = t.coeffs
-    on_host = coeffs.device.type == "cpu" and not torch.compiler.is_compiling()
-    if one_step and kind == "flow_sde" and (bias_reduction == "sample" or len(advantages) == 1):
-        scale, by_dt = (_known_own_scale if on_host else _own_scale)(coeffs)
-        return tail.closed_form(
-            t, advantages, bounds, scale, by_dt if weights is None else by_dt * weights
-        )
-    make = _known_scale if on_host else _averaged_scale
-    exponent, by_dt = make(coeffs, kind, tail.numel(t), bias_reduction)
-    return tail.of_sums(
-        t, advantages, bounds, exponent, by_dt if weights is None else by_dt * weights
-    )
+    coeffs, of_batch = t.coeffs, bias_reduction == "batch"
+    if one_step and kind == "flow_sde" and (not of_batch or len(advantages) == 1):
+        by_dt = _by_own_dt(coeffs)
+        by_dt = by_dt if weights is None else by_dt * weights
+        return tail.closed_form(t, advantages, bounds, by_dt)
+    exponent, share = _averaged_scale(coeffs, kind, tail.numel(t), of_batch)
+    if weights is not None:
+        share = share * tail.checked_weights(t, weights)
+    return tail.of_sums(t, advantages, bounds, exponent, share)
 
 
+@tail.kept
 def _averaged_scale(
-    coeffs: StepCoefficients, kind: SdeKind, numel: int, bias_reduction: BiasReduction
+    coeffs: StepCoefficients, kind: SdeKind, numel: int, of_batch: bool
 ) -> tuple[tail.Exponent, Tensor]:
-    """The exponent ``scale (log r + bias)`` and ``1 / mean(sqrt_dt)^2``."""
+    """The exponent ``scale (log r + bias)``, and ``-1 / mean(sqrt_dt)^2 / B``."""
     std, sqrt_dt = std_and_sqrt_dt_of(coeffs, kind)
     root = sqrt_dt.mean()
     scale = root * std.mean()
     log_ratio = tail.log_ratio_rates(coeffs, numel)
-    rates, shared = log_ratio * scale, 1 / (2 * scale * numel)
-    if bias_reduction == "sample":
-        rates[1] += shared
-        return tail.Exponent(rates, log_ratio), 1 / root**2
-    return tail.Exponent(rates, log_ratio, shared), 1 / root**2
+    square = 1 / (2 * scale * numel)
+    exponent = tail.scaled(log_ratio, scale, square, of_batch=of_batch)
+    return exponent, -1 / (root**2 * std.shape[-1])
 
 
-def _own_scale(coeffs: StepCoefficients) -> tuple[Tensor, Tensor]:
-    """``s`` and ``1 / -dt``, [B]: what the averages are of samples at one timestep."""
-    return coeffs.s[0], -1 / coeffs.dt[0]
-
-
-@functools.lru_cache(maxsize=256)
-def _known_own_scale(coeffs: StepCoefficients) -> tuple[Tensor, Tensor]:
-    """The same, kept as :func:`_known_scale` is."""
-    with torch.inference_mode(False):
-        return _own_scale(coeffs)
-
-
-@functools.lru_cache(maxsize=256)
-def _known_scale(
-    coeffs: StepCoefficients, kind: SdeKind, numel: int, bias_reduction: BiasReduction
-) -> tuple[tail.Exponent, Tensor]:
-    """The same, kept: the coefficients of steps that the host looks up are kept too."""
-    with torch.inference_mode(False):
-        return _averaged_scale(coeffs, kind, numel, bias_reduction)
+@tail.kept
+def _by_own_dt(coeffs: StepCoefficients) -> Tensor:
+    """``1 / -dt``, [B]: what that average is of samples at one timestep."""
+    return -1 / coeffs.dt[0]
 
 
 def grpo_loss(

@@ -97,12 +97,13 @@ def training_loss(
             timestep is not in the schedule.
     """
     coeffs = _coefficients(scheduler, sample["timesteps"][:, j], noise_pred)
-    t, advantages, bounds = transition(noise_pred, sample, j, config, noise_pred_ref, coeffs)
+    t, advantages, bounds = transition(
+        noise_pred, sample, j, config, noise_pred_ref, coeffs, "old_log_prob"
+    )
     beta = float(config.train.beta)
-    t = t._replace(old_log_prob=sample["log_probs"][:, j])
     found = tail.plain(t, advantages, bounds, kl_beta=beta)
     loss = policy_loss = found.loss.detach()
-    info = {"approx_kl": approx_kl(found), "clipfrac": found.high + found.low}
+    info = {"approx_kl": approx_kl(found), "clipfrac": found.outside.sum()}
     if found.kl is not None:
         info["kl_loss"] = found.kl.mean()
         policy_loss = loss - beta * info["kl_loss"]

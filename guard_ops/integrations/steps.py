@@ -102,22 +102,26 @@ def index_for_timestep(timesteps: Tensor, timestep: Tensor) -> tuple[int, ...] |
             the device fails instead.
     """
     if _on_host(timesteps) and _on_host(timestep):
-        known: dict[float, int] = {}
-        for k, value in enumerate(timesteps.tolist()):
-            known.setdefault(value, k)
-        wanted = timestep.reshape(-1).tolist()
-        for value in wanted:
-            if value not in known:
-                raise ValueError(
-                    f"`timestep` has {value}, which is not one of the scheduler's "
-                    f"{len(timesteps)} timesteps"
-                )
-        return tuple([known[value] for value in wanted])
+        return _index(numbers(timesteps), numbers(timestep))
     where = _where(timesteps, timestep)
     wanted_there = on_device(timestep, where).reshape(-1, 1)
     match = on_device(timesteps, where).unsqueeze(0) == wanted_there
     torch._assert_async(match.any(1).all(), "`timestep` is not one of the scheduler's")
     return match.int().argmax(1)
+
+
+@functools.lru_cache(maxsize=256)
+def _index(timesteps: tuple[float, ...], wanted: tuple[float, ...]) -> tuple[int, ...]:
+    known: dict[float, int] = {}
+    for k, value in enumerate(timesteps):
+        known.setdefault(value, k)
+    for value in wanted:
+        if value not in known:
+            raise ValueError(
+                f"`timestep` has {value}, which is not one of the scheduler's "
+                f"{len(timesteps)} timesteps"
+            )
+    return tuple([known[value] for value in wanted])
 
 
 def is_one_step(index: Index, batch: int) -> bool:
@@ -138,6 +142,16 @@ def _where(*each: Any) -> torch.device:
     """
     devices = [x.device for x in each if isinstance(x, Tensor)]
     return next((d for d in devices if d.type != "cpu"), devices[0])
+
+
+def numbers(x: Tensor) -> tuple[float, ...]:
+    """Those of a tensor that the host has, flat."""
+    return tuple((x if x.ndim == 1 else x.reshape(-1)).tolist())
+
+
+def known(x: float | Tensor) -> bool:
+    """Whether the host has the numbers of ``x`` without waiting for a device."""
+    return not isinstance(x, Tensor) or _on_host(x)
 
 
 def _on_host(x: Tensor) -> bool:
@@ -217,8 +231,8 @@ def coefficients_at(
 ) -> StepCoefficients:
     """[1, B] coefficients of steps between arbitrary sigmas, on their device."""
     each = (sigma, sigma_next, noise_level, sigma_max)
-    if all(not isinstance(x, Tensor) or _on_host(x) for x in each):
-        rows = (tuple(x.reshape(-1).tolist()) if isinstance(x, Tensor) else (x,) for x in each)
+    if all(known(x) for x in each):
+        rows = (numbers(x) if isinstance(x, Tensor) else (x,) for x in each)
         return _known_at(tuple(rows), kind, batch)
     return _table_at(each, kind, batch, sigma.device)
 

@@ -121,7 +121,7 @@ class FlowGRPOFusedLoss:
             adv_clip=settings.adv_clip_max,
             sample_weights=rollout_is_weights,
         )
-        return found.loss, _metrics(found.excess, log_ratio, settings.clip_ratio)
+        return found.loss, _read_metrics(found.excess, log_ratio, settings.clip_ratio)
 
     def __call__(self, *, config: Any, model_output: dict[str, Any], data: Any) -> Any:
         """What verl-omni's trainer calls."""
@@ -172,7 +172,7 @@ class GRPOGuardFusedLoss:
             bias_reduction=bias_reduction,
             sample_weights=rollout_is_weights,
         )
-        return found.loss, _metrics(found.excess, moved.log_ratio, settings.clip_ratio)
+        return found.loss, _read_metrics(found.excess, moved.log_ratio, settings.clip_ratio)
 
     def __call__(self, *, config: Any, model_output: dict[str, Any], data: Any) -> Any:
         """What verl-omni's trainer calls."""
@@ -236,16 +236,18 @@ def training_loss(
         scheduler.sigmas, index, algo.noise_level, kind, len(x), noise_pred.device
     )
     weights, clip = micro_batch.get("rollout_is_weights", None), settings.clip_ratio
-    t = tail.Transition(noise_pred, x, y, coeffs)
     bounds = tail.Bounds(clip, clip, settings.adv_clip_max)
     if GUARDED[settings.loss_mode]:
-        t = t._replace(old_mean=micro_batch["old_prev_sample_mean"][:, step])
+        old_mean = micro_batch["old_prev_sample_mean"][:, step]
+        t = tail.Transition(noise_pred, x, y, coeffs, old_mean=old_mean)
         one_step = steps.is_one_step(index, len(x))
         found = averaged(t, advantages, bounds, kind, "sample", weights, one_step=one_step)
     else:
-        t = t._replace(old_log_prob=micro_batch["old_log_probs"][:, step])
+        old_log_prob = micro_batch["old_log_probs"][:, step]
+        t = tail.Transition(noise_pred, x, y, coeffs, old_log_prob=old_log_prob)
         found = tail.plain(t, advantages, bounds, weights)
-    return found.loss, _metrics(found.excess, found.log_ratio, clip)
+    (log_ratio,), (excess,), *_ = found.per_row.tolist()
+    return found.loss, _metrics(log_ratio, excess, clip)
 
 
 LOSSES = {"flow_grpo_fused": FlowGRPOFusedLoss, "grpo_guard_fused": GRPOGuardFusedLoss}
@@ -322,13 +324,18 @@ def _result(loss: Tensor, metrics: dict[str, float]) -> Any:
     return DiffusionLossResult(loss=loss, metrics=metrics)
 
 
-def _metrics(excess: Tensor, log_ratio: Tensor, clip: float) -> dict[str, float]:
-    """verl-omni's metrics as the numbers that its logger wants, in one read of the device."""
+def _read_metrics(excess: Tensor, log_ratio: Tensor, clip: float) -> dict[str, float]:
+    """:func:`_metrics` of [B] tensors, in one read of the device."""
     logs, moved = torch.stack([log_ratio.detach().double(), excess.double()]).tolist()
+    return _metrics(logs, moved, clip)
+
+
+def _metrics(logs: list[float], moved: list[float], clip: float) -> dict[str, float]:
+    """verl-omni's metrics as the numbers that its logger wants, from log r and r - 1."""
     count = len(moved)
     bias = sum(moved) / count
-    squares = sum((u - bias) * (u - bias) for u in moved)  # which overflow to inf, as ** does not
-    high, low = (sum(u > clip for u in moved) / count, sum(u < -clip for u in moved) / count)
+    squares = sum([(u - bias) * (u - bias) for u in moved])  # which overflow to inf, as ** does not
+    high, low = sum([u > clip for u in moved]) / count, sum([u < -clip for u in moved]) / count
     return {
         "actor/ppo_kl": -sum(logs) / count,
         "actor/pg_clipfrac": high + low,

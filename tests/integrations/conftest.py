@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+import restated
 import torch
 from torch import nn
+
+import guard_ops.integrations as integrations
 
 STEPS = 8
 
@@ -35,3 +40,26 @@ def scheduler():
 def network():
     torch.manual_seed(3)
     return Velocity()
+
+
+@pytest.fixture
+def nothing_stays():
+    """Takes back what a test has patched or imported of frameworks."""
+    yield
+    for installation in integrations._installations.values():
+        installation.remove()
+        installation.handles = 0
+    for name in [name for name in sys.modules if name.partition(".")[0] == "fastvideo"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def flow_grpo_package(monkeypatch):
+    """The patch module, a pipeline that imported its function by name, and that function."""
+    held = [restated.flow_grpo_step()]
+    package = "flow_grpo.diffusers_patch"
+    defining, using = (
+        restated.module(monkeypatch, f"{package}.{name}", sde_step_with_logprob=held[0])
+        for name in ("sd3_sde_with_logprob", "sd3_pipeline_with_logprob")
+    )
+    return defining, using, held
