@@ -130,7 +130,7 @@ def test_a_run_is_continued_with_its_own_recipe(tiny_words, tmp_path, capsys, mo
         "learning_rate=1": "`learning_rate` is 1.0",
         "objective=dance_grpo": "`objective` is 'dance_grpo'",
         "lora_rank=5": "`lora_rank` is 5",
-        "advantage_clip=2": "`guard.adv_clip` is 2.0",
+        "advantage_clip=2": "`adv_clip` is 2.0",
         f"prompts={tmp_path / 'others.txt'}": "`prompts.count` is 3",
     }
     (tmp_path / "others.txt").write_text("a cat\na dog\na bird\n")
