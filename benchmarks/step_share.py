@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from guard_ops.policies.published import PUBLISHED
 from guard_ops.trainer.extras import require
 
 from . import contenders, measure
@@ -43,49 +44,18 @@ class Model:
     note: str
 
 
-_SD35 = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048,
-    "out_channels": 16,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-_FLUX = {
-    "patch_size": 1,
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
-_WAN = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 12,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 8960,
-    "num_layers": 30,
-}
+def _published(name: str) -> dict[str, Any]:
+    """The arguments of a published model's network."""
+    config = dict(PUBLISHED[name].transformer)
+    del config["_class_name"]
+    return config
+
+
 MODELS = (
     Model(
         "SD3.5-M",
         "SD3Transformer2DModel",
-        _SD35,
+        _published("sd3_5_medium"),
         {
             "num_attention_heads": 1,
             "caption_projection_dim": 64,
@@ -101,7 +71,7 @@ MODELS = (
     Model(
         "FLUX.1-dev",
         "FluxTransformer2DModel",
-        _FLUX,
+        _published("flux1_dev"),
         {
             "num_attention_heads": 1,
             "attention_head_dim": 64,
@@ -117,7 +87,7 @@ MODELS = (
     Model(
         "Wan2.1 1.3B",
         "WanTransformer3DModel",
-        _WAN,
+        _published("wan2_1_t2v_1_3b"),
         {
             "num_attention_heads": 1,
             "attention_head_dim": 64,

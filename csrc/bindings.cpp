@@ -206,10 +206,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(GUARD_OPS_
   return out.all();
 }
 
-std::tuple<Tensor, Tensor, Tensor> sde_step(const Tensor& model_output, const Tensor& sample,
-                                            const Tensor& coefficients, const MaybeTensor& noise,
-                                            const MaybeTensor& seed) {
-  const Call call = step_call(model_output, sample, coefficients, noise, seed);
+std::tuple<Tensor, Tensor, Tensor> sde_step(GUARD_OPS_OPERANDS) {
+  const Call call = step_call(GUARD_OPS_PASS);
+  const Tensor& sample = *call.tensors.sample;
   const auto strides = at::detail::defaultStrides(sample.sizes());
   Tensor prev_sample = kept_empty(sample.sizes(), strides, sample.options());
   Tensor mean = kept_empty(sample.sizes(), strides, sample.options().dtype(call.compute_type()));
@@ -230,9 +229,7 @@ TORCH_LIBRARY(guard_ops, m) {
   m.def(
       "scaled_(Tensor(a!) grad, Tensor(b!) grad_uncond, Tensor factor, Tensor "
       "sum_grads, " GUARD_OPS_SCHEMA ", bool cond, bool uncond) -> ()");
-  m.def(
-      "sde_step(Tensor model_output, Tensor sample, Tensor coefficients, Tensor? noise, "
-      "Tensor? seed) -> (Tensor prev_sample, Tensor mean, Tensor square)");
+  m.def("sde_step(" GUARD_OPS_SCHEMA ") -> (Tensor prev_sample, Tensor mean, Tensor square)");
 }
 
 TORCH_LIBRARY_IMPL(guard_ops, CPU, m) {
@@ -255,6 +252,7 @@ pybind11::dict layout() {
     return py::tuple(out);
   };
   out["latents"] = names({GUARD_OPS_LATENTS(GUARD_OPS_SECOND)});
+  out["step_latents"] = names({GUARD_OPS_STEP_LATENTS(GUARD_OPS_SECOND)});
   out["rows"] = names({GUARD_OPS_ROWS(GUARD_OPS_NAME)});
   out["choices"] = names({GUARD_OPS_CHOICES(GUARD_OPS_SECOND)});
   out["numbers"] = names({GUARD_OPS_NUMBERS(GUARD_OPS_NAME)});

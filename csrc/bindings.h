@@ -28,6 +28,13 @@ using TensorList = c10::List<MaybeTensor>;
       double guidance_scale
 #define GUARD_OPS_PASS latents, seed, coefficients, guidance_scale
 
+// The latents that a rollout's step may have, in the order of guard_ops.transitions.STEP_LATENTS.
+#define GUARD_OPS_STEP_LATENTS(X) \
+  X(v, model_output)              \
+  X(uncond, model_output_uncond)  \
+  X(x, sample)                    \
+  X(noise, noise)
+
 // And a loss takes these besides them: Rows of guard_ops/transitions.py, [K, B] each but the
 // last, which is [3, K], and Objective of guard_ops/config.py.
 #define GUARD_OPS_ROWS(X) X(advantages) X(old_log_prob) X(step_weights) X(statistics)
@@ -144,15 +151,22 @@ struct Call {
   at::ScalarType compute_type() const { return batch.wide ? at::kDouble : at::kFloat; }
 };
 
-// The operands of a rollout's step.
-inline Call step_call(const Tensor& model_output, const Tensor& sample, const Tensor& coefficients,
-                      const MaybeTensor& noise, const MaybeTensor& seed) {
-  TORCH_CHECK(noise.has_value() != seed.has_value(), "guard_ops: sde_step needs noise or seed");
-  LatentTensors latents;
-  latents.model_output = model_output;
-  latents.sample = sample;
-  latents.noise = noise;
-  return Call(latents, seed, coefficients, 1.0);
+// The operands of a rollout's step: a call whose latents are none but those that a step may have.
+inline Call step_call(GUARD_OPS_OPERANDS) {
+  Call call(GUARD_OPS_PASS);
+  size_t given = 0, of_step = 0;
+#define GUARD_OPS_COUNT(field, name) given += bool(call.batch.field);
+  GUARD_OPS_LATENTS(GUARD_OPS_COUNT)
+#undef GUARD_OPS_COUNT
+#define GUARD_OPS_COUNT(field, name) of_step += bool(call.batch.field);
+  GUARD_OPS_STEP_LATENTS(GUARD_OPS_COUNT)
+#undef GUARD_OPS_COUNT
+  TORCH_CHECK(call.batch.x && given == of_step,
+              "guard_ops: sde_step needs sample and no operand "
+              "of the behaviour policy");
+  TORCH_CHECK(bool(call.batch.noise) != seed.has_value(),
+              "guard_ops: sde_step needs noise or seed");
+  return call;
 }
 
 inline Config config_of(at::IntArrayRef choices, at::ArrayRef<double> numbers) {

@@ -130,12 +130,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(GUARD_OPS_
   return out.all();
 }
 
-std::tuple<Tensor, Tensor, Tensor> sde_step(const Tensor& model_output, const Tensor& sample,
-                                            const Tensor& coefficients, const MaybeTensor& noise,
-                                            const MaybeTensor& seed) {
-  const c10::cuda::CUDAGuard guard(model_output.device());
-  const Call call = step_call(model_output, sample, coefficients, noise, seed);
+std::tuple<Tensor, Tensor, Tensor> sde_step(GUARD_OPS_OPERANDS) {
+  const c10::cuda::CUDAGuard guard(device_of(latents));
+  const Call call = step_call(GUARD_OPS_PASS);
   const Batch& t = checked(call, coefficients).batch;
+  const Tensor& sample = *call.tensors.sample;
   Tensor prev_sample = at::empty_like(sample, at::MemoryFormat::Contiguous);
   Tensor mean = at::empty(sample.sizes(), sample.options().dtype(at::kFloat));
   Tensor square = at::empty({t.steps, t.batch}, sample.options().dtype(at::kDouble));

@@ -109,8 +109,10 @@ GUARD_OPS_HD double rounding_gain(const Config& c, const StepScalars& p) {
   return 2 * scale_of(c, p) * p.s * std::fabs(p.b) * std::sqrt(p.numel);
 }
 
-// The floor of a step; `square`: the mean over its samples of the squared gain.
+// The floor of a step; `square`: the mean over its samples of the squared gain, which may be
+// infinite.
 GUARD_OPS_HD double std_floor_of(const Config& c, double square) {
+  if (c.rounding == 0) return c.std_floor;
   return std::fmax(c.std_floor, std::fmin(c.rounding * std::sqrt(square), c.target_std));
 }
 

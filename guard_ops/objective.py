@@ -158,9 +158,11 @@ def std_floor(mean_square: Tensor, config: GuardConfig, rounding: float) -> Tens
     """Up to which spread of its ratios a step is degenerate, [K].
 
     Args:
-        mean_square: of :func:`squared_gain`, over all the samples of a step.
+        mean_square: of :func:`squared_gain`, over all the samples of a step; it may be infinite.
         rounding: of ``config.rounding_of``.
     """
+    if rounding == 0:
+        return torch.full_like(mean_square, config.least_std_floor)
     floor = (rounding * mean_square.sqrt()).clamp(max=config.target_std)
     return floor.clamp(min=config.least_std_floor)
 

@@ -11,7 +11,7 @@ from . import autograd, objective, transitions
 from .backends import select
 from .options import LogRatioOptions, Names, takes
 from .schedule import StepCoefficients
-from .transitions import check_tensor
+from .transitions import Latents, Transitions, check_tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,6 +43,8 @@ def sde_step(
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     seed: Tensor | None = None,
+    model_output_uncond: Tensor | None = None,
+    guidance_scale: float | None = None,
     reduction: str = "mean",
 ) -> SdeStep:
     """One stochastic denoising step of the rollout: ``y = a x + b v + s noise``.
@@ -54,6 +56,9 @@ def sde_step(
         generator, noise, seed: where the noise comes from: a generator (default: the global one),
             the tensor itself, or this step's part of :func:`guard_ops.philox_seed`, from which
             :func:`guard_loss` regenerates it, so that it need not be stored. At most one.
+        model_output_uncond, guidance_scale: classifier-free guidance, both or neither: the mean's
+            velocity is ``uncond + scale (model_output - uncond)``, rounded as :func:`guard_loss`
+            rounds that of the same pair. It is combined while it is read, and never written.
         reduction: of ``log_prob`` over the latent: "mean" or "sum".
 
     Returns:
@@ -63,16 +68,19 @@ def sde_step(
         Gaussian).
 
     Raises:
-        ValueError: shapes or devices differ, noise has more than one source, or an input requires
-            grad.
+        ValueError: shapes or devices differ, noise has more than one source, one half of the
+            guidance is missing or its scale not finite in float32, or an input requires grad.
         TypeError: a dtype is not one that kernels take.
     """
     transitions.check_reduction(reduction)
-    step = _step(model_output, sample, coeffs, generator, noise, seed)
+    scale = transitions.check_guidance(
+        {"model_output_uncond": model_output_uncond, "guidance_scale": guidance_scale}
+    )
+    step = _step(model_output, model_output_uncond, scale, sample, coeffs, generator, noise, seed)
     shape, numel = step.shape, step.numel
     full = StepCoefficients._of(step.table, coeffs.gaussian, ())
-    scale = full.kappa / numel if reduction == "mean" else full.kappa
-    exponent = torch.where(step.square == 0, 0.0, -scale * step.square)
+    kappa = full.kappa / numel if reduction == "mean" else full.kappa
+    exponent = torch.where(step.square == 0, 0.0, -kappa * step.square)
     log_prob = objective.log_density(exponent, full, numel, reduction).to(step.mean.dtype)
     y, mean = (x.reshape(shape.full) for x in (step.prev_sample, step.mean))
     return SdeStep(y, mean, log_prob.reshape(shape.leading()), step.noise)
@@ -82,7 +90,7 @@ def next_sample(
     model_output: Tensor, sample: Tensor, coeffs: StepCoefficients, *, seed: Tensor
 ) -> Tensor:
     """:func:`sde_step`'s ``prev_sample`` alone: one operator, where a rollout needs no density."""
-    step = _step(model_output, sample, coeffs, None, None, seed)
+    step = _step(model_output, None, 1.0, sample, coeffs, None, None, seed)
     return step.prev_sample.reshape(step.shape.full)
 
 
@@ -100,6 +108,8 @@ class _Step(NamedTuple):
 
 def _step(
     model_output: Tensor,
+    model_output_uncond: Tensor | None,
+    guidance_scale: float,
     sample: Tensor,
     coeffs: StepCoefficients,
     generator: torch.Generator | None,
@@ -115,9 +125,11 @@ def _step(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"`generator` is a {type(generator).__name__}; it needs a torch.Generator")
     device = model_output.device
-    v = transitions.latents("model_output", model_output, shape, device)
-    x = transitions.latents("sample", sample, shape, device)
-    for name, value in (("model_output", v), ("sample", x)):
+    operands = {"model_output": model_output, "sample": sample}
+    if model_output_uncond is not None:
+        operands["model_output_uncond"] = model_output_uncond
+    for name, value in operands.items():
+        operands[name] = transitions.latents(name, value, shape, device)
         if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"`{name}` requires grad: sde_step is the rollout and has no gradient; call it "
@@ -131,14 +143,16 @@ def _step(
         noise = torch.randn(
             shape.full,
             generator=generator,
-            dtype=transitions.compute_dtype(model_output, sample),
+            dtype=transitions.compute_dtype(*operands.values()),
             device=device,
         )
-    eps = None if noise is None else transitions.latents("noise", noise, shape, device)
-    if eps is not None:
-        transitions.check_constant("noise", eps)
-    y, mean, square = select(device).sde_step(v, x, table, eps, key)
-    return _Step(y, mean, square, noise, shape, table, v.shape[-1])
+    if noise is not None:
+        operands["noise"] = transitions.latents("noise", noise, shape, device)
+        transitions.check_constant("noise", noise)
+    latents = Latents._make([operands.get(name) for name in Latents._fields])
+    t = Transitions(latents, key, table, guidance_scale)
+    y, mean, square = select(device).sde_step(t)
+    return _Step(y, mean, square, noise, shape, table, latents.model_output.shape[-1])
 
 
 @takes(LogRatioOptions, reduction="mean")

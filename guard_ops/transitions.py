@@ -72,6 +72,10 @@ class Latents(NamedTuple):
         return [x for x in self if x is not None]
 
 
+# Those that a rollout's step may have, in csrc/bindings.h's order.
+STEP_LATENTS = ("model_output", "model_output_uncond", "sample", "noise")
+
+
 class Transitions(NamedTuple):
     """K x B transitions: all that a kernel over latents has to know.
 

@@ -99,9 +99,10 @@ def rounding_gain(b, s, kappa, numel, mode):
 
 @triton.jit
 def std_floor_of(square, numbers):
-    """The floor of a step; ``square``: the mean over its samples of the squared gain."""
-    rounding = number(numbers.rounding) * tl.sqrt(square)
+    """The floor of a step; ``square``: the mean over its samples of the squared gain, maybe inf."""
+    rounding = number(numbers.rounding)
     target_std, least = number(numbers.target_std), number(numbers.std_floor)
+    rounding = tl.where(rounding == 0, 0.0, rounding * tl.sqrt(square))
     rounding = tl.where(rounding < target_std, rounding, target_std)
     return tl.where(least > rounding, least, rounding)
 

@@ -4,31 +4,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..transitions import Transitions
 from .launch import (
     COUNTS,
     POINTERS,
     WARPS,
+    arguments,
     compute_type,
     counters,
     on_device,
-    pack,
     start,
     strides_of,
 )
 from .paths import cut
 from .summation import sum_all
 from .sums import combine, is_last, partial_sums, store_partial, tile_sum
-from .transition import TILE, Operands, load, mean, noise_of, rounded, step_coefficient, store
+from .transition import TILE, load, mean, noise_of, rounded, step_coefficient, store, velocity
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=POINTERS)
 def sde_step_kernel(
-    t,  # Operands: model_output, sample, and noise or seed
+    t,  # Operands: model_output, sample, noise or seed, and with guidance model_output_uncond
     strides,  # Operands: (over K, over B) of each
     table,  # [5, K, B] float64
     table_c,  # its strides
     table_k,
     table_i,
+    guidance_scale,
     numel,
     steps,
     batch,
@@ -43,7 +45,7 @@ def sde_step_kernel(
     T: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """One program per segment. Reads v, x and any noise once, writes sample and mean once."""
+    """One program per segment. Reads each operand once, writes sample and mean once."""
     table_strides = (table_c, table_k, table_i)
     segment, row = tl.program_id(0) % segments, tl.program_id(0) // segments
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
@@ -55,7 +57,7 @@ def sde_step_kernel(
     for tile in range(tiles):
         start = first + tile * TILE
         inside = tl.arange(0, TILE) < numel - start
-        v = load(t.model_output, strides.model_output, k, i, start, inside, T)
+        v = velocity(t, strides, k, i, start, inside, guidance_scale, T)
         x = load(t.sample, strides.sample, k, i, start, inside, T)
         mu = mean(a, b, x, v)
         noise = noise_of(t, strides, k, i, start, inside, T)
@@ -73,30 +75,20 @@ def sde_step_kernel(
 
 
 def sde_step(
-    v: Tensor,  # [K, B, D]
-    x: Tensor,  # [K, B, D]
-    coefficients: Tensor,  # [5, K, B] float64
-    noise: Tensor | None,  # [K, B, D]
-    seed: Tensor | None,  # [K, B, 2] int64
+    t: Transitions,
     prev_sample: Tensor,  # [K, B, D], to be written
     mean_out: Tensor,  # [K, B, D], to be written; its dtype is that of the arithmetic
 ) -> Tensor:
     """Launch :func:`sde_step_kernel`; returns ``sum((y - mean)^2)`` [K, B] float64."""
-    steps, batch, numel = x.shape
+    steps, batch, numel = mean_out.shape
     parts = cut(steps, batch, numel)
-    absent = Operands._make(None for _ in Operands._fields)
-    operands = absent._replace(model_output=v, sample=x, noise=noise, seed=seed)
-    with on_device(x.device):
-        sums = coefficients.new_empty((3, steps, batch))
+    device = mean_out.device
+    with on_device(device):
+        sums = t.coefficients.new_empty((3, steps, batch))
         start(
             sde_step_kernel,
             parts.units,
-            *pack(operands),
-            coefficients,
-            *coefficients.stride(),
-            numel,
-            steps,
-            batch,
+            *arguments(t),
             parts.segments,
             parts.tiles,
             prev_sample,
@@ -104,7 +96,7 @@ def sde_step(
             strides_of(mean_out),
             partial_sums(sums, parts.segments),
             sums,
-            counters(x.device, 1),
+            counters(device, 1),
             compute_type(mean_out.dtype),
             parts.padded,
             warps=WARPS["sde_step"],

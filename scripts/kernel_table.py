@@ -144,7 +144,9 @@ def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
         guard_loss.guard_loss(t, numbers, objective_of(config, True), latents(), None, *results)
 
     def step() -> None:
-        sde_step.sde_step(x, y, table, None, seeds, latents(), latents(torch.float32))
+        of_step = Latents(**{**absent, "model_output": x, "sample": y})
+        t = Transitions(of_step, seeds, table, 1.0)
+        sde_step.sde_step(t, latents(), latents(torch.float32))
 
     return [
         lambda: sums.sums(t, rows(3)),

@@ -88,6 +88,16 @@ def operands(given: Problem) -> tuple[Any, ...]:
     return flat, given.get("seed"), table, given.get("guidance_scale", 1.0)
 
 
+def step_operands(source: str, **given: Any) -> tuple[Any, ...]:
+    """What the operators of a rollout's step take, its noise from ``source``: "noise" or "seed"."""
+    of = problem("mean", **given)
+    names = ("model_output", "model_output_uncond", "guidance_scale", "sample", "coeffs")
+    step = {name: of[name] for name in names if name in of}
+    shape = of["sample"].shape
+    draw = torch.randn_like(of["sample"]) if source == "noise" else go.philox_seed(1, shape[:2])
+    return operands(step | {source: draw})
+
+
 def widened(given: Problem) -> Problem:
     """The same numbers in float64."""
     return {

@@ -67,6 +67,7 @@ SIGNATURES = {
         "generator",
         "noise",
         "seed",
+        *GUIDANCE,
         "reduction",
     ],
     "guard_loss": LOSS,

@@ -9,6 +9,7 @@ from problems import largest, relative, schedule
 
 import guard_ops as go
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = ["flow_sde", "dance_sde", "wan_sde", "cps"]
 
 
@@ -122,6 +123,94 @@ def test_layouts_and_inputs(backend):
     assert all(torch.equal(a, b) for a, b in zip(before, (v, x, noise), strict=True))
 
 
+def guided(*shape, dtype=torch.float64, scale=4.5):
+    """A conditional velocity, a sample, and the guidance's two arguments."""
+    v, x = pair(*shape, dtype=dtype)
+    uncond = torch.randn(shape, dtype=torch.float64).to(dtype)
+    return v, x, {"model_output_uncond": uncond, "guidance_scale": scale}
+
+
+def combined(v, more):
+    """``uncond + scale (v - uncond)`` as PyTorch rounds it in at least float32."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    v, uncond = v.to(wide), more["model_output_uncond"].to(wide)
+    return uncond + more["guidance_scale"] * (v - uncond)
+
+
+@pytest.mark.parametrize("scale", [4.5, 1.0, 0.0, -1.5])
+def test_guidance_is_in_the_mean(scale, backend):
+    v, x, more = guided(4, 3, 5, scale=scale)
+    coeffs = schedule()[2]
+    noise = torch.randn(4, 3, 5, dtype=torch.float64)
+    step = go.sde_step(v, x, coeffs, noise=noise, **more)
+    uncond = more["model_output_uncond"]
+    mean = coeffs.a * x + coeffs.b * ((1 - scale) * uncond + scale * v)
+    torch.testing.assert_close(step.mean, mean, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(step.prev_sample, mean + coeffs.s * noise, rtol=1e-13, atol=1e-14)
+    square = ((step.prev_sample - step.mean) ** 2).flatten(1).mean(1)
+    expected = -coeffs.kappa * square - coeffs.s.log() - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(step.log_prob, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "source, dtype", [*(("noise", dtype) for dtype in DTYPES), ("seed", torch.bfloat16)]
+)
+def test_guidance_gives_the_bits_of_a_velocity_combined_before(source, dtype, backend):
+    """Its three operators round one by one; a 16-bit pair is combined in float32."""
+    v, x, more = guided(2, 3, 40, 53, dtype=dtype)  # a length that is no whole vector
+    draw = torch.randn(2, 3, 40, 53) if source == "noise" else go.philox_seed(3, (2, 3))
+    got = go.sde_step(v, x, schedule()[1:3], **{source: draw}, **more)
+    expected = go.sde_step(combined(v, more), x, schedule()[1:3], **{source: draw})
+    for name in ("prev_sample", "mean", "log_prob"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    assert got.prev_sample.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "form, dtype", [*(("mean", dtype) for dtype in DTYPES), ("velocity", torch.bfloat16)]
+)
+def test_a_guided_rollout_is_exactly_on_policy(form, dtype, backend):
+    """The loss combines the pair as the step did, so the mean form's ratio is exactly 1.
+
+    The velocity form's is where the rollout kept the combined velocity unrounded, in float32.
+    """
+    v, x, more = guided(3, 4, 30, 7, dtype=dtype)
+    coeffs = schedule()[1:4]
+    step = go.sde_step(v, x, coeffs, noise=torch.randn(3, 4, 30, 7).to(dtype), **more)
+    old = {"old_mean": step.mean} if form == "mean" else {"old_model_output": combined(v, more)}
+    out = go.guard_loss_and_grad(
+        v, advantages=torch.randn(4), coeffs=coeffs, sample=x, prev_sample=step.prev_sample,
+        **old, **more,
+    )  # fmt: skip
+    assert out.log_ratio.tolist() == out.excess.tolist() == [[0.0] * 4] * 3
+    assert out.metrics.kl_old.tolist() == [0.0] * 3
+
+
+def test_a_guided_step_reads_strides(backend):
+    v, x, more = guided(4, 6, 5)
+    noise = torch.randn(4, 6, 5, dtype=torch.float64)
+    expected = go.sde_step(v, x, schedule()[1], noise=noise, **more)
+    apart = torch.zeros(8, 6, 5, dtype=torch.float64)[::2]  # a stride over the batch of its own
+    apart.copy_(more["model_output_uncond"])
+    turned = apart.transpose(1, 2).contiguous().transpose(1, 2)  # latents that are not dense
+    for uncond in (apart, turned):
+        got = go.sde_step(
+            v, x, schedule()[1], noise=noise, guidance_scale=4.5, model_output_uncond=uncond
+        )
+        assert torch.equal(got.mean, expected.mean)
+        assert torch.equal(got.prev_sample, expected.prev_sample)
+
+
+def test_a_mixed_pair_is_combined_in_the_wider_dtype(backend):
+    v, x, more = guided(4, 30, dtype=torch.float32)
+    more["model_output_uncond"] = more["model_output_uncond"].double()
+    step = go.sde_step(v, x, schedule()[1], **more)
+    assert step.mean.dtype == step.noise.dtype == torch.float64
+    a, b = schedule()[1].a, schedule()[1].b
+    mean = a * x.double() + b * combined(v.double(), more)
+    torch.testing.assert_close(step.mean, mean, rtol=1e-14, atol=1e-15)
+
+
 def test_under_no_grad_a_network_in_training_mode_may_be_rolled_out(backend):
     v, x = pair(4, 6)
     with torch.no_grad():
@@ -163,6 +252,41 @@ def zeros(*shape, **options):
             "under torch.no_grad()",
         ),
         ({"sample": zeros(4, 6, 5, requires_grad=True)}, ValueError, "`sample` requires grad"),
+        (
+            {"guidance_scale": 2.0},
+            ValueError,
+            "`model_output_uncond` is missing: classifier-free guidance needs both",
+        ),
+        (
+            {"model_output_uncond": zeros(4, 6, 5)},
+            ValueError,
+            "`guidance_scale` is missing: classifier-free guidance needs both",
+        ),
+        (
+            {"model_output_uncond": zeros(4, 5, 6), "guidance_scale": 2.0},
+            ValueError,
+            "`model_output_uncond` has shape (4, 5, 6) but `model_output` (4, 6, 5)",
+        ),
+        (
+            {"model_output_uncond": [0.0], "guidance_scale": 2.0},
+            TypeError,
+            "`model_output_uncond` is a list; it needs a tensor",
+        ),
+        (
+            {"model_output_uncond": zeros(4, 6, 5), "guidance_scale": math.nan},
+            ValueError,
+            "`guidance_scale` is nan",
+        ),
+        (
+            {"model_output_uncond": zeros(4, 6, 5), "guidance_scale": "4.5"},
+            TypeError,
+            "`guidance_scale` is '4.5'",
+        ),
+        (
+            {"model_output_uncond": zeros(4, 6, 5, requires_grad=True), "guidance_scale": 2.0},
+            ValueError,
+            "`model_output_uncond` requires grad: sde_step is the rollout",
+        ),
     ],
     ids=lambda x: str(x)[:50] if isinstance(x, str) else "",
 )

@@ -154,6 +154,25 @@ def test_given_statistics_are_judged_by_the_same_floor(backend):
     assert out.grad.double().norm() < 1
 
 
+def test_a_gain_whose_square_overflows_leaves_a_floor_without_rounding_alone(backend):
+    """0 times infinity is NaN, and a floor of NaN is one under which no step, or every step, is."""
+    coeffs = go.SdeSchedule((1.0, 0.9, 0.5, 0.1), noise_level=1e-153)[1:3]
+    rows = go.StepCoefficients._of(coeffs.table.unsqueeze(-1), True, ())
+    assert objective.squared_gain(rows, 4096, "sum").isinf().all()
+    config = {"config": go.GuardConfig.article(balance="none", reduction="sum")}
+    more = {"advantages": torch.randn(4), "coeffs": coeffs} | config
+    zero, noise = torch.zeros(2, 4, 4096, dtype=torch.float64), torch.randn(2, 4, 4096).double()
+    on_policy = go.guard_loss_and_grad(zero, old_model_output=zero, noise=noise, **more)
+    assert on_policy.metrics.degenerate.tolist() == [1.0, 1.0]
+    assert on_policy.excess.abs().max() == 0
+    drift = coeffs.s / coeffs.b.abs() * 5e-3  # |log r| up to about delta / s
+    moved = (torch.randn(2, 4, 4096) * drift.reshape(2, 1, 1)).double()
+    out = go.guard_loss_and_grad(moved, old_model_output=zero, noise=noise, **more)
+    assert out.metrics.ratio_std.max() < 1
+    assert out.metrics.degenerate.tolist() == [0.0, 0.0]
+    torch.testing.assert_close(out.metrics.ratio_hat_std, torch.ones(2).double())
+
+
 def test_norms_without_statistics_are_never_degenerate(backend):
     new, old = twice((4, 8, 64), torch.bfloat16)
     for norm in ("none", "closed_form"):

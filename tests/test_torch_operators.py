@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from combinations import values_first
-from problems import FORMS, operands, problem, relative, without_advantages
+from problems import FORMS, operands, problem, relative, step_operands, without_advantages
 from torch.utils._pytree import tree_leaves
 
 import guard_ops as go
@@ -52,17 +52,24 @@ def test_opcheck_guard_loss(form, dtype):
 
 
 @pytest.mark.parametrize(
-    "source, dtype",
-    values_first(itertools.product(["noise", "seed"], [torch.float64, torch.float16])),
+    "source, dtype, guided",
+    values_first(
+        itertools.product(["noise", "seed"], [torch.float64, torch.float16], [False, True])
+    ),
 )
-def test_opcheck_sde_step(source, dtype):
-    given = problem("velocity", latent=(9, 4), dtype=dtype)
-    x, v = given["sample"].flatten(2), given["model_output"].flatten(2)
-    coefficients = given["coeffs"].table.unsqueeze(-1).expand(5, 3, 4)
-    noise, seed = (
-        (torch.randn_like(x), None) if source == "noise" else (None, go.philox_seed(1, (3, 4)))
-    )
-    torch.library.opcheck(torch.ops.guard_ops.sde_step.default, (v, x, coefficients, noise, seed))
+def test_opcheck_sde_step(source, dtype, guided):
+    t = step_operands(source, latent=(9, 4), dtype=dtype, guided=guided)
+    torch.library.opcheck(torch.ops.guard_ops.sde_step.default, t)
+
+
+def test_the_operator_of_a_step_refuses_what_is_not_a_steps():
+    latents, *rest = step_operands("noise", latent=(9, 4), dtype=torch.float32)
+    more = transitions.Latents._make(latents)._replace(prev_sample=latents[0])
+    with pytest.raises(RuntimeError, match="sde_step needs sample and no operand of the behaviour"):
+        torch.ops.guard_ops.sde_step(list(more), *rest)
+    seed = go.philox_seed(1, (3, 4))
+    with pytest.raises(RuntimeError, match="sde_step needs noise or seed"):
+        torch.ops.guard_ops.sde_step(latents, seed, *rest[1:])
 
 
 @pytest.mark.parametrize(
@@ -214,14 +221,18 @@ def test_a_custom_objective_over_log_ratio_compiles(backend):
     assert relative(grad, expected_grad) < 1e-6
 
 
-def test_sde_step_compiles(backend):
-    given = problem("velocity", latent=(9, 4), dtype=torch.float32)
-    seeds = go.philox_seed(5, (3, 4))
+@pytest.mark.parametrize("guided", [False, True])
+def test_sde_step_compiles(guided, backend):
+    given = problem("velocity", latent=(9, 4), dtype=torch.float32, guided=guided)
+    scale = given.get("guidance_scale")
+    seeds, noise = go.philox_seed(5, (3, 4)), torch.randn(3, 4, 9, 4)
+    source = {"noise": noise} if guided else {"seed": seeds}
 
-    def step(v, x):
-        return tuple(go.sde_step(v, x, given["coeffs"], seed=seeds)[:3])
+    def step(v, x, uncond):
+        guidance = {"model_output_uncond": uncond, "guidance_scale": scale}
+        return tuple(go.sde_step(v, x, given["coeffs"], **source, **guidance)[:3])
 
-    arguments = (given["model_output"], given["sample"])
+    arguments = (given["model_output"], given["sample"], given.get("model_output_uncond"))
     torch.compiler.reset()
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
     for left, right in zip(got, step(*arguments), strict=True):

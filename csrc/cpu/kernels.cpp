@@ -391,7 +391,7 @@ double step_of(const Batch& t, const Step<double>& step, const Span& at, const O
   double total = 0;
   for (int64_t j = at.begin, n; j < at.end; j += n) {
     n = stretch<R>(at, j, false);
-    const Source<R> v = stage(t.v, at, j, n, buffers.v), x = stage(t.x, at, j, n, buffers.x);
+    const Source<R> v = stage_velocity(t, at, j, n, buffers), x = stage(t.x, at, j, n, buffers.x);
     const Source<R> noise = stage_noise(t, at, j, n, buffers);
     const Output<R> y(prev_sample, at, j, n, buffers.out[0]), m(mean_out, at, j, n, buffers.out[1]);
     Accumulator<R> square;

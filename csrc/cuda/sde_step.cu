@@ -1,5 +1,5 @@
-// One rollout step: it reads v, x and the noise, or generates the noise, and writes the sample and
-// its mean.
+// One rollout step: it reads v, x and the noise, or generates the noise, with guidance also the
+// unconditional velocity, and writes the sample and its mean.
 #include "launch.h"
 #include "walk.h"
 

@@ -383,9 +383,10 @@ void test_sde_step() {
   for (const int d : {1, 2, 3, 4}) {
     for (const int64_t numel : {5, 601}) {
       Operands in(dtypes[d], steps, batch, numel, true);
-      for (const bool seeded : {false, true}) {
-        CONTEXT("sde_step D=%ld %s seeded %d", long(numel), dtypes[d].name, seeded);
-        Batch t = in.of(seeded ? Form::seeded : Form::noise, false, false);
+      for (const auto [seeded, guided] : {std::pair{false, false}, {true, false}, {false, true}}) {
+        CONTEXT("sde_step D=%ld %s seeded %d guided %d", long(numel), dtypes[d].name, seeded,
+                guided);
+        Batch t = in.of(seeded ? Form::seeded : Form::noise, guided, false);
         t.v_old = {};
         t.x = in.x.operand();
         const Problem problem =

@@ -1,6 +1,7 @@
 // The rollout step of every instruction set: that the mean is rounded once, the sample, the sum in
 // its log-prob, and that delta is exactly 0 in the mean form with a mean from here.
 #include <optional>
+#include <utility>
 
 #include "../cpu/driver.h"
 #include "check.h"
@@ -42,6 +43,13 @@ double exact_mean(bool wide, double x, double v) {
   return std::fma(float(step.b), float(v), float(step.a) * float(x));
 }
 
+// The velocity that enters the mean, rounded after each operator.
+double velocity(const Batch& t, double cond, double uncond) {
+  if (!t.uncond) return cond;
+  if (t.wide) return guided(uncond, cond, t.guidance_scale);
+  return guided(float(uncond), float(cond), float(t.guidance_scale));
+}
+
 void compare(const Kernels& kernels, const Result& got, const Operands& in, const Batch& t) {
   const bool fused = kernels.name != std::string("baseline") || t.wide;
   const WithError a = coefficient(step.a), b = coefficient(step.b), s = coefficient(step.s);
@@ -49,7 +57,8 @@ void compare(const Kernels& kernels, const Result& got, const Operands& in, cons
     for (int64_t i = 0; i < in.batch; ++i) {
       long double square = 0, error = 0;
       for (int64_t j = 0; j < in.numel; ++j) {
-        const double x = in.x.get(k, i, j), v = in.v.get(k, i, j);
+        const double x = in.x.get(k, i, j);
+        const double v = velocity(t, in.v.get(k, i, j), in.uncond.get(k, i, j));
         const double mean = got.mean.get(k, i, j), y = got.prev_sample.get(k, i, j);
         if (fused) {
           CHECK(mean == exact_mean(t.wide, x, v));
@@ -67,11 +76,14 @@ void compare(const Kernels& kernels, const Result& got, const Operands& in, cons
   }
 }
 
-Batch step_batch(const Operands& in, bool seeded) {
-  Batch t = in.of(seeded ? Form::seeded : Form::noise, false, false);
+Batch step_batch(const Operands& in, bool seeded, bool guided) {
+  Batch t = in.of(seeded ? Form::seeded : Form::noise, guided, false);
   t.x = in.x.operand();
   t.v_old = {};
-  t.wide = in.v.dtype() == f64 || in.x.dtype() == f64 || (!seeded && in.noise.dtype() == f64);
+  t.wide = false;
+  for (const Operand* o : {&t.v, &t.uncond, &t.x, &t.noise}) {
+    t.wide = t.wide || (*o && o->dtype == f64);
+  }
   WithError::unit = t.wide ? 0x1p-53L : 0x1p-24L;
   return t;
 }
@@ -80,13 +92,14 @@ void test_sde_step() {
   for (const int64_t numel : {1, 3, 7, 127, 1023, 1024, 1025, 4097, 70000}) {
     for (const DTypes& d : dtypes) {
       const Operands in(d, numel > cpu::chunk ? 1 : 2, 2, numel, numel % 2 == 1);
-      for (const bool seeded : {false, true}) {
-        const Batch t = step_batch(in, seeded);
+      for (const auto [seeded, guided] : {std::pair{false, false}, {true, false}, {false, true}}) {
+        const Batch t = step_batch(in, seeded, guided);
         std::optional<Result> fused;  // of the sets that have a fused multiply-add
         for (const char* isa : cpu::isa_names) {
           const Kernels* kernels = cpu::kernels(isa);
           if (kernels == nullptr) continue;
-          CONTEXT("%s sde_step D=%ld %s seeded=%d", isa, long(numel), d.name, seeded);
+          CONTEXT("%s sde_step D=%ld %s seeded=%d guided=%d", isa, long(numel), d.name, seeded,
+                  guided);
           const Result got = run(*kernels, in, t);
           compare(*kernels, got, in, t);
           if (fused) {
@@ -106,17 +119,19 @@ void test_sde_step() {
 // other operands are stored as: both means come from the same expression.
 void test_rollout_mean_is_exact(const Kernels& kernels) {
   for (const DTypes& d : dtypes) {
-    const Operands in(d, 2, 2, 1030, false);
-    const Batch t = step_batch(in, false);
-    const Result rollout = run(kernels, in, t);
-    Batch again = t;
-    again.form = Form::mean;
-    again.y = rollout.prev_sample.operand();
-    again.m = rollout.mean.operand();
-    again.noise = {};
-    CONTEXT("%s mean form on policy, %s", kernels.name, d.name);
-    const Sums sums = kernels.sums(again, step, {1, 1, 0, 1030}, {});
-    CHECK(sums.s1 == 0 && sums.s2 == 0);
+    for (const bool guided : {false, true}) {
+      const Operands in(d, 2, 2, 1030, false);
+      const Batch t = step_batch(in, false, guided);
+      const Result rollout = run(kernels, in, t);
+      Batch again = t;
+      again.form = Form::mean;
+      again.y = rollout.prev_sample.operand();
+      again.m = rollout.mean.operand();
+      again.noise = {};
+      CONTEXT("%s mean form on policy, %s guided=%d", kernels.name, d.name, guided);
+      const Sums sums = kernels.sums(again, step, {1, 1, 0, 1030}, {});
+      CHECK(sums.s1 == 0 && sums.s2 == 0);
+    }
   }
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import extension
 from ..config import CHOICES, FLAGS, OBJECTIVE_NUMBERS, RATIO_NORMS, Objective, RatioNorm
-from ..transitions import Latents, Rows, Transitions
+from ..transitions import STEP_LATENTS, Latents, Rows, Transitions
 from . import results
 
 FUSED = True
@@ -25,6 +25,7 @@ def layout() -> dict[str, object]:
     norms = [(name, tuple(RATIO_NORMS[name])) for name in get_args(RatioNorm)]
     return {
         "latents": Latents._fields,
+        "step_latents": STEP_LATENTS,
         "rows": Rows._fields,
         "choices": (*CHOICES, *FLAGS),
         "numbers": OBJECTIVE_NUMBERS,
@@ -66,11 +67,9 @@ def gradient(
     return (grad if cond else None), (grad_uncond if uncond else None)
 
 
-def sde_step(
-    v: Tensor, x: Tensor, coefficients: Tensor, noise: Tensor | None, seed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def sde_step(t: Transitions) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference.sde_step``, in one pass."""
-    out: tuple[Tensor, Tensor, Tensor] = _ops.sde_step(v, x, coefficients, noise, seed)
+    out: tuple[Tensor, Tensor, Tensor] = _ops.sde_step(*_as_lists(t))
     return out
 
 
@@ -131,8 +130,8 @@ def _(latents, *rest):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("guard_ops::sde_step")
-def _(v, x, coefficients, noise, seed):  # type: ignore[no-untyped-def]
-    return results.step(v, x, noise)
+def _(latents, *_):  # type: ignore[no-untyped-def]
+    return results.step(latents)
 
 
 @torch.library.register_fake("guard_ops::scaled_")

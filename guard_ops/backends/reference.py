@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..transitions import Transitions, compute_dtype
+from ..transitions import Transitions
 from .philox import normals
 
 NAME = "reference"
@@ -106,22 +106,19 @@ def gradient(
     )
 
 
-def sde_step(
-    v: Tensor,  # [K, B, D]
-    x: Tensor,  # [K, B, D]
-    coefficients: Tensor,  # [5, K, B] float64
-    noise: Tensor | None,  # [K, B, D]
-    seed: Tensor | None,  # [K, B, 2] int64
-) -> tuple[Tensor, Tensor, Tensor]:
+def sde_step(t: Transitions) -> tuple[Tensor, Tensor, Tensor]:
     """``mean = a x + b v``, ``y = mean + s noise``, ``sum((y - mean)^2)``.
 
-    ``y`` has the dtype of ``x``, the mean is at least float32, the sum [K, B] is float64.
+    ``t`` has the latents of ``transitions.STEP_LATENTS`` and noise or a seed. ``y`` has the dtype
+    of ``x``, the mean is at least float32, the sum [K, B] is float64.
     """
-    dtype = compute_dtype(v, x, *([] if noise is None else [noise]))
-    a, b, s, *_ = coefficients.to(dtype).unsqueeze(-1)
+    dtype = t.compute_dtype()
+    a, b, s, *_ = t.coefficients.to(dtype).unsqueeze(-1)
+    v, x, noise = _velocity(t), t.latents.sample, t.latents.noise
+    assert x is not None
     if noise is None:
-        assert seed is not None
-        noise = normals(seed, v.shape[-1], dtype)
-    mean = _mean(a, b, x.to(dtype), v.to(dtype))
+        assert t.seed is not None
+        noise = normals(t.seed, v.shape[-1], dtype)
+    mean = _mean(a, b, x.to(dtype), v)
     y = (mean + s * noise.to(dtype)).to(x.dtype)
     return y, mean, ((y.to(dtype) - mean) ** 2).sum(-1, dtype=torch.float64)

@@ -46,8 +46,9 @@ def loss(latents: Operands, cond: bool, uncond: bool) -> tuple[Tensor, ...]:
     )
 
 
-def step(v: Tensor, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def step(latents: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """prev_sample and mean [K, B, D], and sum((prev_sample - mean)^2) [K, B] float64."""
-    wide = compute_dtype(*(each for each in (v, x, noise) if each is not None))
+    x, wide = named(latents).sample, compute_dtype(*named(latents).present())
+    assert x is not None
     square = x.new_empty(x.shape[:2], dtype=torch.float64)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=wide), square

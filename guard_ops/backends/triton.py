@@ -49,11 +49,9 @@ def gradient(
     return (grad if cond else None), (grad_uncond if uncond else None)
 
 
-def sde_step(
-    v: Tensor, x: Tensor, coefficients: Tensor, noise: Tensor | None, seed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def sde_step(t: Transitions) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference.sde_step``, in one pass."""
-    out: tuple[Tensor, Tensor, Tensor] = _sde_step(v, x, coefficients, noise, seed)
+    out: tuple[Tensor, Tensor, Tensor] = _sde_step(*_as_lists(t))
     return out
 
 
@@ -147,19 +145,19 @@ def _fake_gradient(
 
 @torch.library.custom_op("guard_ops_triton::sde_step", mutates_args=())
 def _sde_step(
-    v: Tensor, x: Tensor, coefficients: Tensor, noise: Tensor | None, seed: Tensor | None
+    latents: list[Tensor | None], seed: Tensor | None, coefficients: Tensor, guidance_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, _ = _empty_step(v, x, coefficients, noise, seed)
-    square = steps.sde_step(v, x, coefficients, noise, seed, y, mean)
-    return y, mean, square
+    y, mean, _ = _empty_step(latents, seed, coefficients, guidance_scale)
+    t = Transitions(results.named(latents), seed, coefficients, guidance_scale)
+    return y, mean, steps.sde_step(t, y, mean)
 
 
 @_sde_step.register_fake
 def _empty_step(
-    v: Tensor, x: Tensor, coefficients: Tensor, noise: Tensor | None, seed: Tensor | None
+    latents: list[Tensor | None], seed: Tensor | None, coefficients: Tensor, guidance_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    launch.prepare(x.device)
-    return results.step(v, x, noise)
+    launch.prepare(coefficients.device)
+    return results.step(latents)
 
 
 @torch.library.custom_op("guard_ops_triton::guard_loss", mutates_args=())

@@ -19,6 +19,26 @@ class Published(NamedTuple):
 
 
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+_WAN = {
+    "_class_name": "WanTransformer3DModel",
+    "patch_size": [1, 2, 2],
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "rope_max_seq_len": 1024,
+}
+_UNIPC = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "num_train_timesteps": 1000,
+    "flow_shift": 3.0,
+}
 
 PUBLISHED: dict[str, Published] = {
     "sd3_5_medium": Published(
@@ -70,29 +90,14 @@ PUBLISHED: dict[str, Published] = {
     "wan2_1_t2v_1_3b": Published(
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "WanPipeline",
-        {
-            "_class_name": "WanTransformer3DModel",
-            "patch_size": [1, 2, 2],
-            "num_attention_heads": 12,
-            "attention_head_dim": 128,
-            "in_channels": 16,
-            "out_channels": 16,
-            "text_dim": 4096,
-            "freq_dim": 256,
-            "ffn_dim": 8960,
-            "num_layers": 30,
-            "cross_attn_norm": True,
-            "qk_norm": "rms_norm_across_heads",
-            "eps": 1e-6,
-            "rope_max_seq_len": 1024,
-        },
-        {
-            "_class_name": "UniPCMultistepScheduler",
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "num_train_timesteps": 1000,
-            "flow_shift": 3.0,
-        },
+        {**_WAN, "num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+        _UNIPC,
+    ),
+    "wan2_1_t2v_14b": Published(
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+        "WanPipeline",
+        {**_WAN, "num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+        _UNIPC,
     ),
     "qwen_image": Published(
         "Qwen/Qwen-Image",

@@ -39,7 +39,7 @@ class QwenImagePolicy(PipelinePolicy):
 
     def unread(self, name: str) -> bool:
         """Nobody reads the text that the last block makes."""
-        last = f"transformer_blocks.{len(self.blocks) - 1}."
+        last = f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}."
         text = ("txt_mlp", "attn.to_add_out", "attn.add_q_proj")
         return name.startswith(tuple(last + part for part in text))
 

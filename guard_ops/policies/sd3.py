@@ -32,7 +32,8 @@ class SD3Policy(PipelinePolicy):
 
     def unread(self, name: str) -> bool:
         """The last block keeps nothing of the text, so nobody reads what the text asks for."""
-        return name.startswith(f"transformer_blocks.{len(self.blocks) - 1}.attn.add_q_proj")
+        last = len(self.transformer.transformer_blocks) - 1
+        return name.startswith(f"transformer_blocks.{last}.attn.add_q_proj")
 
     def predict(self, latents: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         velocity: Tensor = self.transformer(

@@ -188,7 +188,7 @@ def train(recipe: Recipe) -> Path:
 
 def _train(checked: Checked, engine: Engine) -> Path:
     recipe, out = checked.recipe, Path(checked.recipe.out)
-    engine.first(lambda: _refuse_folder(out, recipe.resume))
+    engine.first(lambda: _refuse_folder(checked, out))
     encodings = Path(recipe.encodings) if recipe.encodings else out / "encodings"
     policy = load_policy(checked, engine.device, encodings)
     _encode_all(policy, checked, engine)
@@ -234,12 +234,19 @@ def _train(checked: Checked, engine: Engine) -> Path:
         trainer.close()
 
 
-def _refuse_folder(out: Path, resume: bool) -> None:
+def _refuse_folder(checked: Checked, out: Path) -> None:
     """What the trainer would refuse, before a model is loaded for it."""
-    if not resume:
-        state.refuse_checkpoints(out / "checkpoints")
-    if out.exists():
-        FolderLock(out).release()
+    if not out.exists():
+        return
+    prompts, recipe = checked.prompts, checked.recipe
+    chosen = state.chosen(
+        prompts.texts, prompts.metadata, checked.guard, checked.config, _must_match(recipe)
+    )
+    lock = FolderLock(out)
+    try:
+        state.refuse_another_run(out / "checkpoints", recipe.resume, chosen)
+    finally:
+        lock.release()
 
 
 def _set_others_aside(out: Path, *, begun: bool) -> None:

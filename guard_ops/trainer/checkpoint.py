@@ -177,10 +177,21 @@ def newest(root: Path, understand: Callable[[Checkpoint], T]) -> tuple[T | None,
         understand: makes of a checkpoint what the caller uses. What it raises because something
             is not there or of another type makes that checkpoint unusable.
     """
+    return _newest(root, lambda path: understand(load(path)))
+
+
+def newest_state(
+    root: Path, understand: Callable[[dict[str, Any]], T]
+) -> tuple[T | None, list[Unusable]]:
+    """As :func:`newest`, of the ``state.json`` alone: no tensor is read, or checked."""
+    return _newest(root, lambda path: understand(_load_state(path)))
+
+
+def _newest(root: Path, understand: Callable[[Path], T]) -> tuple[T | None, list[Unusable]]:
     unusable: list[Unusable] = []
     for path in _folders(root):
         try:
-            return understand(load(path)), unusable
+            return understand(path), unusable
         except CheckpointError as error:
             unusable.append(Unusable(path, str(error), error._suffix))
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -215,9 +226,7 @@ def load(path: Path, *, check: bool = True) -> Checkpoint:
     Raises:
         CheckpointError: the message names the file and the reason.
     """
-    try:
-        if not stat.S_ISDIR(path.lstat().st_mode):
-            raise CheckpointError(f"{path} is not a folder")
+    with _reading(path):
         iteration, files = _read_manifest(path)
         if check:
             _check_files(path, files)
@@ -229,14 +238,30 @@ def load(path: Path, *, check: bool = True) -> Checkpoint:
                 for name in files
                 if name != _STATE
             }
-        state = _read_json(path / _STATE)
+        return Checkpoint(path, iteration, tensors, _read_json(path / _STATE))
+
+
+def _load_state(path: Path) -> dict[str, Any]:
+    """``state.json`` of the checkpoint in the folder ``path``; raises as :func:`load` does."""
+    with _reading(path):
+        _, files = _read_manifest(path)
+        _check_file(path / _STATE, *files[_STATE])
+        return _read_json(path / _STATE)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """The block reads the checkpoint in the folder ``path``; what stops it is a CheckpointError."""
+    try:
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            raise CheckpointError(f"{path} is not a folder")
+        yield
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or path} cannot be read: {error.strerror or error}"
         ) from error
     except RecursionError as error:
         raise CheckpointError(f"{path / _MANIFEST} is corrupt: {error}") from error
-    return Checkpoint(path, iteration, tensors, state)
 
 
 def name_of(iteration: int) -> str:
@@ -304,21 +329,23 @@ def _check_files(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
     there = {path.name for path in folder.iterdir()} - {_MANIFEST}
     for name in sorted(there - files.keys()):
         raise CheckpointError(f"{folder / name} is not of this checkpoint: its manifest lacks it")
-    for name, (size, digest) in files.items():
-        file = folder / name
-        if name not in there:
-            raise CheckpointError(f"{file} is missing")
-        found = file.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError(f"{file} is not a file")
-        if found.st_size < size:
-            raise CheckpointError(f"{file} is truncated: {found.st_size} bytes of {size}")
-        if found.st_size > size:
-            raise CheckpointError(f"{file} is corrupt: {found.st_size} bytes, written as {size}")
-        if _sha256(file) != digest:
-            raise CheckpointError(
-                f"{file} is corrupt: its SHA-256 is not the one it was written with"
-            )
+    for name, entry in files.items():
+        _check_file(folder / name, *entry)
+
+
+def _check_file(file: Path, size: int, digest: str) -> None:
+    """That a file has this size and SHA-256."""
+    if not os.path.lexists(file):
+        raise CheckpointError(f"{file} is missing")
+    found = file.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{file} is not a file")
+    if found.st_size < size:
+        raise CheckpointError(f"{file} is truncated: {found.st_size} bytes of {size}")
+    if found.st_size > size:
+        raise CheckpointError(f"{file} is corrupt: {found.st_size} bytes, written as {size}")
+    if _sha256(file) != digest:
+        raise CheckpointError(f"{file} is corrupt: its SHA-256 is not the one it was written with")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

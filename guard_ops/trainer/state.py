@@ -73,10 +73,35 @@ def _choose(root: Path, resume: bool) -> tuple[str | None, list[checkpoint.Unusa
         refuse_checkpoints(root)
         return None, []
     found, unusable = checkpoint.newest(root, _understand)
+    _refuse_if_none_is_intact(found, unusable)
+    return None if found is None else checkpoint.name_of(found.iteration), unusable
+
+
+def _refuse_if_none_is_intact(found: object, unusable: Sequence[checkpoint.Unusable]) -> None:
     if found is None and unusable:
         reasons = "; ".join(one.reason for one in unusable)
         raise CheckpointError(f"no intact checkpoint to resume from: {reasons}")
-    return None if found is None else checkpoint.name_of(found.iteration), unusable
+
+
+def refuse_another_run(root: Path, resume: bool, chosen: Mapping[str, Any]) -> None:
+    """What a :class:`Trainer` would refuse of a folder that can be known without a model.
+
+    No tensor is read: of damaged checkpoints, those are found whose settings are.
+
+    Args:
+        chosen: of :func:`chosen`.
+
+    Raises:
+        ValueError: there are checkpoints and ``resume`` is False, or they are of other settings.
+        CheckpointError: there are checkpoints, and the settings of none can be read.
+    """
+    if not resume:
+        refuse_checkpoints(root)
+        return
+    then, unusable = checkpoint.newest_state(root, _settings)
+    _refuse_if_none_is_intact(then, unusable)
+    if then is not None:
+        _compare(then, chosen)
 
 
 def save(
@@ -112,15 +137,21 @@ def save(
     return engine.first(lambda: checkpoint.finish(temporary, iteration, rest, keep, every))
 
 
+def _settings(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of a run in its ``state.json``, by their parts."""
+    settings: dict[str, dict[str, Any]] = state["settings"]
+    if not all(isinstance(part, dict) for part in settings.values()):
+        raise TypeError("its settings are not in parts")
+    return settings
+
+
 def _understand(saved: Checkpoint) -> Saved:
     """A checkpoint's parts; raises where one is not there or not of its type."""
     state, tensors = saved.state, saved.tensors
     model, ema = tensors["model"], tensors["ema"]
-    settings, numbers = state["settings"], state["optimizer"]
+    settings, numbers = _settings(state), state["optimizer"]
     if {k: v.shape for k, v in model.items()} != {k: v.shape for k, v in ema.items()}:
         raise ValueError("the weights and their average are of different models")
-    if not all(isinstance(part, dict) for part in settings.values()):
-        raise TypeError("its settings are not in parts")
     for key in tensors["optimizer"]:
         index, _, _ = key.partition(".")
         if index not in numbers["state"]:
@@ -161,37 +192,47 @@ def restore(learner: Learner, saved: Saved, engine: Engine) -> None:
     learner.ema.updates, learner.iteration = saved.ema_updates, saved.iteration
 
 
-def settings(
-    policy: FlowPolicy,
-    optimizer: torch.optim.Optimizer,
+def chosen(
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]],
     guard: go.GuardConfig,
     config: TrainConfig,
     recipe: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a continuation must share with its run, as JSON gives it back."""
-    frozen = {name: p for name, p in policy.named_parameters() if not p.requires_grad}
-    sigmas, timesteps = policy.schedule(config.steps)
+    """What a continuation must share with its run that is known without a model, as JSON has it."""
     texts = json.dumps([list(prompts), [dict(each) for each in metadata]], sort_keys=True)
     held = {k: v for k, v in dataclasses.asdict(config).items() if k not in _FREE}
     parts = {
         "recipe": dict(recipe),
         "config": held,
         "guard": dataclasses.asdict(guard),
-        "schedule": {"sigmas": list(sigmas), "timesteps": timesteps.tolist()},
         "prompts": {
             "count": len(prompts),
             "values": hashlib.sha256(texts.encode()).hexdigest(),
         },
+    }
+    result: dict[str, Any] = optimizers.plain(parts)
+    return result
+
+
+def settings(
+    policy: FlowPolicy,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    chosen: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All that a continuation must share with its run: :func:`chosen`, and what the model says."""
+    frozen = {name: p for name, p in policy.named_parameters() if not p.requires_grad}
+    sigmas, timesteps = policy.schedule(config.steps)
+    parts = {
+        "schedule": {"sigmas": list(sigmas), "timesteps": timesteps.tolist()},
         "policy": {
             "latent_shape": tuple(policy.latent_shape),
             "frozen_parameters": _fingerprint(frozen, _SAMPLED),
         },
         "optimizer": optimizers.settings(optimizer),
     }
-    result: dict[str, Any] = optimizers.plain(parts)
-    return result
+    return {**chosen, **optimizers.plain(parts)}
 
 
 def _fingerprint(tensors: Mapping[str, Tensor], most: int) -> str:
@@ -218,8 +259,13 @@ def check(saved: Saved, settings: Mapping[str, Any], parameters: Mapping[str, Te
                 f"`policy` has {_parameter(name, kinds)} but the checkpoint "
                 f"{_parameter(name, held)}; it is of another model"
             )
+    _compare(saved.settings, settings)
+
+
+def _compare(held: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
+    """Raises a ValueError that names the first setting of a run that is another one now."""
     for part, now in settings.items():
-        then = saved.settings.get(part, {})
+        then = held.get(part, {})
         names = [*now, *(name for name in then if name not in now)]
         if part == "optimizer":  # a later torch may have more hyperparameters, at their defaults
             names = [name for name in now if name in then]

@@ -81,9 +81,8 @@ class Trainer:
         _check(policy, prompts, rows, config)
         make = optimizer or self._adamw
         before = trainable(policy)
-        self.settings = state.settings(
-            policy, make(list(before.values())), prompts, rows, guard, config, recipe or {}
-        )
+        chosen = state.chosen(prompts, rows, guard, config, recipe or {})
+        self.settings = state.settings(policy, make(list(before.values())), config, chosen)
         self.writer = MetricsWriter(self.out, tensorboard=config.tensorboard)
         self._lock: FolderLock | None = None
         try:

@@ -213,13 +213,17 @@ def test_log_ratio_and_its_gradient(form, place):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("source", ["noise", "seed"])
-def test_the_rollouts_step(source, dtype, place):
+@pytest.mark.parametrize("source, guided", [("noise", False), ("noise", True), ("seed", False)])
+def test_the_rollouts_step(source, guided, dtype, place):
     v, x, noise = (torch.randn(3, 4, 4100).to(dtype) for _ in range(3))
     seeds = go.philox_seed(9, (3, 4))
     coeffs = go.SdeSchedule([1.0, 0.8, 0.5, 0.2, 0.0])[:3]
     more = {"noise": noise} if source == "noise" else {"seed": seeds}
-    there = {name: value.to(place.device) for name, value in more.items()}
+    if guided:  # a cond that makes the guided velocity about as large as v
+        uncond = torch.randn(3, 4, 4100).to(dtype)
+        v = (uncond + (v - uncond) / 2.5).to(dtype)
+        more |= {"model_output_uncond": uncond, "guidance_scale": 2.5}
+    there = {n: x.to(place.device) if isinstance(x, torch.Tensor) else x for n, x in more.items()}
     step = go.sde_step(v.to(place.device), x.to(place.device), coeffs.to(place.device), **there)
     with go.use_backend("reference"):
         expected = go.sde_step(v, x, coeffs, **more)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from problems import FORMS, operands, problem, run
+from problems import FORMS, operands, problem, run, step_operands
 
 import guard_ops as go
 from guard_ops.config import objective_of
@@ -30,15 +30,12 @@ def test_opcheck(form, guided):
     torch.library.opcheck(ops.guard_loss.default, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("more", ["noise", "seed"])
-def test_opcheck_sde_step(more):
-    v, x, noise = torch.randn(3, 2, 2, 30).unbind(0)
-    seed = go.philox_seed(1, (2, 2))
-    source = (noise, None) if more == "noise" else (None, seed)
-    table = torch.rand(5, 2, 2, dtype=torch.float64)
+@pytest.mark.parametrize("source, guided", [("noise", True), ("seed", False)])
+def test_opcheck_sde_step(source, guided):
+    t = step_operands(source, steps=2, batch=2, latent=(30,), dtype=torch.float32, guided=guided)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     operator = torch.ops.guard_ops_triton.sde_step.default
-    torch.library.opcheck(operator, (v, x, table, *source), test_utils=checks)
+    torch.library.opcheck(operator, t, test_utils=checks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

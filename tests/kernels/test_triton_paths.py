@@ -127,10 +127,11 @@ def calls(steps, batch, offset):
         guard_loss.guard_loss(t, rows, objective, latents(), None, torch.zeros(()), *out,
                               torch.zeros((3, steps, batch), dtype=torch.float64))
     c = numbers(3, steps, batch)
+    step = Transitions(absent._replace(model_output=v, sample=x, noise=v), None, table, 1.0)
     return [*[lambda path=path: fused(*path) for path in PATHS],
             lambda: gradient.rescale(t, c, latents(), None, factor),
             lambda: sums.sums(t, torch.zeros((3, steps, batch), dtype=torch.float64)),
-            lambda: sde_step.sde_step(v, x, table, latents(), None, latents(), latents())]
+            lambda: sde_step.sde_step(step, latents(), latents())]
 
 found = [{(k.metadata.name, k.hash) for k in kernel_table.compiled(90, calls(*of))}
          for of in ((3, 15, 0), (3, 15, 1), (4, 16, 0))]

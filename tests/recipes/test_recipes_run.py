@@ -114,7 +114,7 @@ def test_full_fine_tuning_of_float32_weights_computes_in_bfloat16(tiny_words, tm
     assert any(not torch.equal(p, before[name]) for name, p in trained.items() if name in before)
 
 
-def test_a_run_is_continued_with_its_own_recipe(tiny_words, tmp_path, capsys):
+def test_a_run_is_continued_with_its_own_recipe(tiny_words, tmp_path, capsys, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run("flux1_dev", whole, tiny_words("flux1_dev", dtype="float32"))
     run("flux1_dev", parts, tiny_words("flux1_dev", dtype="float32", iterations=1))
@@ -125,9 +125,21 @@ def test_a_run_is_continued_with_its_own_recipe(tiny_words, tmp_path, capsys):
         a, b = (load_file(next((folder / file).glob("*.safetensors"))) for folder in (whole, parts))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
-    words[-1] = "learning_rate=1"
-    assert cli.main(["train", str(parts / "recipe.yaml"), *words]) == 1
-    assert "but the run in `out` was trained with" in capsys.readouterr().err
+    monkeypatch.setattr(job, "load_policy", lambda *_: pytest.fail("weights are loaded"))
+    others = {
+        "learning_rate=1": "`learning_rate` is 1.0",
+        "objective=dance_grpo": "`objective` is 'dance_grpo'",
+        "lora_rank=5": "`lora_rank` is 5",
+        "advantage_clip=2": "`adv_clip` is 2.0",
+        f"prompts={tmp_path / 'others.txt'}": "`prompts.count` is 3",
+    }
+    (tmp_path / "others.txt").write_text("a cat\na dog\na bird\n")
+    before = {p: p.stat().st_mtime_ns for p in parts.rglob("*") if p.name != "run.lock"}
+    for other, message in others.items():
+        words[-1] = other
+        assert cli.main(["train", str(parts / "recipe.yaml"), *words]) == 1
+        assert f"{message} but the run in `out` was trained with" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in parts.rglob("*") if p.name != "run.lock"}
 
 
 def test_a_videos_metadata_reach_a_reward_of_yours(tiny_words, tmp_path, monkeypatch):
@@ -208,6 +220,8 @@ def test_a_folder_that_is_taken_is_refused_before_a_weight_is_loaded(
     (tmp_path / "checkpoints" / "iteration-000001").mkdir(parents=True)
     assert cli.main(["train", "sd3_5_medium", *words]) == 1
     assert "which has checkpoints of another run" in capsys.readouterr().err
+    assert cli.main(["train", "sd3_5_medium", *words, "resume=true"]) == 1
+    assert "no intact checkpoint to resume from: " in capsys.readouterr().err
 
 
 def test_files_of_others_are_set_aside(tiny_words, tmp_path):
