@@ -42,11 +42,7 @@ def pretrain(flow: Flow, updates: int = 800) -> None:
     """Flow matching on a ring of radius 1, whatever the prompt."""
     optimizer = torch.optim.AdamW(flow.parameters(), lr=2e-3)
     for _ in range(updates):
-        angle, noise, sigma = (
-            2 * torch.pi * torch.rand(512),
-            torch.randn(512, 2),
-            torch.rand(512, 1),
-        )
+        angle, sigma = 2 * torch.pi * torch.rand(512), torch.rand(512, 1)
         data = torch.stack([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(512, 2)
         noise = torch.randn(512, 2)
         v = flow((1 - sigma) * data + sigma * noise, sigma, torch.randint(PROMPTS, (512,)))
