@@ -69,7 +69,7 @@ def train(
 ) -> list[Progress]:
     """GRPO-Guard, whole."""
     schedule = go.SdeSchedule(torch.linspace(1, 0, STEPS + 1), noise_level=0.7)  # sigma: 1 to 0
-    K = STEPS - 1  # trained steps: the last one has next to no noise, so its ratio says nothing
+    K = STEPS - 1  # trained steps: all but the last, whose noise no later step removes
     config = go.GuardConfig.article()  # RatioNorm by standardizing, clip 0.2, balanced steps
     optimizer = torch.optim.AdamW(flow.parameters(), lr=learning_rate, weight_decay=0.0)
     prompt = torch.arange(PROMPTS).repeat_interleave(GROUP)  # [B], a group of samples for each
