@@ -199,7 +199,10 @@ def front_speed_table(rows: Rows) -> str:
 
 def front_accuracy_table(rows: Rows) -> str:
     """The README's: float32, plain PyTorch against the velocity form."""
-    names = {"plain PyTorch": "plain PyTorch", "guard_ops, velocity form": "Guard Ops, velocity form"}
+    names = {
+        "plain PyTorch": "plain PyTorch",
+        "guard_ops, velocity form": "Guard Ops, velocity form",
+    }
     cells = {(r["drift"], r["contender"]): r for r in rows if r["dtype"] == "float32"}
     head = _line("drift of the velocity", *names.values())
     lines = [head, _line("---:", *["---:"] * len(names))]

@@ -11,9 +11,8 @@ def broken(page):
     for link in pages.links(page):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        if not target.exists() or not target.is_relative_to(pages.ROOT):
-            yield link
-        elif anchor and anchor not in pages.anchors(target):
+        there = target.exists() and target.is_relative_to(pages.ROOT)
+        if not there or (anchor and anchor not in pages.anchors(target)):
             yield link
 
 

@@ -173,7 +173,10 @@ def _bad_keywords(function: Any, call: ast.Call) -> list[str]:
         ("go.SdeSchedule(s, noise=1)", ["SdeSchedule has no noise="]),
         ("from guard_ops.trainer import Trainr", ["guard_ops.trainer has no Trainr"]),
         ("from guard_ops.integrations.diffusers import FlowMatchSdeScheduler", []),
-        ("from guard_ops.integrations.diffusers import A", ["guard_ops.integrations.diffusers has"]),
+        (
+            "from guard_ops.integrations.diffusers import A",
+            ["guard_ops.integrations.diffusers has"],
+        ),
         ("import guard_ops.nothing", ["no module guard_ops.nothing: "]),
         ("import no_such_framework.part", []),
         ("import torch\ntorch.randm(3)", ["torch has no randm"]),
