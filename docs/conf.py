@@ -31,7 +31,6 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_co
 nb_execution_mode = "off"  # tests/documents/test_notebook.py executes it
 myst_heading_anchors = 6  # GitHub's
 myst_enable_extensions = ["fieldlist"]
-suppress_warnings = ["myst.xref_ambiguous"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -45,7 +44,10 @@ html_title = f"Guard Ops {release}"
 html_copy_source = False
 html_show_sphinx = False
 html_additional_pages = {"index": "redirect.html"}
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 templates_path = ["templates"]
+highlight_language = "text"  # of blocks that name none
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
 
