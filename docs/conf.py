@@ -62,6 +62,11 @@ MENU = {
 }  # fmt: skip
 
 
+def with_anchors(app: Any, page: str, source: list[str]) -> None:
+    """Makes what GitHub takes for an anchor within a text one of MyST's, which links can reach."""
+    source[0] = re.sub(r'^<a name="([\w-]+)"></a>', r"(\1)=\n", source[0], flags=re.MULTILINE)
+
+
 def with_menu(app: Any, page: str, source: list[str]) -> None:
     """Adds the menu to the front page: GitHub, which shows the same file, has none."""
     if page == root_doc:
@@ -77,4 +82,5 @@ def with_stars(app: Any, what: str, name: str, of: Any, options: Any, lines: lis
 
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", with_stars)
+    app.connect("source-read", with_anchors)
     app.connect("source-read", with_menu)

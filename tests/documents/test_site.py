@@ -33,6 +33,12 @@ def test_stars_of_shapes_are_escaped_and_emphasis_is_not():
     assert lines[0] == r"velocity v, [K, B, \*latent]; *not* this"
 
 
+def test_an_anchor_within_a_text_can_be_reached():
+    source = ['a\n\n<a name="micro-batches"></a>**Micro-batches** are\n']
+    settings()["with_anchors"](None, "page", source)
+    assert source == ["a\n\n(micro-batches)=\n**Micro-batches** are\n"]
+
+
 class Resources(HTMLParser):
     """What a browser fetches to show a page."""
 
