@@ -174,10 +174,10 @@ $(VENV)/runtime: $(VENV)/torch $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[demo]"
 	touch $@
 
-$(VENV)/docs: $(VENV)/runtime
+$(VENV)/docs: $(VENV)/torch $(SOURCES)
 	$(call locked,docs.txt)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[docs]"
-	touch $(VENV)/runtime $@
+	touch $@
 
 $(VENV)/development: $(VENV)/torch $(SOURCES)
 	$(call locked,requirements.txt)

@@ -45,7 +45,7 @@ def main() -> int:
         tools.write_text("\n".join(TOOLS) + "\n")
         compiled(BUILD, [str(tools), "--constraint", str(ALL), "--upgrade"])
         same = ["--constraint", str(ALL), *without, *upgrade]
-        compiled(DOCS, ["pyproject.toml", "--extra", "docs", *same], python="3.11")
+        compiled(DOCS, ["pyproject.toml", str(beside), "--extra", "docs", *same], python="3.11")
     ALL.write_text(HEAD.format("CI installs") + ALL.read_text())
     DOCS.write_text(HEAD.format("the site needs") + DOCS.read_text())
     BUILD.write_text(HEAD.format("a build needs") + BUILD.read_text())
