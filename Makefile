@@ -8,8 +8,8 @@ SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt s
   scripts/toolchain.py scripts/compiling.py
 
 .PHONY: demo test test-all test-cpp test-arm test-arm-bits test-slow test-triton test-emulated \
-  emulated-extension fuzz sanitize gpu-check gpu-scale lint format bench wheels wheel-check test-versions kill-test \
-  audit clean
+  emulated-extension fuzz sanitize gpu-check gpu-scale lint format bench docs sdist wheels wheel-check \
+  test-versions kill-test audit clean
 
 # Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
 export PIP_NO_COMPILE = 1
@@ -123,6 +123,15 @@ bench: $(VENV)/development
 	$(BIN)/python -m pytest benchmarks -q --save-results; status=$$?; \
 	  $(BIN)/python -m benchmarks.report && exit $$status
 
+# The documents as a site, build/site; any warning is an error. The build asks no network.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -E -c docs -d build/doctrees . build/site
+
+# The source distribution, dist/guard_ops-*.tar.gz.
+sdist: $(VENV)/tools
+	mkdir -p dist
+	$(BIN)/python -c 'from setuptools import build_meta; print(build_meta.build_sdist("dist"))'
+
 # Wheels for every device and torch that compilers can be had for; some: CELLS="cpu:2.13.0".
 CELLS ?= --matrix
 wheels: $(VENV)/development
@@ -163,6 +172,11 @@ $(VENV)/torch: $(VENV)/tools
 
 $(VENV)/runtime: $(VENV)/torch $(SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/torch $(SOURCES)
+	$(call locked,docs.txt)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-build-isolation -e ".[docs]"
 	touch $@
 
 $(VENV)/development: $(VENV)/torch $(SOURCES)

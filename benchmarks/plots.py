@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,29 @@ from guard_ops.trainer.extras import require
 from .cases import COPY
 from .results import Machine, Row
 from .suite import CHAIN_FORM
+from .workloads import WORKLOADS
 
+# A contender has one colour in every picture: guard_ops' backends and forms are blues and greens,
+# plain PyTorch is red, what torch.compile makes of it orange, a memory copy black.
 COLOURS = {
     "cpu": "#1b6ca8",
-    "triton": "#7a4fb5",
+    "triton": "#2a9d8f",
     "cuda": "#3c8f3c",
     "reference": "#8a8a8a",
     "eager": "#c0504d",
     "torch.compile": "#e0932f",
     "torch.compile max-autotune": "#a36a16",
 }
+LABELS = {"eager": "plain PyTorch"}
 FORM_LOOKS = {
-    "plain PyTorch": ("x-", "#c0504d"),
+    "plain PyTorch": ("x-", COLOURS["eager"]),
     "guard_ops, velocity form": ("v-", "#1b6ca8"),
-    "guard_ops, noise form": ("s-", "#3c8f3c"),
-    "guard_ops, mean form": ("o-", "#e0932f"),
+    "guard_ops, noise form": ("s--", "#0b3c5d"),
+    "guard_ops, mean form": ("o-", "#6fb1de"),
 }
 MARKERS = {"mean": "o", "velocity": "v", "noise": "s", "seeded": "D", CHAIN_FORM: "x"}
+EAGER = "eager"
+COMPILED_DTYPE = "float32"  # cases.py: the only one in which torch.compile is raced
 
 
 def draw(machine: Machine, folder: Path, prefix: str = "") -> list[Path]:
@@ -64,123 +69,116 @@ def draw(machine: Machine, folder: Path, prefix: str = "") -> list[Path]:
 
 
 def roofline(pyplot: Any, rows: list[Row]) -> Any:
-    """Achieved bandwidth (useful bytes over time) against the bytes a pass must move."""
-    figure, axes = pyplot.subplots(figsize=(9, 5.4), layout="constrained")
+    """Useful bytes over time of each contender, under a memory copy's: a column for a workload."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    copied = {row["workload"]: row["floor_bytes"] for row in rows if row["contender"] == COPY}
+    workloads = sorted(copied, key=lambda name: copied[name])
+    places = {name: n for n, name in enumerate(workloads)}
+    figure, panels = pyplot.subplots(
+        len(dtypes), 1, figsize=(9.5, 4.2 * len(dtypes)), layout="constrained", sharey=True,
+        squeeze=False,
+    )  # fmt: skip
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
-    copies: dict[int, list[float]] = {}
-    for row in rows:
-        if row["contender"] == COPY:
-            copies.setdefault(row["floor_bytes"], []).append(row["gigabytes_per_second"])
-    axes.plot(
-        [size / 2**20 for size in sorted(copies)],
-        [statistics.median(copies[size]) for size in sorted(copies)],
-        color="black",
-        linewidth=1.2,
-        label="memory copy of as many bytes",
-    )
-    series: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row["contender"] != COPY:
-            series.setdefault((row["contender"], row["form"], row["dtype"]), []).append(row)
-    for (contender, form, dtype), points in series.items():
-        colour, wide = COLOURS.get(contender, "black"), dtype == "float32"
-        filled = colour if wide or form == CHAIN_FORM else "white"
+    for axes, dtype in zip(panels[:, 0], dtypes, strict=True):
+        shown = [row for row in rows if row["dtype"] == dtype]
+        roofs = [row for row in shown if row["contender"] == COPY]
         axes.scatter(
-            [row["floor_bytes"] / 2**20 for row in points],
-            [row["gigabytes_per_second"] for row in points],
-            marker=MARKERS[form],
-            s=38,
-            linewidths=1.4 if form != CHAIN_FORM or wide else 0.7,
-            color=filled if form != CHAIN_FORM else colour,
-            edgecolors=None if form == CHAIN_FORM else colour,
-            label=contender if form == CHAIN_FORM else f"{contender}, {form} form",
+            [places[row["workload"]] for row in roofs],
+            [row["gigabytes_per_second"] for row in roofs],
+            marker="_", s=700, linewidths=2.5, color="black", label="memory copy: the roof",
+        )  # fmt: skip
+        series: dict[tuple[str, str], list[Row]] = {}
+        for row in shown:
+            if row["contender"] != COPY:
+                series.setdefault((row["contender"], row["form"]), []).append(row)
+        for (contender, form), points in series.items():
+            chain = form == CHAIN_FORM
+            name = LABELS.get(contender, contender)
+            axes.scatter(
+                [places[row["workload"]] for row in points],
+                [row["gigabytes_per_second"] for row in points],
+                marker=MARKERS[form], s=42, color=COLOURS.get(contender, "black"),
+                label=name if chain else f"guard_ops {name}, {form} form",
+            )  # fmt: skip
+        sizes = {row["workload"]: row["floor_bytes"] / 2**20 for row in roofs}
+        titles = [_title(name).replace(" ", "\n", 1) for name in workloads]
+        titles = [
+            f"{title}\n({sizes[name]:.0f} MiB)" if name in sizes else title
+            for name, title in zip(workloads, titles, strict=True)
+        ]
+        axes.set_xticks(range(len(workloads)), titles, fontsize=8)
+        axes.set(
+            ylabel="GB/s (higher is better)",
+            title=f"{dtype}: bytes of one pass over time",
+            yscale="log",
         )
-    axes.set(
-        xlabel="MiB that one pass must move (each operand read once, the gradient written once)",
-        ylabel="those bytes per second, GB/s",
-        title="Loss and gradient: achieved bandwidth against bytes",
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    _plain_log_ticks(axes.xaxis)
-    _plain_log_ticks(axes.yaxis)
-    axes.grid(which="both", alpha=0.15)
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(reversed(labels), reversed(handles), strict=True))
-    figure.legend(
-        [once[label] for label in dict.fromkeys(labels)],
-        list(dict.fromkeys(labels)),
-        loc="outside right upper",
-        fontsize=8,
-        frameon=False,
-        title="filled, bold: float32\nhollow, thin: bfloat16",
-        title_fontsize=8,
-        alignment="left",
-    )
+        _plain_log_ticks(axes.yaxis)
+        axes.grid(axis="y", which="both", alpha=0.15)
+        axes.margins(x=0.05)
+    _legend(figure, panels[:, 0], loc="outside upper center", ncols=4)
     return figure
 
 
 def speed_up(pyplot: Any, rows: list[Row]) -> Any:
-    """How many times as long as the first backend every plain-PyTorch contender takes."""
+    """How many times as fast as plain PyTorch: a longer bar is faster."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    base = next(row["contender"] for row in rows if row["base"])
     figure, panels = pyplot.subplots(
         1, len(dtypes), figsize=(11, 6.4), layout="constrained", sharey=True, squeeze=False
     )
     figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
     for axes, dtype in zip(panels[0], dtypes, strict=True):
-        shown = [r for r in rows if r["dtype"] == dtype]
-        workloads = list(dict.fromkeys(row["workload"] for row in shown))
-        names = [
-            name
-            for name in dict.fromkeys(row["contender"] for row in shown)
-            if name not in (base, COPY)
-        ]
+        ratios = {
+            (row["contender"], row["workload"]): row["ratio"]
+            for row in rows
+            if row["dtype"] == dtype and row["form"] in (CHAIN_FORM, "mean")
+        }
+        copies = {r["workload"]: r["ratio"] for r in rows
+                  if r["dtype"] == dtype and r["contender"] == COPY}  # fmt: skip
+        names = [name for name in dict.fromkeys(name for name, _ in ratios)
+                 if name not in (EAGER, COPY, "reference")]  # fmt: skip
         height = 0.8 / max(len(names), 1)
         for i, name in enumerate(names):
-            found = {
-                row["workload"]: row
-                for row in shown
-                if row["contender"] == name and row["form"] in (CHAIN_FORM, "mean")
-            }
-            places = [w + (i - (len(names) - 1) / 2) * height for w in range(len(workloads))]
-            bars = [(p, found[w]["ratio"]) for p, w in zip(places, workloads, strict=True)
-                    if w in found]  # fmt: skip
+            found = {w: ratios[EAGER, w] / ratios[name, w] for w in workloads
+                     if (name, w) in ratios and (EAGER, w) in ratios}  # fmt: skip
             drawn = axes.barh(
-                [p for p, _ in bars],
-                [ratio for _, ratio in bars],
+                [workloads.index(w) + (i - (len(names) - 1) / 2) * height for w in found],
+                list(found.values()),
                 height * 0.92,
                 color=COLOURS.get(name, "black"),
-                label=name,
+                label=name if name.startswith("torch.compile") else f"guard_ops {name}",
             )
-            axes.bar_label(drawn, fmt="%.1f", fontsize=7, padding=2)
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(workloads)), workloads)
-        axes.set(xlabel=f"times the time of guard_ops ({base}, mean form)", title=dtype)
-        axes.margins(x=0.1)
+            axes.bar_label(drawn, fmt="%.1fx", fontsize=8, padding=3)
+        roofs = {w: ratios[EAGER, w] / ratio for w, ratio in copies.items() if (EAGER, w) in ratios}
+        axes.scatter(
+            list(roofs.values()), [workloads.index(w) for w in roofs], marker="|", s=260,
+            linewidths=2, color="black", label="memory copy of the bytes of one pass",
+        )  # fmt: skip
+        axes.axvline(1, color=COLOURS[EAGER], linewidth=1.6, label="plain PyTorch")
+        axes.set_yticks(range(len(workloads)), [_title(name) for name in workloads])
+        axes.set(
+            xlabel="times as fast as plain PyTorch: longer is faster", title=dtype, xlim=(0, None)
+        )
+        axes.margins(x=0.12)
+        if not any(name.startswith("torch.compile") for name in names):
+            note = f"torch.compile is raced in {COMPILED_DTYPE} only"
+            axes.text(0.98, 0.015, note, transform=axes.transAxes, ha="right", fontsize=8,
+                      color="#666666")  # fmt: skip
     panels[0][0].invert_yaxis()
-    handles: dict[str, Any] = {}
-    for axes in panels[0]:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(), handles, loc="outside upper center", ncols=4, fontsize=9, frameon=False
-    )
+    _legend(figure, panels[0], loc="outside upper center", ncols=5)
     return figure
 
 
 def accuracy_over_drift(pyplot: Any, rows: list[Row]) -> Any:
-    """Error of the log-ratio and share of wrong clips, with a column for each dtype."""
+    """Error of the log-ratio, and the share of wrong clips where anybody's is one."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     clips = list(rows[0]["wrong_share"])
+    telling = [clip for clip in clips if any(row["wrong_share"][clip] for row in rows)]
     figure, panels = pyplot.subplots(
-        1 + len(clips),
-        len(dtypes),
-        figsize=(10, 10.5),
-        layout="constrained",
-        sharex=True,
-        squeeze=False,
-    )
-    figure.get_layout_engine().set(rect=(0, 0.02, 1, 0.98))
+        1 + len(telling), len(dtypes), figsize=(10, 0.7 + 3.1 * (1 + len(telling))),
+        layout="constrained", sharex=True, sharey="row", squeeze=False,
+    )  # fmt: skip
+    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     contenders = dict.fromkeys(row["contender"] for row in rows)
     for column, dtype in zip(panels.T, dtypes, strict=True):
         for contender in contenders:
@@ -189,19 +187,40 @@ def accuracy_over_drift(pyplot: Any, rows: list[Row]) -> Any:
             drifts = [row["drift"] for row in found]
             look = {"color": colour, "label": contender, "markersize": 5}
             column[0].plot(drifts, [row["log_ratio_error"] for row in found], style, **look)
-            for axes, clip in zip(column[1:], clips, strict=True):
+            for axes, clip in zip(column[1:], telling, strict=True):
                 axes.plot(drifts, [100 * r["wrong_share"][clip] for r in found], style, **look)
-                axes.set(ylim=(-4, 104))
                 axes.grid(alpha=0.2)
         column[0].set(xscale="log", yscale="log", title=dtype)
         column[0].grid(alpha=0.2)
         column[-1].set_xlabel("drift of the velocity since the rollout")
-    panels[0][0].set_ylabel("error of log r, relative")
-    for axes, clip in zip(panels[1:, 0], clips, strict=True):
-        axes.set_ylabel(f"wrong decisions\nat clip {clip}, %")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9, frameon=False)
+    panels[0][0].set_ylabel("relative error of log r\n(lower is better)")
+    for axes, clip in zip(panels[1:, 0], telling, strict=True):
+        axes.set_ylabel(f"clip decisions at {clip}\nthat are wrong, % (lower is better)")
+    silent = [clip for clip in clips if clip not in telling]
+    if silent:
+        axes = panels[-1][-1]
+        note = f"at clip {' and '.join(silent)}: none of anybody's is wrong"
+        axes.text(
+            0.98, 0.95, note, transform=axes.transAxes, ha="right", va="top", fontsize=8,
+            color="#666666",
+        )  # fmt: skip
+    _legend(figure, [panels[0][0]], loc="outside upper center", ncols=4)
     return figure
+
+
+def _title(workload: str) -> str:
+    """What a workload is called for people."""
+    found = WORKLOADS.get(workload)
+    return found.backbone.replace(", ", ",\n") if found else workload
+
+
+def _legend(figure: Any, panels: Any, **place: Any) -> None:
+    """One legend for all panels, each label once, in the order of the first that has it."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, fontsize=8, frameon=False, **place)
 
 
 def _plain_log_ticks(axis: Any) -> None:

@@ -184,6 +184,39 @@ def accuracy_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def front_speed_table(rows: Rows) -> str:
+    """The README's: what each case takes, in the columns that a first look needs."""
+    names = {"guard_ops": "Guard Ops", "eager": "plain PyTorch", "torch.compile": "torch.compile"}
+    cases: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["contender"]] = row
+    lines = [_line("loss and gradient", *names.values()), _line("---", *["---:"] * len(names))]
+    for case, found in cases.items():
+        lines.append(_line(case, *(_time(found.get(name)) for name in names)))
+    shape = f"latents {rows[0]['shape']}"
+    return "\n".join([*lines, "", f"On {shape}; in brackets, times Guard Ops' time."])
+
+
+def front_accuracy_table(rows: Rows) -> str:
+    """The README's: float32, plain PyTorch against the velocity form."""
+    names = {
+        "plain PyTorch": "plain PyTorch",
+        "guard_ops, velocity form": "Guard Ops, velocity form",
+    }
+    cells = {(r["drift"], r["contender"]): r for r in rows if r["dtype"] == "float32"}
+    head = _line("drift of the velocity", *names.values())
+    lines = [head, _line("---:", *["---:"] * len(names))]
+    for drift in dict.fromkeys(drift for drift, _ in cells):
+        found = (cells.get((drift, name)) for name in names)
+        lines.append(_line(f"{drift:.0e}", *(_error(row) for row in found)))
+    lines += [
+        "",
+        "Largest error of the standardized float32 ratio against float64; in brackets the clip "
+        f"decisions (of {rows[0]['batch']}) that it turns.",
+    ]
+    return "\n".join(lines)
+
+
 def device_table(rows: Rows) -> str:
     """Loss and gradient on a GPU: a table for each shape and dtype, then the bounds missed."""
     groups: dict[tuple[str, str], Rows] = {}
@@ -241,6 +274,7 @@ def _markdown(table: Table) -> str:
 
 # Place in a document -> the sections of a machine that it shows, and what renders each of them.
 PLACES: dict[str, tuple[tuple[str, Callable[[Rows], str]], ...]] = {
+    "front": (("speed", front_speed_table), ("accuracy", front_accuracy_table)),
     "speed": (("speed", speed_table), ("memory", memory_table)),
     "accuracy": (("accuracy", accuracy_table),),
     "workloads": (("workloads", markdown("workloads")),),

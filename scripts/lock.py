@@ -1,4 +1,4 @@
-"""Pin what CI installs, with hashes: writes .ci/build.txt and .ci/requirements.txt.
+"""Pin what CI installs, with hashes: writes build.txt, requirements.txt and docs.txt in .ci.
 
     pip install uv
     python scripts/lock.py             # keeps the versions that are pinned and still fit
@@ -7,7 +7,9 @@
 `make test LOCKED=1` installs these first, so that pip finds what pyproject.toml and torch need in
 place and downloads nothing that is not pinned but torch. torch is not pinned here, because its file
 differs with the index and with CUDA; `TORCH` in the Makefile is its version. build.txt is what a
-build needs, of the same versions: compilers begin while the rest is installed. The versions fit
+build needs, of the same versions: compilers begin while the rest is installed. docs.txt is what
+`make docs LOCKED=1` needs, of the same versions where requirements.txt has one,
+on Python 3.11 and newer: for 3.10 there is no Sphinx that allows those. The versions fit
 every Python that is supported.
 """
 
@@ -21,7 +23,7 @@ from pathlib import Path
 from build_wheels import TOOLS
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD, ALL = (ROOT / ".ci" / name for name in ("build.txt", "requirements.txt"))
+BUILD, ALL, DOCS = (ROOT / ".ci" / name for name in ("build.txt", "requirements.txt", "docs.txt"))
 HEAD = "# What {0} beside torch. Written by `python scripts/lock.py`, from pyproject.toml.\n"
 # What torch itself needs on every platform; the libraries of a CUDA build come with that build.
 OF_TORCH = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing-extensions")
@@ -42,14 +44,17 @@ def main() -> int:
         tools = Path(temporary, "build.in")
         tools.write_text("\n".join(TOOLS) + "\n")
         compiled(BUILD, [str(tools), "--constraint", str(ALL), "--upgrade"])
+        same = ["--constraint", str(ALL), *without, *upgrade]
+        compiled(DOCS, ["pyproject.toml", str(beside), "--extra", "docs", *same], python="3.11")
     ALL.write_text(HEAD.format("CI installs") + ALL.read_text())
+    DOCS.write_text(HEAD.format("the site needs") + DOCS.read_text())
     BUILD.write_text(HEAD.format("a build needs") + BUILD.read_text())
     return 0
 
 
-def compiled(lock: Path, options: list[str]) -> None:
-    """Lets uv write ``lock``."""
-    command = ["uv", "pip", "compile", *options, "--universal", "--python-version", "3.10"]
+def compiled(lock: Path, options: list[str], python: str = "3.10") -> None:
+    """Lets uv write ``lock``, for ``python`` and newer."""
+    command = ["uv", "pip", "compile", *options, "--universal", "--python-version", python]
     command += ["--generate-hashes", "--no-header", "--no-annotate", "--quiet"]
     subprocess.run([*command, "--output-file", str(lock)], cwd=ROOT, check=True)
 

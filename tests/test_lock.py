@@ -22,8 +22,9 @@ def normal(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_every_entry_is_one_version_with_its_hashes():
-    for requirement, hashes in pinned():
+@pytest.mark.parametrize("name", ["requirements.txt", "docs.txt"])
+def test_every_entry_is_one_version_with_its_hashes(name):
+    for requirement, hashes in pinned(name):
         assert [s.operator for s in requirement.specifier] == ["=="], requirement
         assert hashes, requirement
 
@@ -34,7 +35,7 @@ def test_whatever_is_asked_for_is_pinned_and_allowed():
     extras = project["project"]["optional-dependencies"]
     asked = [*project["build-system"]["requires"], *itertools.chain(*extras.values())]
     locked = {}
-    for requirement, _ in pinned():
+    for requirement, _ in (*pinned(), *pinned("docs.txt")):
         locked.setdefault(normal(requirement.name), []).append(requirement)
     for requirement in map(Requirement, asked):
         if requirement.name == "guard-ops":  # its own extras
@@ -43,9 +44,10 @@ def test_whatever_is_asked_for_is_pinned_and_allowed():
         assert all(requirement.specifier.contains(v) for v in versions), (requirement, versions)
 
 
-def test_torch_comes_from_elsewhere():
+@pytest.mark.parametrize("name", ["requirements.txt", "docs.txt"])
+def test_torch_comes_from_elsewhere(name):
     """Its file depends on CUDA, and its libraries would be gigabytes that no CPU has a use for."""
-    names = {normal(requirement.name) for requirement, _ in pinned()}
+    names = {normal(requirement.name) for requirement, _ in pinned(name)}
     assert "torch" not in names
     assert not [name for name in names if name.startswith("nvidia-")]
 

@@ -84,7 +84,7 @@ def _clip(pyplot: Any, result: SeedResult, digits: Digits) -> Any:
     figure, ax = pyplot.subplots(figsize=(6.4, 4.2))
     for objective, run in result.runs.items():
         _line(ax, objective, [100 * x for x in step_means(run, "clip_fraction_high")])
-    ax.set_title("Samples above the clip range")
+    ax.set_title("Samples above the clip range: flat is the goal")
     ax.set_xlabel("denoising step")
     ax.set_ylabel("% of samples")
     ax.set_ylim(0, None)
