@@ -92,7 +92,7 @@ CALLS = {
     ),
     "sde_step noise": (
         go.sde_step,
-        COMMON | {"sample": LATENT["x"], "noise": LATENT["eps"], "reduction": "mean"},
+        COMMON | GUIDED | {"sample": LATENT["x"], "noise": LATENT["eps"], "reduction": "mean"},
     ),
     "sde_step seed": (
         go.sde_step, COMMON | {"sample": LATENT["x"], "seed": go.philox_seed(3, (K, B))},

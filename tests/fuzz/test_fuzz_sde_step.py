@@ -14,12 +14,13 @@ from tally import examples
 import build
 import guard_ops as go
 
-STEPS = strategies.cases(poisoned=False, forms=("mean",), guided=False)
+STEPS = strategies.cases(poisoned=False, forms=("mean",))
+OPERANDS = ("model_output", "model_output_uncond", "guidance_scale", "sample", "coeffs")
 
 
 def step_arguments(case, source):
     built = build.arguments(case)
-    arguments = {name: built[name] for name in ("model_output", "sample", "coeffs")}
+    arguments = {name: built[name] for name in OPERANDS if name in built}
     leading = (case.batch,) if case.one_step else (case.steps, case.batch)
     if source in strategies.DTYPES:
         draw = torch.Generator().manual_seed(case.seed + 3)
