@@ -44,8 +44,9 @@ def run(options: argparse.Namespace) -> int:
         return _fail(error, options)
     except RuntimeError as error:
         from .trainer.folder import RunFolderError
+        from .trainer.judging import RewardError
 
-        if isinstance(error, RunFolderError):
+        if isinstance(error, RunFolderError | RewardError):
             return _fail(error, options)
         raise
     except KeyboardInterrupt:

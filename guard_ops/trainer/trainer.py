@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .ema import Ema
 from .engine import Engine
 from .folder import FolderLock, RunFolderError
+from .judging import RewardError
 from .learner import Learner, MakeOptimizer
 from .loop import Loop
 from .metrics import MetricsWriter
@@ -145,6 +146,8 @@ class Trainer:
         Raises:
             FloatingPointError: the loss, or the gradient of an update, is not finite, which is
                 noticed before a checkpoint. Such a gradient is not applied.
+            RewardError: the reward gives no usable answer. A checkpoint of the state before that
+                is written first; nothing is lost.
         """
         c = self.config
         if self.iteration >= c.iterations:
@@ -156,20 +159,44 @@ class Trainer:
                 self.loop.report = lambda phase, n, of: bar(done.iteration, f"{phase} {n}/{of}")
             while self.iteration < c.iterations:
                 started = time.perf_counter()
-                numbers: dict[str, Any] = {n: x.tolist() for n, x in self.iterate().items()}
+                try:
+                    found = self.iterate()
+                except RewardError as error:
+                    self._stop(error)
+                numbers: dict[str, Any] = {n: x.tolist() for n, x in found.items()}
                 self._refuse_nonfinite(numbers)
                 numbers["seconds"] = time.perf_counter() - started
                 last = self.iteration == c.iterations
                 if self.evaluate and (last or self.iteration % c.evaluate_every == 0):
-                    numbers.update(self.evaluate())
-                if self.engine.rank == 0:
-                    self.writer.write(self.iteration, numbers)
-                    if self.observe is not None:
-                        self.observe(self.iteration, numbers)
+                    try:
+                        numbers.update(self.evaluate())
+                    except RewardError as error:  # the iteration itself is whole
+                        self._record(numbers)
+                        self._stop(error)
+                self._record(numbers)
                 if c.checkpoint_every and (last or self.iteration % c.checkpoint_every == 0):
                     self.save()
                 if bar is not None:
                     bar(self.iteration, f"reward {numbers['reward']:.3f}")
+
+    def _record(self, numbers: dict[str, Any]) -> None:
+        """A line of the metrics."""
+        if self.engine.rank == 0:
+            self.writer.write(self.iteration, numbers)
+            if self.observe is not None:
+                self.observe(self.iteration, numbers)
+
+    def _stop(self, error: RewardError) -> NoReturn:
+        """Keep the state as it is, unless that is kept already, and raise ``error``."""
+        where = f"in iteration {self.iteration + 1}"
+        if not self.config.checkpoint_every:
+            raise RewardError(f"{error}, {where}; no checkpoints are kept") from error
+        folder = self.checkpoints / checkpoint.name_of(self.iteration)
+        if not self.engine.first(folder.exists):
+            self.save()
+        raise RewardError(
+            f"{error}, {where}; saved until there: {folder}, from which `resume=True` goes on"
+        ) from error
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; returns its folder. Every rank has to call.
