@@ -18,15 +18,19 @@ import guard_ops as go
 
 from ..policies import POLICIES, ModelFolder, PipelinePolicy, PolicySettings, look
 from ..rewards import load_reward
+from ..rewards.combine import call
 from ..trainer import draws, state
 from ..trainer.config import TrainConfig
 from ..trainer.engine import Engine
 from ..trainer.folder import FolderLock, aside, write_whole, writing
+from ..trainer.judging import Judging
+from ..trainer.policy import Reward
 from ..trainer.prompts import Prompts, read_prompts
 from ..trainer.trainer import Trainer
 from ..trainer.window import Window
 from .config import Recipe
 from .pictures import write_grid
+from .prompt_sets import prompt_file
 from .resolve import as_yaml, resolve
 from .trackers import Trackers, check_trackers
 
@@ -85,6 +89,22 @@ class Checked:
     settings: PolicySettings
     config: TrainConfig
     guard: go.GuardConfig
+    reward: Reward
+
+
+def reward_of(recipe: Recipe, prompts: Prompts | None) -> Reward:
+    """The reward, of which nothing is loaded; ``prompts`` are such as it can judge.
+
+    Raises:
+        ValueError: see :func:`guard_ops.rewards.load_reward`; a prompt that the reward cannot
+            judge, such as one without GenEval's metadata.
+    """
+    reward = load_reward(
+        recipe.reward, recipe.reward_options, recipe.reward_weights, recipe.reward_advantages
+    )
+    if prompts is not None:
+        call(reward, "check_prompts", prompts.texts, prompts.metadata)
+    return reward
 
 
 def check(recipe: Recipe, ranks: int) -> Checked:
@@ -97,17 +117,17 @@ def check(recipe: Recipe, ranks: int) -> Checked:
     config, guard, settings = train_config(recipe), guard_config(recipe), policy_settings(recipe)
     draws.shares(config.samples, config.minibatches, ranks)
     check_reference(recipe, ranks)
-    prompts = read_prompts(recipe.prompts)
+    prompts = read_prompts(prompt_file(recipe.prompts))
     if len(prompts.texts) < recipe.prompts_per_iteration:
         raise ValueError(
             f"`prompts` {recipe.prompts!r} has {len(prompts.texts)} prompts; "
             f"`prompts_per_iteration` {recipe.prompts_per_iteration} needs at least as many"
         )
-    load_reward(recipe.reward)
+    reward = reward_of(recipe, prompts)
     check_trackers(recipe.trackers)
     folder = look(recipe.model, POLICIES)
     check_frames(POLICIES[folder.pipeline], recipe)
-    return Checked(recipe, prompts, folder, settings, config, guard)
+    return Checked(recipe, prompts, folder, settings, config, guard, reward)
 
 
 def check_numbers(recipe: Recipe) -> None:
@@ -190,14 +210,16 @@ def _train(checked: Checked, engine: Engine) -> Path:
     recipe, out = checked.recipe, Path(checked.recipe.out)
     engine.first(lambda: _refuse_folder(out, recipe.resume))
     encodings = Path(recipe.encodings) if recipe.encodings else out / "encodings"
+    with engine.together():
+        call(checked.reward, "fetch")  # what is not there stops the run before it has begun
     policy = load_policy(checked, engine.device, encodings)
     _encode_all(policy, checked, engine)
+    call(checked.reward, "prepare", engine.device)
     trackers: Trackers | None = None
-    reward = load_reward(recipe.reward)
-    evaluation = Evaluation(policy, reward, checked, engine, out)
+    evaluation = Evaluation(policy, checked, engine, out)
     trainer = Trainer(
         policy,
-        reward,
+        checked.reward,
         checked.prompts.texts,
         checked.guard,
         checked.config,
@@ -278,7 +300,8 @@ def _encode_all(policy: PipelinePolicy, checked: Checked, engine: Engine) -> Non
 def _must_match(recipe: Recipe) -> dict[str, Any]:
     """What a continued run shares with its beginning, beside what the trainer compares itself."""
     names = (
-        *("model", "reward", "objective", "height", "width", "frames", "guidance_scale"),
+        *("reward", "reward_options", "reward_weights", "reward_advantages"),
+        *("model", "objective", "height", "width", "frames", "guidance_scale"),
         *("guidance_gradient", "negative_prompt", "text_length", "train", "dtype"),
         *("lora_rank", "lora_alpha", "lora_targets"),
     )
@@ -290,10 +313,8 @@ class Evaluation:
 
     trainer: Trainer
 
-    def __init__(
-        self, policy: PipelinePolicy, reward: Any, checked: Checked, engine: Engine, out: Path
-    ) -> None:
-        self.policy, self.reward, self.engine, self.out = policy, reward, engine, out
+    def __init__(self, policy: PipelinePolicy, checked: Checked, engine: Engine, out: Path) -> None:
+        self.policy, self.engine, self.out = policy, engine, out
         self.recipe = checked.recipe
         count = min(checked.recipe.evaluation_prompts, len(checked.prompts.texts))
         self.texts = checked.prompts.texts[:count]
@@ -305,20 +326,18 @@ class Evaluation:
         averaged = bool(self.recipe.ema_decay)
         with self.trainer.ema.applied() if averaged else nullcontext():
             pixels = self._sample()
-        size = self.recipe.decode_batch
-        rewards = torch.cat(
-            [
-                self.reward(
-                    pixels[k : k + size], self.texts[k : k + size], self.metadata[k : k + size]
-                )
-                for k in range(0, len(pixels), size)
-            ]
-        )
+        size, loop = self.recipe.decode_batch, self.trainer.loop
+        judging = Judging(loop.judge)
+        for k in range(0, len(pixels), size):
+            rows = slice(k, k + size)
+            judging.add(pixels[rows], self.texts[rows], self.metadata[rows])
+        scores = loop.scores(judging)
         self.pixels = pixels.cpu()
         if self.engine.rank == 0:
             name = f"iteration-{self.trainer.iteration:06d}"
             write_grid(self.pixels, self.out / "pictures" / name)
-        return {"evaluation_reward": float(rewards.float().mean())}
+        means = {f"evaluation_reward_{n}": x.nanmean() for n, x in scores.parts.items()}
+        return {n: float(x) for n, x in {"evaluation_reward": scores.total.mean(), **means}.items()}
 
     def _sample(self) -> Tensor:
         """All pixels on every rank; each rank makes some of them."""

@@ -18,7 +18,8 @@ KINDS: dict[str, type[Recipe] | type[DigitsRecipe]] = {"pipeline": Recipe, "digi
 PATHS = {"model", "prompts", "out", "encodings"}  # in which ~ is a home
 _REMEDIES = {
     "model": "a folder in diffusers' format, or an id of the hub",
-    "prompts": 'a .txt file with a prompt a line, or a .jsonl file with a "prompt" a line',
+    "prompts": 'a .txt file with a prompt a line, a .jsonl file with a "prompt" a line, or one of '
+    "geneval, pickscore, text_rendering, which come with the package",
 }
 
 
@@ -168,6 +169,8 @@ def _set(settings: Any, wanted: type[Any], where: str, key: str, value: Any) -> 
     hint = typing.get_type_hints(wanted)[key]
     if type(value) is int and hint in (float, typing.Optional[float]):  # noqa: UP045
         value = float(value)
+    if hint == typing.Optional[list[float]] and isinstance(value, list):  # noqa: UP045
+        value = [float(x) if type(x) is int else x for x in value]
     try:
         settings[key] = value
     except (errors.ValidationError, errors.UnsupportedValueType) as error:
@@ -189,7 +192,7 @@ def _in_words(hint: Any) -> str:
     if origin is typing.Union:
         return f"{_in_words(arguments[0])} or null"
     if origin is list:
-        return f"a list of {_in_words(arguments[0])}s"
+        return f"a list of {_in_words(arguments[0]).removeprefix('a ')}s"
     return {int: "an int", float: "a number", bool: "true or false", str: "text"}[hint]
 
 

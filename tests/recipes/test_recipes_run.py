@@ -151,13 +151,55 @@ def test_a_videos_metadata_reach_a_reward_of_yours(tiny_words, tmp_path, monkeyp
     assert [{"a dog": 1, "a cube": 2}[p] for p in prompts] == [m["tag"] for m in metadata]
 
 
+def test_several_rewards_with_advantages_of_each(tiny_words, tmp_path, monkeypatch):
+    (tmp_path / "bright.py").write_text(
+        "def score(pixels, prompts, metadata):\n    return pixels.flatten(1).mean(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = tiny_words("sd3_5_medium", dtype="float32", evaluate_every=2)
+    words += ["reward=jpeg_size+bright:score", "reward_weights=[0.1,2]"]
+    lines = {}
+    for how in ("summed", "separate"):
+        run("sd3_5_medium", tmp_path / how, [*words, f"reward_advantages={how}"])
+        lines[how] = read_metrics(tmp_path / how / "metrics.jsonl")
+        for line in lines[how]:
+            total = 0.1 * line["reward_jpeg_size"] + 2 * line["reward_bright:score"]
+            assert line["reward"] == pytest.approx(total)
+        assert "evaluation_reward_bright:score" in lines[how][-1]
+    first, other = (lines[how][0] for how in ("summed", "separate"))
+    assert first["reward"] == other["reward"]
+    assert first["grad_norm"] != other["grad_norm"]
+
+
+def test_shipped_prompts_are_a_name(tiny_words, tmp_path, capsys):
+    words = tiny_words("sd3_5_medium", prompts="geneval", reward="geneval")
+    assert cli.main(["train", "sd3_5_medium", "--dry-run", *words]) == 0
+    said = capsys.readouterr().out
+    assert "96 in the file, 2 an iteration" in said
+    assert "reward: geneval" in said
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"group_size": 1}, "`group_size` is 1; it needs >= 2"),
         ({"prompts_per_iteration": 3}, "prompts; `prompts_per_iteration` 3 needs at least"),
-        ({"reward": "jpeg"}, "`reward` is 'jpeg'; it needs one of jpeg_size, or a function"),
+        ({"reward": "jpeg"}, "`reward` is 'jpeg'; it needs one of aesthetic, clip_score"),
         ({"reward": "no_such_module:score"}, "which cannot be imported: No module named"),
+        ({"reward": "pickscore+jpeg_size", "reward_weights": "[1]"}, "`reward_weights` has 1 num"),
+        ({"reward_weights": "[1]"}, "`reward_weights` is [1.0], for the one reward 'jpeg_size'"),
+        ({"reward_weights": "[a]"}, "`reward_weights` is ['a']; it needs a list of numbers or"),
+        ({"reward_options": "[jpeg_size.q=1]"}, "`reward_options` has jpeg_size.q, but jpeg_size"),
+        (
+            {"reward": "pickscore", "reward_options": "[pickscore.modle=/m]"},
+            "`reward_options` has pickscore.modle; did you mean pickscore.model?",
+        ),
+        (
+            {"reward": "pickscore", "reward_options": "[pickscore.model=/no/folder]"},
+            "copy DIR here and give reward_options=[pickscore.model=DIR]",
+        ),
+        ({"reward": "geneval"}, "GenEval's metadata of 'a red cube' have the \"tag\" None; it"),
+        ({"reward_timeout": -1}, "`reward_timeout` is -1.0; it needs > 0 and finite"),
         ({"height": 33}, "`height` is 33; it needs a multiple of 16"),
         ({"steps": 1}, "`window` leaves none of the 1 steps to train"),
         ({"trackers": "[paper]"}, "`trackers` has 'paper'; it needs any of tensorboard, wandb"),
