@@ -81,7 +81,9 @@ def _in_words_of(options: argparse.Namespace, message: str) -> str:
 def _how_to_continue(out: Path, given: Sequence[str]) -> str:
     """What an interrupted command has saved, and the command that goes on from there."""
     # A checkpoint that was set aside, as iteration-000120.corrupt-2, is nothing to continue from.
-    checkpoints = (p for p in out.rglob("iteration-*") if re.fullmatch(r"iteration-\d+", p.name))
+    # One in best/ is none either: it is of an iteration before.
+    names = (p for p in out.rglob("iteration-*") if p.parent.name != "best")
+    checkpoints = (p for p in names if re.fullmatch(r"iteration-\d+", p.name))
     found = [*checkpoints, *out.rglob("pretrained.safetensors")]
     if not found:
         return "interrupted; nothing was saved yet"

@@ -86,6 +86,12 @@ class Recipe:
     evaluate_every: int = 20
     evaluation_steps: int = 28
     evaluation_prompts: int = 8  # pictures of the first prompts, always from the same noise
+    gold: str = ""  # a reward that training never sees, as `reward`: turns the monitor on
+    gold_options: list[str] = field(default_factory=list)  # name.key=value
+    gold_prompts: Optional[str] = None  # noqa: UP045  null: the test prompts beside `prompts`
+    gold_samples: int = 200  # of the held-out prompts in turn, always from the same noise
+    gold_features: str = "pixels"  # or "module:function", for distances
+    stop_over_optimizing: bool = False  # end the run where the monitor raises its alarm
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
     encodings: Optional[str] = None  # noqa: UP045  folder of encoded prompts; null: in `out`
@@ -104,3 +110,4 @@ class DigitsRecipe:
     pretrain_steps: int = 3000
     checkpoint_every: int = 10
     evaluate_every: int = 10
+    stop_over_optimizing: bool = False  # end the run where the monitor raises its alarm

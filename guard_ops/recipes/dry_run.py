@@ -43,7 +43,9 @@ def describe(recipe: Recipe, gpus: int) -> str:
     draws.shares(config.samples, config.minibatches, gpus)
     job.check_reference(recipe, gpus)
     prompts = read_prompts(prompt_file(recipe.prompts)) if recipe.prompts else None
-    job.reward_of(recipe, prompts)
+    reward = job.reward_of(recipe, prompts)
+    if recipe.gold and prompts:
+        job.gold_of(recipe, reward, prompts, gpus)
     found = f"{len(prompts.texts)} in the file, " if prompts else ""
     policy = _empty(recipe)
     activation = estimate.activations(policy)

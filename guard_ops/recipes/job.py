@@ -29,6 +29,7 @@ from ..trainer.prompts import Prompts, read_prompts
 from ..trainer.trainer import Trainer
 from ..trainer.window import Window
 from .config import Recipe
+from .held_out import HeldOut, features_of, held_out_prompts
 from .pictures import write_grid
 from .prompt_sets import prompt_file
 from .resolve import as_yaml, resolve
@@ -90,6 +91,8 @@ class Checked:
     config: TrainConfig
     guard: go.GuardConfig
     reward: Reward
+    gold: Reward | None  # with the prompts it is asked on
+    held_out: Prompts | None
 
 
 def reward_of(recipe: Recipe, prompts: Prompts | None) -> Reward:
@@ -105,6 +108,24 @@ def reward_of(recipe: Recipe, prompts: Prompts | None) -> Reward:
     if prompts is not None:
         call(reward, "check_prompts", prompts.texts, prompts.metadata)
     return reward
+
+
+def gold_of(recipe: Recipe, reward: Reward, prompts: Prompts, ranks: int) -> tuple[Reward, Prompts]:
+    """The monitor's reward and prompts, of which nothing is loaded.
+
+    Raises:
+        ValueError: there are none, or training sees them too.
+    """
+    if recipe.gold_samples < max(2, ranks):
+        raise ValueError(f"`gold_samples` is {recipe.gold_samples}; it needs >= {max(2, ranks)}")
+    if (recipe.gold, recipe.gold_options) == (recipe.reward, recipe.reward_options):
+        raise ValueError(f"`gold` is {recipe.gold!r}, which is the `reward` that is trained on")
+    features_of(recipe.gold_features)
+    gold = load_reward(recipe.gold, recipe.gold_options)
+    held_out = held_out_prompts(recipe, prompts)
+    for judge in (reward, gold):
+        call(judge, "check_prompts", held_out.texts, held_out.metadata)
+    return gold, held_out
 
 
 def check(recipe: Recipe, ranks: int) -> Checked:
@@ -127,7 +148,8 @@ def check(recipe: Recipe, ranks: int) -> Checked:
     check_trackers(recipe.trackers)
     folder = look(recipe.model, POLICIES)
     check_frames(POLICIES[folder.pipeline], recipe)
-    return Checked(recipe, prompts, folder, settings, config, guard, reward)
+    gold, held_out = gold_of(recipe, reward, prompts, ranks) if recipe.gold else (None, None)
+    return Checked(recipe, prompts, folder, settings, config, guard, reward, gold, held_out)
 
 
 def check_numbers(recipe: Recipe) -> None:
@@ -211,12 +233,20 @@ def _train(checked: Checked, engine: Engine) -> Path:
     engine.first(lambda: _refuse_folder(out, recipe.resume))
     encodings = Path(recipe.encodings) if recipe.encodings else out / "encodings"
     with engine.together():
-        call(checked.reward, "fetch")  # what is not there stops the run before it has begun
+        for reward in (checked.reward, checked.gold):
+            if reward is not None:  # what is not there stops the run before it has begun
+                call(reward, "fetch")
     policy = load_policy(checked, engine.device, encodings)
     _encode_all(policy, checked, engine)
     call(checked.reward, "prepare", engine.device)
+    held_out: HeldOut | None = None
     trackers: Trackers | None = None
     evaluation = Evaluation(policy, checked, engine, out)
+
+    def evaluate() -> dict[str, float]:
+        numbers = evaluation() if recipe.evaluation_prompts else {}
+        return numbers if held_out is None else held_out() | numbers
+
     trainer = Trainer(
         policy,
         checked.reward,
@@ -227,7 +257,7 @@ def _train(checked: Checked, engine: Engine) -> Path:
         metadata=checked.prompts.metadata,
         engine=engine,
         resume=recipe.resume,
-        evaluate=evaluation if recipe.evaluation_prompts else None,
+        evaluate=evaluate if recipe.evaluation_prompts or checked.gold else None,
         observe=lambda *line: observe(*line),
         recipe=_must_match(recipe),
     )
@@ -245,7 +275,18 @@ def _train(checked: Checked, engine: Engine) -> Path:
             _set_others_aside(out, begun=trainer.iteration == 0)
             write_whole(out / "recipe.yaml", as_yaml(recipe).encode())
             trackers = Trackers(recipe.trackers, out, dataclasses.asdict(recipe))
+        if checked.gold is not None and checked.held_out is not None:
+            call(checked.gold, "prepare", engine.device)
+            features = features_of(recipe.gold_features)
+            held_out = HeldOut(
+                policy, trainer, recipe, checked.gold, checked.held_out, features, out
+            )
+            if not trainer.iteration:
+                held_out()
+                trainer.keep_best()
         trainer.fit(title=out.name)
+        if held_out is not None and held_out.monitor.readings and engine.rank == 0:
+            print(held_out.monitor.verdict())
         folder = _export(policy, trainer, engine, out)
         if engine.rank == 0:
             print(f"trained weights, for diffusers: {folder}", flush=True)
@@ -291,7 +332,8 @@ def _written_by_a_run(path: Path) -> bool:
 
 def _encode_all(policy: PipelinePolicy, checked: Checked, engine: Engine) -> None:
     """Each rank encodes some of the prompts; afterwards they are on disk for all."""
-    texts = [*checked.prompts.texts, checked.settings.negative_prompt]
+    held_out = [] if checked.held_out is None else checked.held_out.texts
+    texts = [*checked.prompts.texts, *held_out, checked.settings.negative_prompt]
     assert policy.encodings is not None
     with engine.together():
         policy.encodings.prepare(texts[engine.rank :: engine.ranks])
@@ -302,6 +344,7 @@ def _must_match(recipe: Recipe) -> dict[str, Any]:
     names = (
         *("reward", "reward_options", "reward_weights", "reward_advantages"),
         *("model", "objective", "height", "width", "frames", "guidance_scale"),
+        *("gold", "gold_options", "gold_prompts", "gold_samples", "gold_features"),
         *("guidance_gradient", "negative_prompt", "text_length", "train", "dtype"),
         *("lora_rank", "lora_alpha", "lora_targets"),
     )

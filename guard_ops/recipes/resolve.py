@@ -15,7 +15,7 @@ from .config import DigitsRecipe, Recipe
 
 SHIPPED = Path(__file__).parent
 KINDS: dict[str, type[Recipe] | type[DigitsRecipe]] = {"pipeline": Recipe, "digits": DigitsRecipe}
-PATHS = {"model", "prompts", "out", "encodings"}  # in which ~ is a home
+PATHS = {"model", "prompts", "gold_prompts", "out", "encodings"}  # in which ~ is a home
 _REMEDIES = {
     "model": "a folder in diffusers' format, or an id of the hub",
     "prompts": 'a .txt file with a prompt a line, a .jsonl file with a "prompt" a line, or one of '

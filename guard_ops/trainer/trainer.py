@@ -42,7 +42,9 @@ class Trainer:
         resume: continue from the newest intact checkpoint in ``out``, if there is one.
         optimizer: makes one of the list of trained parameters; by default AdamW.
         evaluate: called on every rank each ``config.evaluate_every`` iterations; rank 0's numbers
-            join that line of the metrics. It must draw from a generator of its own.
+            join that line of the metrics. It must draw from a generator of its own. It may set
+            ``best``, so that a checkpoint is kept in ``best/``, and ``finished``, so that the run
+            ends after this iteration; on every rank.
         observe: ``(iteration, numbers)``, called on rank 0 after each line of the metrics.
         initialize: called when a run begins, before the policy is shared among ranks, to give it
             its first weights; those of a resumed run come from its checkpoint.
@@ -77,6 +79,7 @@ class Trainer:
     ) -> None:
         self.policy, self.config, self.out = policy, config, Path(out)
         self.engine, self.evaluate, self.observe = engine or Engine(), evaluate, observe
+        self.best, self.finished = False, False  # what an evaluation says, alike on all ranks
         self.checkpoints = self.out / "checkpoints"
         rows: Sequence[Mapping[str, Any]] = [{}] * len(prompts) if metadata is None else metadata
         _check(policy, prompts, rows, config)
@@ -157,7 +160,7 @@ class Trainer:
             if bar is not None:
                 done = self.learner  # not `self`, which would keep itself alive
                 self.loop.report = lambda phase, n, of: bar(done.iteration, f"{phase} {n}/{of}")
-            while self.iteration < c.iterations:
+            while self.iteration < c.iterations and not self.finished:
                 started = time.perf_counter()
                 try:
                     found = self.iterate()
@@ -173,7 +176,10 @@ class Trainer:
                     except RewardError as error:  # the iteration itself is whole
                         self._record(numbers)
                         self._stop(error)
+                last = last or self.finished
                 self._record(numbers)
+                if self.best:
+                    self.keep_best()
                 if c.checkpoint_every and (last or self.iteration % c.checkpoint_every == 0):
                     self.save()
                 if bar is not None:
@@ -207,6 +213,14 @@ class Trainer:
         text = self.engine.first(self.writer.sync)
         keep = self.config.keep_checkpoints
         return state.save(self.checkpoints, self.learner, self.settings, text, keep, self.engine)
+
+    def keep_best(self) -> None:
+        """Keep a checkpoint of this moment in ``best/``, instead of the one there."""
+        self.best = False
+        root = self.out / "best"
+        if not self.engine.first((root / checkpoint.name_of(self.iteration)).exists):
+            text = self.engine.first(self.writer.sync)
+            state.save(root, self.learner, self.settings, text, 1, self.engine)
 
     def close(self) -> None:
         """Close the metrics files and leave the folder to others."""
