@@ -12,8 +12,11 @@ import guard_ops as go
 
 from ..monitor import Monitor
 from ..recipes.config import DigitsRecipe
+from ..recipes.pictures import write_grid
+from ..recipes.resolve import as_yaml
 from ..trainer.config import TrainConfig
 from ..trainer.engine import Engine
+from ..trainer.folder import write_whole
 from ..trainer.progress import progress_bar
 from ..trainer.trainer import Trainer
 from .judges import Gold, ProxyReward
@@ -48,6 +51,8 @@ def judge(
     numbers = {"proxy": float(rewards.mean()), **gold(samples, condition, probability)}
     if monitor is None:
         return numbers
+    few = samples.unflatten(0, (CLASSES, -1))[:, :8].flatten(0, 1)
+    write_grid(policy.decode(few), monitor.out / "pictures" / f"iteration-{iteration:06d}")
     reading = monitor.add(
         iteration,
         rewards,
@@ -118,8 +123,12 @@ def train_digits(
     *,
     resume: bool,
     stop: bool = False,
+    recipe: str | None = None,
 ) -> None:
-    """Pretrain, and fine-tune with one objective; ``stop`` where the monitor raises its alarm."""
+    """Pretrain, and fine-tune with one objective; ``stop`` where the monitor raises its alarm.
+
+    ``recipe`` is the text of ``recipe.yaml``.
+    """
     digits, policy = load_digits(), DigitPolicy()
 
     def initialize() -> None:
@@ -153,6 +162,8 @@ def train_digits(
         evaluate=evaluate,
     )
     said = engine.rank == 0
+    if said and recipe is not None:
+        write_whole(out / "recipe.yaml", recipe.encode())
     began = trainer.iteration
     monitor = Monitor(out, began)
     if not began:
@@ -191,6 +202,7 @@ def train_recipe(recipe: DigitsRecipe) -> None:
             engine,
             resume=recipe.resume,
             stop=recipe.stop_over_optimizing,
+            recipe=as_yaml(recipe),
         )
     finally:
         engine.close()

@@ -33,7 +33,7 @@ class Monitor:
     """
 
     def __init__(self, out: Path, iteration: int = 0) -> None:
-        self._out, self._path = out, out / FILE
+        self.out, self._path = out, out / FILE
         self.readings: list[Reading] = []
         self._lines: list[dict[str, Any]] = []
         self._reference: Reference | None = None
@@ -51,7 +51,7 @@ class Monitor:
             if self.readings:
                 verdict(self.readings)
             if lines and "frechet" in lines[0]:
-                start = require("safetensors.torch", "train").load_file(self._out / START)
+                start = require("safetensors.torch", "train").load_file(self.out / START)
                 self._reference = Reference.of(start["features"])
             self._lines = lines
         except (OSError, LookupError, TypeError, ValueError) as error:
@@ -83,7 +83,7 @@ class Monitor:
             if self._reference is None:
                 self._reference = Reference.of(features.cpu())
                 save = require("safetensors.torch", "train").save
-                write_whole(self._out / START, save({"features": features.cpu().contiguous()}))
+                write_whole(self.out / START, save({"features": features.cpu().contiguous()}))
             names = prompts if prompts is not None else [""] * len(features)
             change = Change.of(features.cpu(), names, self._reference, logits)
             line |= {name: x for name, x in change._asdict().items() if x is not None}

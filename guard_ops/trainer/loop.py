@@ -78,6 +78,7 @@ class Loop:
         self.most = max(len(share) for share in self.shares)
         self.report: Callable[[str, int, int], object] = lambda phase, done, total: None
         self.norms = torch.zeros(0)  # of the gradients of an iteration's updates
+        self.ratios: dict[str, Tensor] = {}  # each [K, b], of this rank's last update
 
     def iterate(self) -> dict[str, Tensor]:
         """One iteration: its numbers over all ranks.
@@ -189,6 +190,7 @@ class Loop:
         self.learner.ema.refuse_if_applied()
         out = self.objective(rollout, advantages, batch, on_policy=on_policy)
         assert isinstance(out.grad, Tensor)
+        self.ratios = {"log_ratio": out.log_ratio.detach(), "excess": out.excess.detach()}
         weight = self.engine.weight(len(batch.rows), out, self.guard)  # the mean is over samples
         self.learner.optimizer.zero_grad(set_to_none=True)
         self._push(rollout, batch, out.grad, weight)

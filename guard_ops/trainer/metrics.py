@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,15 @@ class Sums:
             there = value.isfinite()
             found += [torch.where(there, value, 0.0).sum(), there.double().sum()]
         return found
+
+
+def write_ratios(out: Path, iteration: int, ratios: Mapping[str, Tensor]) -> None:
+    """Keep the first rank's ratios of an update, for histograms: ``ratios/iteration-000020...``."""
+    save = require("safetensors.torch", "train").save
+    path = out / "ratios" / f"iteration-{iteration:06d}.safetensors"
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+    write_whole(path, save({name: x.float().cpu().contiguous() for name, x in ratios.items()}))
 
 
 _SPREADS = {"ratio_std": "ratio_bias", "ratio_hat_std": "ratio_hat_bias"}

@@ -22,7 +22,7 @@ from .folder import FolderLock, RunFolderError
 from .judging import RewardError
 from .learner import Learner, MakeOptimizer
 from .loop import Loop
-from .metrics import MetricsWriter
+from .metrics import MetricsWriter, write_ratios
 from .policy import FlowPolicy, Reward, trainable
 from .progress import progress_bar
 
@@ -189,6 +189,9 @@ class Trainer:
         """A line of the metrics."""
         if self.engine.rank == 0:
             self.writer.write(self.iteration, numbers)
+            every = self.config.evaluate_every
+            if self.iteration % every == 0 or self.iteration == self.config.iterations:
+                write_ratios(self.out, self.iteration, self.loop.ratios)
             if self.observe is not None:
                 self.observe(self.iteration, numbers)
 
