@@ -13,10 +13,10 @@ import guard_ops as go
 from ..monitor import Monitor
 from ..recipes.config import DigitsRecipe
 from ..recipes.pictures import write_grid
-from ..recipes.resolve import as_yaml
+from ..recipes.resolve import as_yaml, written_by_a_run
 from ..trainer.config import TrainConfig
 from ..trainer.engine import Engine
-from ..trainer.folder import write_whole
+from ..trainer.folder import keep_aside, write_whole
 from ..trainer.progress import progress_bar
 from ..trainer.trainer import Trainer
 from .judges import Gold, ProxyReward
@@ -162,24 +162,32 @@ def train_digits(
         evaluate=evaluate,
     )
     said = engine.rank == 0
-    if said and recipe is not None:
-        write_whole(out / "recipe.yaml", recipe.encode())
-    began = trainer.iteration
-    monitor = Monitor(out, began)
-    if not began:
-        evaluate()
-        trainer.keep_best()
-    if said and trainer.iteration >= config.iterations:
-        print(
-            f"the run in {out} is at iteration {trainer.iteration} already; it goes on with "
-            f"`iterations` above that, not {config.iterations}"
-        )
-    elif said and trainer.iteration:
-        print(f"resuming after iteration {trainer.iteration}", flush=True)
-    trainer.fit(title=objective)
-    if said and began < trainer.iteration:
-        print(monitor.verdict())
-    trainer.close()
+    try:
+        if said and recipe is not None:
+            _write_recipe(out / "recipe.yaml", recipe)
+        began = trainer.iteration
+        monitor = Monitor(out, began)
+        if not began:
+            evaluate()
+            trainer.keep_best()
+        if said and began >= config.iterations:
+            print(
+                f"the run in {out} is at iteration {began} already; it goes on with `iterations` "
+                f"above that, not {config.iterations}"
+            )
+        elif said and began:
+            print(f"resuming after iteration {began}", flush=True)
+        trainer.fit(title=objective)
+        if said and began < trainer.iteration:
+            print(monitor.verdict())
+    finally:
+        trainer.close()
+
+
+def _write_recipe(path: Path, text: str) -> None:
+    if path.exists() and not written_by_a_run(path):
+        keep_aside(path)
+    write_whole(path, text.encode())
 
 
 def train_recipe(recipe: DigitsRecipe) -> None:

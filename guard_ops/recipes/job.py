@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import shutil
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ..rewards.combine import call
 from ..trainer import draws, state
 from ..trainer.config import TrainConfig
 from ..trainer.engine import Engine
-from ..trainer.folder import FolderLock, aside, write_whole, writing
+from ..trainer.folder import FolderLock, write_whole, writing
 from ..trainer.judging import Judging
 from ..trainer.policy import Reward
 from ..trainer.prompts import Prompts, read_prompts
@@ -32,7 +31,7 @@ from .config import Recipe
 from .held_out import HeldOut, features_of, held_out_prompts
 from .pictures import write_grid
 from .prompt_sets import prompt_file
-from .resolve import as_yaml, resolve
+from .resolve import as_yaml, written_by_a_run
 from .trackers import Trackers, check_trackers
 
 EXPORTS = ("lora", "lora-average", "weights", "weights-average")
@@ -307,27 +306,12 @@ def _refuse_folder(out: Path, resume: bool) -> None:
 
 def _set_others_aside(out: Path, *, begun: bool) -> None:
     """Keep a recipe that no run wrote and, where a run begins, what an earlier one exported."""
-    found = [out / "recipe.yaml"] if not _written_by_a_run(out / "recipe.yaml") else []
+    found = [out / "recipe.yaml"] if not written_by_a_run(out / "recipe.yaml") else []
     if begun:
         found += [out / name for name in EXPORTS]
     for path in found:
         if os.path.lexists(path):
-            kept = aside(path, "aside")
-            with writing(path):
-                path.rename(kept)
-            warnings.warn(
-                f"guard_ops: {path} is kept as {kept.name}: it is not of this run",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-
-def _written_by_a_run(path: Path) -> bool:
-    """Whether a recipe is in the form in which runs write theirs."""
-    try:
-        return path.read_text() == as_yaml(resolve(str(path)))
-    except (OSError, ValueError):
-        return False
+            keep_aside(path)
 
 
 def _encode_all(policy: PipelinePolicy, checked: Checked, engine: Engine) -> None:

@@ -111,6 +111,14 @@ def as_yaml(settings: Recipe | DigitsRecipe) -> str:
     return f"kind: {kind}\n{text}"
 
 
+def written_by_a_run(path: Path) -> bool:
+    """Whether a recipe is in the form in which runs write theirs."""
+    try:
+        return path.read_text() == as_yaml(resolve(str(path)))
+    except (OSError, ValueError):
+        return False
+
+
 def _find(recipe: str) -> Path:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):

@@ -197,7 +197,8 @@ def test_a_browser_shows_it_at_every_width(tmp_path):
     outer = tmp_path / "outer.html"
     outer.write_text(
         "<body><script>addEventListener('message', (e) => { "
-        "const said = document.createElement('p'); said.textContent = 'said: ' + e.data; document.body.append(said); });</script>"
+        "const said = document.createElement('p'); said.textContent = 'said: ' + e.data; "
+        "document.body.append(said); });</script>"
         + "".join(
             f'<iframe width="{width}" height="900" style="border:0" srcdoc="{quoted}"></iframe>'
             for width in widths
