@@ -21,7 +21,7 @@ from ..rewards.combine import call
 from ..trainer import draws, state
 from ..trainer.config import TrainConfig
 from ..trainer.engine import Engine
-from ..trainer.folder import FolderLock, write_whole, writing
+from ..trainer.folder import FolderLock, keep_aside, write_whole, writing
 from ..trainer.judging import Judging
 from ..trainer.policy import Reward
 from ..trainer.prompts import Prompts, read_prompts
