@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from tiny import reward, tiny_trainer
 
@@ -201,3 +203,27 @@ def test_a_reward_with_advantage_weights_trains_on_them(tmp_path):
     trainer.iterate()  # the two advantages cancel
     for a, b in zip(before, weights(trainer), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def only_on_rank_1(pixels, prompts, metadata):
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        raise OSError("disk gone")
+    return reward(pixels, prompts, metadata)
+
+
+def train_until_it_fails(engine, folder):
+    trainer = tiny_trainer(Path(folder), engine=engine, reward=only_on_rank_1)
+    with pytest.raises(RewardError) as error:
+        trainer.fit(progress=False)
+    trainer.close()
+    return str(error.value)
+
+
+def test_a_fault_on_one_rank_stops_all_with_a_checkpoint(tmp_path):
+    said = ranks.run(tmp_path / "ranks", 2, train_until_it_fails, str(tmp_path / "run"))
+    assert said[0] == said[1]
+    assert said[0].startswith("rank 1: the reward only_on_rank_1 raised OSError: disk gone")
+    assert "saved until there" in said[0]
+    assert tiny_trainer(tmp_path / "run", resume=True).iteration == 0
