@@ -199,7 +199,7 @@ def test_a_tiny_mask2former_in_the_real_format(tmp_path):
             embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
             out_features=["stage1", "stage2", "stage3", "stage4"],
         ),
-        num_labels=80, feature_size=16, mask_feature_size=16, hidden_dim=16, num_queries=5,
+        num_labels=80, feature_size=32, mask_feature_size=32, hidden_dim=32, num_queries=5,
         encoder_feedforward_dim=16, dim_feedforward=16, encoder_layers=1, decoder_layers=2,
         num_attention_heads=2,
     )  # fmt: skip
