@@ -1,4 +1,4 @@
-"""``guard-ops demo | train | bench | doctor``: the command line is read without importing torch."""
+"""The command line, which is read without importing torch."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def run(options: argparse.Namespace) -> int:
         return _fail(error, options)
     except RuntimeError as error:
         from .trainer.folder import RunFolderError
+        from .trainer.judging import RewardError
 
-        if isinstance(error, RunFolderError):
+        if isinstance(error, RunFolderError | RewardError):
             return _fail(error, options)
         raise
     except KeyboardInterrupt:
@@ -80,7 +81,9 @@ def _in_words_of(options: argparse.Namespace, message: str) -> str:
 def _how_to_continue(out: Path, given: Sequence[str]) -> str:
     """What an interrupted command has saved, and the command that goes on from there."""
     # A checkpoint that was set aside, as iteration-000120.corrupt-2, is nothing to continue from.
-    checkpoints = (p for p in out.rglob("iteration-*") if re.fullmatch(r"iteration-\d+", p.name))
+    # One in best/ is none either: it is of an iteration before.
+    names = (p for p in out.rglob("iteration-*") if p.parent.name != "best")
+    checkpoints = (p for p in names if re.fullmatch(r"iteration-\d+", p.name))
     found = [*checkpoints, *out.rglob("pretrained.safetensors")]
     if not found:
         return "interrupted; nothing was saved yet"
@@ -96,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="guard-ops", description="Fused GRPO ops for flow models, at work, timed and checked."
     )
     parser.add_argument("--version", action="version", version=f"guard-ops {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="demo | train | bench | doctor")
+    commands = parser.add_subparsers(
+        required=True, metavar="demo | train | report | bench | doctor"
+    )
 
     demo = commands.add_parser("demo", help="fine-tune a digits flow with three objectives")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
@@ -116,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="say what it comes to, and end")
     train.add_argument("--gpus", type=int, help="of the dry run; default: 1")
     train.set_defaults(run=_train)
+
+    report = commands.add_parser("report", help="a page that shows one or several runs")
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
+    report.add_argument("--out", type=Path, help="the page; default: report.html in the only run")
+    report.set_defaults(run=_report)
 
     bench = commands.add_parser("bench", help="time the kernels against plain PyTorch")
     _add_bench_arguments(bench)
@@ -179,6 +189,15 @@ def _train(options: argparse.Namespace) -> None:
     from .recipes.job import train
 
     train(settings)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from .report.page import write_report
+
+    runs = options.runs
+    if options.out is None and len(runs) > 1:
+        raise ValueError("`out` is not given; a report of several runs needs a file's name")
+    print(write_report(runs, options.out or runs[0] / "report.html"))
 
 
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ def test_help_lists_the_commands(capsys):
 @pytest.mark.parametrize(
     "word, said",
     [
-        ("--help", "demo | train | bench | doctor"),
+        ("--help", "demo | train | report | bench | doctor"),
         ("--version", f"guard-ops {guard_ops.__version__}"),
         ("bench", "--compare FILE"),
     ],

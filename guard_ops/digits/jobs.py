@@ -10,9 +10,13 @@ from torch import Tensor
 
 import guard_ops as go
 
+from ..monitor import Monitor
 from ..recipes.config import DigitsRecipe
+from ..recipes.pictures import write_grid
+from ..recipes.resolve import as_yaml, written_by_a_run
 from ..trainer.config import TrainConfig
 from ..trainer.engine import Engine
+from ..trainer.folder import keep_aside, write_whole
 from ..trainer.progress import progress_bar
 from ..trainer.trainer import Trainer
 from .judges import Gold, ProxyReward
@@ -34,10 +38,29 @@ EVALUATION_SEED = 2**40  # no run has this seed; evaluation always samples from 
 EVALUATION_SAMPLES = 100  # per class
 
 
-def judge(policy: DigitPolicy, proxy: ProxyReward, gold: Gold) -> dict[str, float]:
-    """Proxy and gold of samples of the policy as it is now."""
+def judge(
+    policy: DigitPolicy,
+    proxy: ProxyReward,
+    gold: Gold,
+    monitor: Monitor | None = None,
+    iteration: int = 0,
+) -> dict[str, float]:
+    """Proxy and gold of samples of the policy as it is now; a reading of the monitor."""
     samples, condition = sample(policy, SCHEDULE, EVALUATION_SAMPLES, EVALUATION_SEED)
-    return {"proxy": float(proxy(samples, condition).mean()), **gold(samples, condition)}
+    rewards, probability = proxy(samples, condition), gold.probability(samples, condition)
+    numbers = {"proxy": float(rewards.mean()), **gold(samples, condition, probability)}
+    if monitor is None:
+        return numbers
+    few = samples.unflatten(0, (CLASSES, -1))[:, :8].flatten(0, 1)
+    write_grid(policy.decode(few), monitor.out / "pictures" / f"iteration-{iteration:06d}")
+    reading = monitor.add(
+        iteration,
+        rewards,
+        probability,
+        samples.flatten(1).clamp(-1, 1),
+        [str(label) for label in condition.tolist()],
+    )
+    return reading | numbers
 
 
 def pretrained(folder: Path, seed: int, steps: int, title: str = "") -> DigitPolicy:
@@ -61,6 +84,7 @@ def digits_trainer(
     engine: Engine | None = None,
     resume: bool = False,
     initialize: Callable[[], object] | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
 ) -> Trainer:
     """A trainer of ``policy`` with ``OBJECTIVES[objective]``, evaluated by :func:`judge`."""
     proxy, gold = judges
@@ -79,7 +103,7 @@ def digits_trainer(
             weight_decay=config.weight_decay,
             fused=True,
         ),
-        evaluate=lambda: judge(policy, proxy, gold),
+        evaluate=evaluate or (lambda: judge(policy, proxy, gold)),
         initialize=initialize,
         recipe={"objective": objective, "pretrain_steps": pretrain_steps},
     )
@@ -98,8 +122,13 @@ def train_digits(
     engine: Engine,
     *,
     resume: bool,
+    stop: bool = False,
+    recipe: str | None = None,
 ) -> None:
-    """Pretrain, and fine-tune with one objective."""
+    """Pretrain, and fine-tune with one objective; ``stop`` where the monitor raises its alarm.
+
+    ``recipe`` is the text of ``recipe.yaml``.
+    """
     digits, policy = load_digits(), DigitPolicy()
 
     def initialize() -> None:
@@ -109,6 +138,17 @@ def train_digits(
         policy.load_state_dict(load_or_pretrain(file, config.seed, pretrain_steps).state_dict())
 
     judges = ProxyReward(digits), Gold(digits)
+
+    def evaluate() -> dict[str, float]:
+        def reading() -> dict[str, float]:
+            return judge(policy, *judges, monitor, trainer.iteration)
+
+        numbers, trainer.best, over = engine.first(
+            lambda: (reading(), monitor.is_best, monitor.verdict().since is not None)
+        )
+        trainer.finished = over and stop
+        return numbers
+
     trainer = digits_trainer(
         policy,
         objective,
@@ -119,17 +159,35 @@ def train_digits(
         engine=engine,
         resume=resume,
         initialize=initialize,
+        evaluate=evaluate,
     )
     said = engine.rank == 0
-    if said and trainer.iteration >= config.iterations:
-        print(
-            f"the run in {out} is at iteration {trainer.iteration} already; it goes on with "
-            f"`iterations` above that, not {config.iterations}"
-        )
-    elif said and trainer.iteration:
-        print(f"resuming after iteration {trainer.iteration}", flush=True)
-    trainer.fit(title=objective)
-    trainer.close()
+    try:
+        if said and recipe is not None:
+            _write_recipe(out / "recipe.yaml", recipe)
+        began = trainer.iteration
+        monitor = Monitor(out, began)
+        if not began:
+            evaluate()
+            trainer.keep_best()
+        if said and began >= config.iterations:
+            print(
+                f"the run in {out} is at iteration {began} already; it goes on with `iterations` "
+                f"above that, not {config.iterations}"
+            )
+        elif said and began:
+            print(f"resuming after iteration {began}", flush=True)
+        trainer.fit(title=objective)
+        if said and began < trainer.iteration:
+            print(monitor.verdict())
+    finally:
+        trainer.close()
+
+
+def _write_recipe(path: Path, text: str) -> None:
+    if path.exists() and not written_by_a_run(path):
+        keep_aside(path)
+    write_whole(path, text.encode())
 
 
 def train_recipe(recipe: DigitsRecipe) -> None:
@@ -145,7 +203,14 @@ def train_recipe(recipe: DigitsRecipe) -> None:
     engine = Engine(device="cpu")
     try:
         train_digits(
-            recipe.objective, config, recipe.pretrain_steps, out, engine, resume=recipe.resume
+            recipe.objective,
+            config,
+            recipe.pretrain_steps,
+            out,
+            engine,
+            resume=recipe.resume,
+            stop=recipe.stop_over_optimizing,
+            recipe=as_yaml(recipe),
         )
     finally:
         engine.close()

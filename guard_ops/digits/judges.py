@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..monitor.distances import frechet, moments
 from ..trainer.extras import require
 from .policy import CLASSES, GOLD_IMAGES, PROXY_IMAGES, Digits
 
@@ -58,13 +59,25 @@ class Gold:
         self.accuracy = float((self._svm.predict(x[HELD_OUT:]) == y[HELD_OUT:]).mean())
         self._real = moments(digits.images.flatten(1))
 
+    def probability(
+        self,
+        samples: Tensor,  # [B, 1, 8, 8]
+        condition: Tensor,  # [B] the classes asked for
+    ) -> Tensor:
+        """That each sample is of the class asked for, [B], float64."""
+        x = samples.flatten(1).clamp(-1, 1)
+        found = torch.from_numpy(self._svm.predict_proba(x.numpy()))
+        return found.gather(1, condition[:, None])[:, 0]
+
     def __call__(
         self,
         samples: Tensor,  # [B, 1, 8, 8]
         condition: Tensor,  # [B] the classes asked for
+        probability: Tensor | None = None,  # [B], if it is known already
     ) -> dict[str, float]:
+        if probability is None:
+            probability = self.probability(samples, condition)
         x = samples.flatten(1).clamp(-1, 1)
-        probability = torch.from_numpy(self._svm.predict_proba(x.numpy()))
         distance, diversity = [], []
         for label in range(CLASSES):
             own = x[condition == label]
@@ -72,25 +85,11 @@ class Gold:
             distance.append(torch.cdist(own, real).amin(1).mean())
             diversity.append(F.pdist(own).mean())
         return {
-            "gold": float(probability.gather(1, condition[:, None]).mean()),
+            "gold": float(probability.mean()),
             "distance": float(torch.stack(distance).mean()),
             "diversity": float(torch.stack(diversity).mean()),
             "frechet": frechet(moments(x), self._real),
         }
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and covariance [D, D] of the rows of ``x``, in float64."""
-    return x.double().mean(0), x.double().T.cov()
-
-
-def frechet(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """``|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))`` of two Gaussians' :func:`moments`."""
-    (mean_a, cov_a), (mean_b, cov_b) = a, b
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 def _upper_half(images: Tensor) -> Tensor:

@@ -16,9 +16,15 @@ class Recipe:
 
     # the run
     model: str = MISSING  # a folder in diffusers' format, or an id of the hub
-    prompts: str = MISSING  # a .txt file, or flow_grpo's metadata.jsonl
+    prompts: str = MISSING  # a .txt or .jsonl file, a folder as flow_grpo has it, or a shipped name
     out: str = MISSING  # folder of everything that is written
-    reward: str = "jpeg_size"  # or "module:function"
+    reward: str = "jpeg_size"  # or "module:function", or several with + between them
+    reward_options: list[str] = field(default_factory=list)  # name.key=value
+    reward_weights: Optional[list[float]] = None  # noqa: UP045  of several; null: 1 each
+    reward_advantages: Literal["summed", "separate"] = "summed"  # separate: GDPO
+    reward_timeout: Optional[float] = 240.0  # noqa: UP045  seconds for a batch; below `timeout`
+    reward_retries: int = 1  # of a batch, before the run stops
+    reward_overlap: bool = True  # the reward works while the next samples are made; no result
     objective: Objective = "article"
     iterations: int = 1000
     seed: int = 0
@@ -80,6 +86,12 @@ class Recipe:
     evaluate_every: int = 20
     evaluation_steps: int = 28
     evaluation_prompts: int = 8  # pictures of the first prompts, always from the same noise
+    gold: str = ""  # a reward that training never sees, as `reward`: turns the monitor on
+    gold_options: list[str] = field(default_factory=list)  # name.key=value
+    gold_prompts: Optional[str] = None  # noqa: UP045  null: the test prompts beside `prompts`
+    gold_samples: int = 200  # of the held-out prompts in turn, always from the same noise
+    gold_features: str = "pixels"  # or "module:function", for distances
+    stop_over_optimizing: bool = False  # end the run where the monitor raises its alarm
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
     encodings: Optional[str] = None  # noqa: UP045  folder of encoded prompts; null: in `out`
@@ -98,3 +110,4 @@ class DigitsRecipe:
     pretrain_steps: int = 3000
     checkpoint_every: int = 10
     evaluate_every: int = 10
+    stop_over_optimizing: bool = False  # end the run where the monitor raises its alarm

@@ -10,12 +10,12 @@ from typing import Any
 from ..policies import POLICIES, PipelinePolicy, look
 from ..policies.loading import empty_transformer
 from ..policies.published import PUBLISHED
-from ..rewards import load_reward
 from ..trainer import draws
 from ..trainer.prompts import read_prompts
 from . import estimate, job
 from .config import Recipe
 from .estimate import GIB, Activations, Memory
+from .prompt_sets import prompt_file
 from .resolve import as_yaml
 
 _SAID = {
@@ -42,8 +42,11 @@ def describe(recipe: Recipe, gpus: int) -> str:
     config, _ = job.train_config(recipe), job.guard_config(recipe)
     draws.shares(config.samples, config.minibatches, gpus)
     job.check_reference(recipe, gpus)
-    load_reward(recipe.reward)
-    found = f"{len(read_prompts(recipe.prompts).texts)} in the file, " if recipe.prompts else ""
+    prompts = read_prompts(prompt_file(recipe.prompts)) if recipe.prompts else None
+    reward = job.reward_of(recipe, prompts)
+    if recipe.gold and prompts:
+        job.gold_of(recipe, reward, prompts, gpus)
+    found = f"{len(prompts.texts)} in the file, " if prompts else ""
     policy = _empty(recipe)
     activation = estimate.activations(policy)
     trained_steps = config.window.size or len(config.window.steps(config.steps))

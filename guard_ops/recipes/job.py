@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import shutil
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,21 @@ import guard_ops as go
 
 from ..policies import POLICIES, ModelFolder, PipelinePolicy, PolicySettings, look
 from ..rewards import load_reward
+from ..rewards.combine import call
 from ..trainer import draws, state
 from ..trainer.config import TrainConfig
 from ..trainer.engine import Engine
-from ..trainer.folder import FolderLock, aside, write_whole, writing
+from ..trainer.folder import FolderLock, keep_aside, write_whole, writing
+from ..trainer.judging import Judging
+from ..trainer.policy import Reward
 from ..trainer.prompts import Prompts, read_prompts
 from ..trainer.trainer import Trainer
 from ..trainer.window import Window
 from .config import Recipe
+from .held_out import HeldOut, features_of, held_out_prompts
 from .pictures import write_grid
-from .resolve import as_yaml, resolve
+from .prompt_sets import prompt_file
+from .resolve import as_yaml, written_by_a_run
 from .trackers import Trackers, check_trackers
 
 EXPORTS = ("lora", "lora-average", "weights", "weights-average")
@@ -85,6 +89,42 @@ class Checked:
     settings: PolicySettings
     config: TrainConfig
     guard: go.GuardConfig
+    reward: Reward
+    gold: Reward | None  # with the prompts it is asked on
+    held_out: Prompts | None
+
+
+def reward_of(recipe: Recipe, prompts: Prompts | None) -> Reward:
+    """The reward, of which nothing is loaded; ``prompts`` are such as it can judge.
+
+    Raises:
+        ValueError: see :func:`guard_ops.rewards.load_reward`; a prompt that the reward cannot
+            judge, such as one without GenEval's metadata.
+    """
+    reward = load_reward(
+        recipe.reward, recipe.reward_options, recipe.reward_weights, recipe.reward_advantages
+    )
+    if prompts is not None:
+        call(reward, "check_prompts", prompts.texts, prompts.metadata)
+    return reward
+
+
+def gold_of(recipe: Recipe, reward: Reward, prompts: Prompts, ranks: int) -> tuple[Reward, Prompts]:
+    """The monitor's reward and prompts, of which nothing is loaded.
+
+    Raises:
+        ValueError: there are none, or training sees them too.
+    """
+    if recipe.gold_samples < max(2, ranks):
+        raise ValueError(f"`gold_samples` is {recipe.gold_samples}; it needs >= {max(2, ranks)}")
+    if (recipe.gold, recipe.gold_options) == (recipe.reward, recipe.reward_options):
+        raise ValueError(f"`gold` is {recipe.gold!r}, which is the `reward` that is trained on")
+    features_of(recipe.gold_features)
+    gold = load_reward(recipe.gold, recipe.gold_options)
+    held_out = held_out_prompts(recipe, prompts)
+    for judge in (reward, gold):
+        call(judge, "check_prompts", held_out.texts, held_out.metadata)
+    return gold, held_out
 
 
 def check(recipe: Recipe, ranks: int) -> Checked:
@@ -97,17 +137,18 @@ def check(recipe: Recipe, ranks: int) -> Checked:
     config, guard, settings = train_config(recipe), guard_config(recipe), policy_settings(recipe)
     draws.shares(config.samples, config.minibatches, ranks)
     check_reference(recipe, ranks)
-    prompts = read_prompts(recipe.prompts)
+    prompts = read_prompts(prompt_file(recipe.prompts))
     if len(prompts.texts) < recipe.prompts_per_iteration:
         raise ValueError(
             f"`prompts` {recipe.prompts!r} has {len(prompts.texts)} prompts; "
             f"`prompts_per_iteration` {recipe.prompts_per_iteration} needs at least as many"
         )
-    load_reward(recipe.reward)
+    reward = reward_of(recipe, prompts)
     check_trackers(recipe.trackers)
     folder = look(recipe.model, POLICIES)
     check_frames(POLICIES[folder.pipeline], recipe)
-    return Checked(recipe, prompts, folder, settings, config, guard)
+    gold, held_out = gold_of(recipe, reward, prompts, ranks) if recipe.gold else (None, None)
+    return Checked(recipe, prompts, folder, settings, config, guard, reward, gold, held_out)
 
 
 def check_numbers(recipe: Recipe) -> None:
@@ -190,14 +231,24 @@ def _train(checked: Checked, engine: Engine) -> Path:
     recipe, out = checked.recipe, Path(checked.recipe.out)
     engine.first(lambda: _refuse_folder(checked, out))
     encodings = Path(recipe.encodings) if recipe.encodings else out / "encodings"
+    with engine.together():
+        for reward in (checked.reward, checked.gold):
+            if reward is not None:  # what is not there stops the run before it has begun
+                call(reward, "fetch")
     policy = load_policy(checked, engine.device, encodings)
     _encode_all(policy, checked, engine)
+    call(checked.reward, "prepare", engine.device)
+    held_out: HeldOut | None = None
     trackers: Trackers | None = None
-    reward = load_reward(recipe.reward)
-    evaluation = Evaluation(policy, reward, checked, engine, out)
+    evaluation = Evaluation(policy, checked, engine, out)
+
+    def evaluate() -> dict[str, float]:
+        numbers = evaluation() if recipe.evaluation_prompts else {}
+        return numbers if held_out is None else held_out() | numbers
+
     trainer = Trainer(
         policy,
-        reward,
+        checked.reward,
         checked.prompts.texts,
         checked.guard,
         checked.config,
@@ -205,7 +256,7 @@ def _train(checked: Checked, engine: Engine) -> Path:
         metadata=checked.prompts.metadata,
         engine=engine,
         resume=recipe.resume,
-        evaluate=evaluation if recipe.evaluation_prompts else None,
+        evaluate=evaluate if recipe.evaluation_prompts or checked.gold else None,
         observe=lambda *line: observe(*line),
         recipe=_must_match(recipe),
     )
@@ -223,7 +274,18 @@ def _train(checked: Checked, engine: Engine) -> Path:
             _set_others_aside(out, begun=trainer.iteration == 0)
             write_whole(out / "recipe.yaml", as_yaml(recipe).encode())
             trackers = Trackers(recipe.trackers, out, dataclasses.asdict(recipe))
+        if checked.gold is not None and checked.held_out is not None:
+            call(checked.gold, "prepare", engine.device)
+            features = features_of(recipe.gold_features)
+            held_out = HeldOut(
+                policy, trainer, recipe, checked.gold, checked.held_out, features, out
+            )
+            if not trainer.iteration:
+                held_out()
+                trainer.keep_best()
         trainer.fit(title=out.name)
+        if held_out is not None and held_out.monitor.readings and engine.rank == 0:
+            print(held_out.monitor.verdict())
         folder = _export(policy, trainer, engine, out)
         if engine.rank == 0:
             print(f"trained weights, for diffusers: {folder}", flush=True)
@@ -251,32 +313,18 @@ def _refuse_folder(checked: Checked, out: Path) -> None:
 
 def _set_others_aside(out: Path, *, begun: bool) -> None:
     """Keep a recipe that no run wrote and, where a run begins, what an earlier one exported."""
-    found = [out / "recipe.yaml"] if not _written_by_a_run(out / "recipe.yaml") else []
+    found = [out / "recipe.yaml"] if not written_by_a_run(out / "recipe.yaml") else []
     if begun:
         found += [out / name for name in EXPORTS]
     for path in found:
         if os.path.lexists(path):
-            kept = aside(path, "aside")
-            with writing(path):
-                path.rename(kept)
-            warnings.warn(
-                f"guard_ops: {path} is kept as {kept.name}: it is not of this run",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-
-def _written_by_a_run(path: Path) -> bool:
-    """Whether a recipe is in the form in which runs write theirs."""
-    try:
-        return path.read_text() == as_yaml(resolve(str(path)))
-    except (OSError, ValueError):
-        return False
+            keep_aside(path)
 
 
 def _encode_all(policy: PipelinePolicy, checked: Checked, engine: Engine) -> None:
     """Each rank encodes some of the prompts; afterwards they are on disk for all."""
-    texts = [*checked.prompts.texts, checked.settings.negative_prompt]
+    held_out = [] if checked.held_out is None else checked.held_out.texts
+    texts = [*checked.prompts.texts, *held_out, checked.settings.negative_prompt]
     assert policy.encodings is not None
     with engine.together():
         policy.encodings.prepare(texts[engine.rank :: engine.ranks])
@@ -285,7 +333,9 @@ def _encode_all(policy: PipelinePolicy, checked: Checked, engine: Engine) -> Non
 def _must_match(recipe: Recipe) -> dict[str, Any]:
     """What a continued run shares with its beginning, beside what the trainer compares itself."""
     names = (
-        *("model", "reward", "objective", "height", "width", "frames", "guidance_scale"),
+        *("reward", "reward_options", "reward_weights", "reward_advantages"),
+        *("model", "objective", "height", "width", "frames", "guidance_scale"),
+        *("gold", "gold_options", "gold_prompts", "gold_samples", "gold_features"),
         *("guidance_gradient", "negative_prompt", "text_length", "train", "dtype"),
         *("lora_rank", "lora_alpha", "lora_targets"),
     )
@@ -297,10 +347,8 @@ class Evaluation:
 
     trainer: Trainer
 
-    def __init__(
-        self, policy: PipelinePolicy, reward: Any, checked: Checked, engine: Engine, out: Path
-    ) -> None:
-        self.policy, self.reward, self.engine, self.out = policy, reward, engine, out
+    def __init__(self, policy: PipelinePolicy, checked: Checked, engine: Engine, out: Path) -> None:
+        self.policy, self.engine, self.out = policy, engine, out
         self.recipe = checked.recipe
         count = min(checked.recipe.evaluation_prompts, len(checked.prompts.texts))
         self.texts = checked.prompts.texts[:count]
@@ -312,20 +360,18 @@ class Evaluation:
         averaged = bool(self.recipe.ema_decay)
         with self.trainer.ema.applied() if averaged else nullcontext():
             pixels = self._sample()
-        size = self.recipe.decode_batch
-        rewards = torch.cat(
-            [
-                self.reward(
-                    pixels[k : k + size], self.texts[k : k + size], self.metadata[k : k + size]
-                )
-                for k in range(0, len(pixels), size)
-            ]
-        )
+        size, loop = self.recipe.decode_batch, self.trainer.loop
+        judging = Judging(loop.judge)
+        for k in range(0, len(pixels), size):
+            rows = slice(k, k + size)
+            judging.add(pixels[rows], self.texts[rows], self.metadata[rows])
+        scores = loop.scores(judging)
         self.pixels = pixels.cpu()
         if self.engine.rank == 0:
             name = f"iteration-{self.trainer.iteration:06d}"
             write_grid(self.pixels, self.out / "pictures" / name)
-        return {"evaluation_reward": float(rewards.float().mean())}
+        means = {f"evaluation_reward_{n}": x.nanmean() for n, x in scores.parts.items()}
+        return {n: float(x) for n, x in {"evaluation_reward": scores.total.mean(), **means}.items()}
 
     def _sample(self) -> Tensor:
         """All pixels on every rank; each rank makes some of them."""

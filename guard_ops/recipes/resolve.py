@@ -15,10 +15,11 @@ from .config import DigitsRecipe, Recipe
 
 SHIPPED = Path(__file__).parent
 KINDS: dict[str, type[Recipe] | type[DigitsRecipe]] = {"pipeline": Recipe, "digits": DigitsRecipe}
-PATHS = {"model", "prompts", "out", "encodings"}  # in which ~ is a home
+PATHS = {"model", "prompts", "gold_prompts", "out", "encodings"}  # in which ~ is a home
 _REMEDIES = {
     "model": "a folder in diffusers' format, or an id of the hub",
-    "prompts": 'a .txt file with a prompt a line, or a .jsonl file with a "prompt" a line',
+    "prompts": 'a .txt file with a prompt a line, a .jsonl file with a "prompt" a line, or one of '
+    "geneval, pickscore, text_rendering, which come with the package",
 }
 
 
@@ -110,6 +111,14 @@ def as_yaml(settings: Recipe | DigitsRecipe) -> str:
     return f"kind: {kind}\n{text}"
 
 
+def written_by_a_run(path: Path) -> bool:
+    """Whether a recipe is in the form in which runs write theirs."""
+    try:
+        return path.read_text() == as_yaml(resolve(str(path)))
+    except (OSError, ValueError):
+        return False
+
+
 def _find(recipe: str) -> Path:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
@@ -168,6 +177,8 @@ def _set(settings: Any, wanted: type[Any], where: str, key: str, value: Any) -> 
     hint = typing.get_type_hints(wanted)[key]
     if type(value) is int and hint in (float, typing.Optional[float]):  # noqa: UP045
         value = float(value)
+    if hint == typing.Optional[list[float]] and isinstance(value, list):  # noqa: UP045
+        value = [float(x) if type(x) is int else x for x in value]
     try:
         settings[key] = value
     except (errors.ValidationError, errors.UnsupportedValueType) as error:
@@ -189,7 +200,7 @@ def _in_words(hint: Any) -> str:
     if origin is typing.Union:
         return f"{_in_words(arguments[0])} or null"
     if origin is list:
-        return f"a list of {_in_words(arguments[0])}s"
+        return f"a list of {_in_words(arguments[0]).removeprefix('a ')}s"
     return {int: "an int", float: "a number", bool: "true or false", str: "text"}[hint]
 
 

@@ -5,8 +5,9 @@ from .config import TrainConfig
 from .ema import Ema
 from .engine import Engine
 from .folder import RunFolderError
+from .judging import Judge, RewardError
 from .loop import Loop, Rollout
-from .policy import Condition, FlowPolicy, Reward, Schedule
+from .policy import Condition, FlowPolicy, Reward, Schedule, Scores
 from .trainer import Trainer
 from .window import Window
 
@@ -16,11 +17,14 @@ __all__ = [
     "Ema",
     "Engine",
     "FlowPolicy",
+    "Judge",
     "Loop",
     "Reward",
+    "RewardError",
     "Rollout",
     "RunFolderError",
     "Schedule",
+    "Scores",
     "TrainConfig",
     "Trainer",
     "Window",

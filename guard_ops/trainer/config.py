@@ -41,6 +41,11 @@ class TrainConfig:
             rank's part of an update.
         advantage_scale: what divides a reward's distance from its group's mean: the spread of the
             "group" or of the whole "batch", or nothing ("none").
+        reward_retries: how often a batch is given to the reward again after an error, an answer
+            that is not finite or not [B], or none in time; then the run stops.
+        reward_timeout: seconds that the reward may take for a batch; None: any.
+        reward_overlap: the reward works in a thread while the next samples are made. Like the two
+            before, it changes no result.
         seed: of prompts, initial latents and every step's noise.
         evaluate_every: iterations between calls of ``evaluate``; also after the last.
         checkpoint_every: iterations between checkpoints, also after the last; 0 for none at all.
@@ -67,6 +72,9 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.99
     advantage_scale: AdvantageScale = "group"
+    reward_retries: int = 1
+    reward_timeout: float | None = None
+    reward_overlap: bool = False
     seed: int = 0
     evaluate_every: int = 10
     checkpoint_every: int = 10
@@ -74,7 +82,7 @@ class TrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
-        lowest = {"group_size": 2, "seed": 0, "checkpoint_every": 0}
+        lowest = {"group_size": 2, "seed": 0, "checkpoint_every": 0, "reward_retries": 0}
         for each in fields(self):
             name, value = each.name, getattr(self, each.name)
             wanted = _NUMBERS.get(str(each.type).removesuffix(" | None"))
@@ -103,8 +111,13 @@ class TrainConfig:
                 f"`minibatches` is {self.minibatches} for the {self.samples} samples of a rollout "
                 "(prompts_per_iteration * group_size); it needs at most that"
             )
-        if not isinstance(self.tensorboard, bool):
-            raise TypeError(f"`tensorboard` is {self.tensorboard!r}; it needs a bool")
+        if self.reward_timeout is not None and not 0 < self.reward_timeout < math.inf:
+            raise ValueError(
+                f"`reward_timeout` is {self.reward_timeout}; it needs > 0 and finite, or None"
+            )
+        for name in ("tensorboard", "reward_overlap"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` is {getattr(self, name)!r}; it needs a bool")
         if self.seed >= 2**63:
             raise ValueError(f"`seed` is {self.seed}; it needs < 2**63")
 

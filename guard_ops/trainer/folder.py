@@ -101,3 +101,15 @@ def aside(path: Path, suffix: str) -> Path:
         n += 1
         name = path.with_name(f"{path.name}.{suffix}-{n}")
     return name
+
+
+def keep_aside(path: Path) -> None:
+    """Rename what is not of this run, with a warning."""
+    kept = aside(path, "aside")
+    with writing(path):
+        path.rename(kept)
+    warnings.warn(
+        f"guard_ops: {path} is kept as {kept.name}: it is not of this run",
+        RuntimeWarning,
+        stacklevel=3,
+    )

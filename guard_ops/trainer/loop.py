@@ -15,10 +15,12 @@ from guard_ops.ops import next_sample
 from . import batches, draws
 from .batches import Minibatch, padded
 from .config import TrainConfig
+from .decoupled import decoupled_advantages
 from .engine import Engine
+from .judging import Judge, Judging, RewardError
 from .learner import Learner
 from .metrics import Sums
-from .policy import Condition, FlowPolicy, Reward, take
+from .policy import Condition, FlowPolicy, Reward, Scores, take
 from .window import Noise, Plan
 
 
@@ -55,7 +57,14 @@ class Loop:
         engine: Engine,
         learner: Learner,
     ) -> None:
-        self.policy, self.reward, self.prompts, self.metadata = policy, reward, prompts, metadata
+        self.policy, self.prompts, self.metadata = policy, prompts, metadata
+        self.judge = Judge(
+            reward,
+            retries=config.reward_retries,
+            timeout=config.reward_timeout,
+            overlap=config.reward_overlap,
+            nonfinite=guard.nonfinite == "drop",
+        )
         self.guard, self.config, self.engine, self.learner = guard, config, engine, learner
         sigmas, timesteps = policy.schedule(config.steps)
         self.timesteps = timesteps.to(engine.device)
@@ -69,18 +78,23 @@ class Loop:
         self.most = max(len(share) for share in self.shares)
         self.report: Callable[[str, int, int], object] = lambda phase, done, total: None
         self.norms = torch.zeros(0)  # of the gradients of an iteration's updates
+        self.ratios: dict[str, Tensor] = {}  # each [K, b], of this rank's last update
 
     def iterate(self) -> dict[str, Tensor]:
-        """One iteration: its numbers over all ranks."""
+        """One iteration: its numbers over all ranks.
+
+        Raises:
+            RewardError: on every rank, if a rank's reward gives no usable answer; nothing is
+                changed then.
+        """
         c, device, iteration = self.config, self.engine.device, self.learner.iteration
         draw = self.draw(iteration)
         updates = batches.minibatches(self.shares, self.engine.rank, c, iteration, device)
-        rollout = self.rollout(draw)
-        rewards = self.rewards(rollout)
-        advantages = go.group_advantages(
-            rewards, draw.groups, scale=c.advantage_scale, process_group=self.engine.group
-        )
-        sums, norms = Sums(rewards), []
+        judging = Judging(self.judge)
+        rollout = self.rollout(draw, judging)
+        scores = self.scores(judging)
+        advantages = self.advantages(scores, draw.groups)
+        sums, norms = Sums(scores), []
         for number, minibatch in enumerate(updates):
             self.report("update", number, len(updates))
             result = self.update(rollout, advantages, minibatch, on_policy=number == 0)
@@ -109,8 +123,10 @@ class Loop:
         return Draw(mine.tolist(), mine.to(device), seeds, plan, condition)
 
     @torch.no_grad()
-    def rollout(self, draw: Draw) -> Rollout:
-        """Sample with the policy as it is now, ``self.chunk`` samples at a time."""
+    def rollout(self, draw: Draw, judging: Judging | None = None) -> Rollout:
+        """Sample with the policy as it is now, ``self.chunk`` samples at a time, and have them
+        judged.
+        """
         n, whole = len(draw.prompts), None
         for rows in padded(n, self.chunk, self.most, self.engine.device):
             self.report("rollout", 0 if whole is None else whole.filled, n)
@@ -120,7 +136,10 @@ class Loop:
                 timestep = self.timesteps[k].expand(self.chunk)
                 velocities.append(self.policy.velocity(latents[k], timestep, condition))
                 latents.append(next_sample(velocities[k], latents[k], coeffs, seed=seeds[k]))
+            first = 0 if whole is None else whole.filled
             whole = batches.append(whole, n, latents, velocities)
+            if judging is not None and whole.filled > first:
+                self._submit(judging, draw.prompts[first : whole.filled], latents[-1])
         assert whole is not None
         rollout = Rollout(whole.latents, whole.velocities, None, draw)
         if self.guard.kl_beta:
@@ -130,20 +149,30 @@ class Loop:
             rollout = rollout._replace(reference=reference)
         return rollout
 
-    @torch.no_grad()
-    def rewards(self, rollout: Rollout) -> Tensor:
-        """The reward of each sample, [n]."""
-        parts = []
-        for first in range(0, len(rollout.draw.prompts), self.chunk):
-            self.report("reward", first, len(rollout.draw.prompts))
-            prompts = rollout.draw.prompts[first : first + self.chunk]
-            pixels = self.policy.decode(rollout.latents[-1, first : first + self.chunk])
-            texts, metadata = (
-                [self.prompts[p] for p in prompts],
-                [self.metadata[p] for p in prompts],
-            )
-            parts.append(self.reward(pixels, texts, metadata).to(self.engine.device))
-        return torch.cat(parts)
+    def _submit(self, judging: Judging, prompts: list[int], samples: Tensor) -> None:
+        """Have the first samples of a chunk judged, which are of these prompts."""
+        pixels = self.policy.decode(samples[: len(prompts)])
+        judging.add(pixels, [self.prompts[p] for p in prompts], [self.metadata[p] for p in prompts])
+
+    def scores(self, judging: Judging) -> Scores:
+        """What the reward says of each sample, [n]; a rank's fault is one on all of them."""
+        self.report("reward", 0, 1)
+        scores = judging.scores()
+        faults = self.engine.gather(None if judging.fault is None else str(judging.fault))
+        for rank, fault in enumerate(faults):
+            if fault is not None:
+                raise RewardError(f"rank {rank}: {fault}" if self.engine.ranks > 1 else fault)
+        assert scores is not None
+        device = self.engine.device
+        return Scores(scores.total.to(device), {n: x.to(device) for n, x in scores.parts.items()})
+
+    def advantages(self, scores: Scores, groups: Tensor) -> Tensor:
+        """Of each sample, [n]: of its reward, or of each of its parts before their sum."""
+        group, scale = self.engine.group, self.config.advantage_scale
+        weights = getattr(self.judge.reward, "advantage_weights", None)
+        if weights is None:
+            return go.group_advantages(scores.total, groups, scale=scale, process_group=group)
+        return decoupled_advantages(scores.parts, weights, groups, scale=scale, process_group=group)
 
     def update(
         self, rollout: Rollout, advantages: Tensor, batch: Minibatch, *, on_policy: bool
@@ -161,6 +190,7 @@ class Loop:
         self.learner.ema.refuse_if_applied()
         out = self.objective(rollout, advantages, batch, on_policy=on_policy)
         assert isinstance(out.grad, Tensor)
+        self.ratios = {"log_ratio": out.log_ratio.detach(), "excess": out.excess.detach()}
         weight = self.engine.weight(len(batch.rows), out, self.guard)  # the mean is over samples
         self.learner.optimizer.zero_grad(set_to_none=True)
         self._push(rollout, batch, out.grad, weight)

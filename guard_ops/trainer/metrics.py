@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from guard_ops.objective import Metrics
 from .engine import Engine
 from .extras import require
 from .folder import aside, write_whole, writing
+from .policy import Scores
 
 
 class MetricsWriter:
@@ -111,8 +113,9 @@ class MetricsWriter:
 class Sums:
     """An iteration's numbers, of which each rank has a part; they are put together once."""
 
-    def __init__(self, rewards: Tensor) -> None:
-        self.rewards = rewards.double()
+    def __init__(self, scores: Scores) -> None:
+        self.rewards = scores.total.double()
+        self.parts = {name: value.double() for name, value in scores.parts.items()}
         self.updates: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, weight: Tensor, loss: Tensor, norm: Tensor, metrics: Metrics) -> None:
@@ -130,20 +133,40 @@ class Sums:
         """Means over the updates and all ranks, [] or [K] float64."""
         per_step, losses, norms = (torch.stack(x) for x in zip(*self.updates, strict=True))
         count = torch.full((), len(self.rewards), dtype=torch.float64, device=engine.device)
-        sums = torch.stack([count, self.rewards.sum()])
-        flat = torch.cat([sums, losses.double(), per_step.flatten()])
+        parts = torch.stack([count, self.rewards.sum(), *self._part_sums()])
+        flat = torch.cat([parts[:2], losses.double(), per_step.flatten(), parts[2:]])
         flat = engine.sum(flat)
+        flat, of_parts = flat.split([len(flat) - 2 * len(self.parts), 2 * len(self.parts)])
         count, mean = flat[0], flat[1] / flat[0]
         losses = flat[2 : 2 + len(losses)] / engine.ranks
         per_step = flat[2 + len(losses) :].reshape(per_step.shape) / engine.ranks
         square = engine.sum((self.rewards - mean).square().sum()) / count
         numbers = {"reward": mean, "reward_std": square.sqrt()}
+        for name, (total, there) in zip(self.parts, of_parts.reshape(-1, 2), strict=False):
+            numbers[f"reward_{name}"] = total / there  # NaN where no sample has this part
         numbers |= {"loss": losses.mean(), "grad_norm": norms.double().mean()}
         steps = dict(zip(self.names, per_step.unbind(1), strict=True))  # each [updates, K]
         for std, bias in _SPREADS.items():
             steps[std] = (steps[std] - steps[bias].square()).clamp(min=0).sqrt()
         steps["nonfinite"] = steps["nonfinite"] * engine.ranks
         return numbers | {name: value.mean(0) for name, value in steps.items()}
+
+    def _part_sums(self) -> list[Tensor]:
+        """Of each part the sum over the samples that have it, and their number."""
+        found = []
+        for value in self.parts.values():
+            there = value.isfinite()
+            found += [torch.where(there, value, 0.0).sum(), there.double().sum()]
+        return found
+
+
+def write_ratios(out: Path, iteration: int, ratios: Mapping[str, Tensor]) -> None:
+    """Keep the first rank's ratios of an update, for histograms: ``ratios/iteration-000020...``."""
+    save = require("safetensors.torch", "train").save
+    path = out / "ratios" / f"iteration-{iteration:06d}.safetensors"
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+    write_whole(path, save({name: x.float().cpu().contiguous() for name, x in ratios.items()}))
 
 
 _SPREADS = {"ratio_std": "ratio_bias", "ratio_hat_std": "ratio_hat_bias"}

@@ -67,8 +67,19 @@ class FlowPolicy(Protocol):
         """As ``nn.Module.named_parameters``."""
 
 
-Reward: TypeAlias = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, Any]]], Tensor]
-"""``(pixels, prompts, metadata) -> [B]`` floating; larger is better."""
+class Scores(NamedTuple):
+    """What a reward says of B samples."""
+
+    total: Tensor  # [B], what training raises
+    parts: dict[str, Tensor]  # each [B]; NaN where a part is not of a sample
+
+
+Reward: TypeAlias = Callable[[Tensor, Sequence[str], Sequence[Mapping[str, Any]]], Tensor | Scores]
+"""``(pixels, prompts, metadata) -> [B]`` floating, or :class:`Scores`; larger is better.
+
+With an attribute ``advantage_weights``, numbers by the names of its parts, the advantages are made
+of each part and then added with these weights (GDPO), instead of being made of the total.
+"""
 
 
 def trainable(policy: FlowPolicy) -> dict[str, nn.Parameter]:

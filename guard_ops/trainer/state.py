@@ -24,7 +24,7 @@ from .policy import FlowPolicy
 # These settings may differ between a run and its continuation.
 _FREE = (
     "iterations", "evaluate_every", "checkpoint_every", "keep_checkpoints", "tensorboard",
-    "micro_batch", "rollout_batch",
+    "micro_batch", "rollout_batch", "reward_retries", "reward_timeout", "reward_overlap",
 )  # fmt: skip
 _SAMPLED = 1024  # bytes of each frozen parameter that tell it from another
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from .config import TrainConfig
 from .ema import Ema
 from .engine import Engine
 from .folder import FolderLock, RunFolderError
+from .judging import RewardError
 from .learner import Learner, MakeOptimizer
 from .loop import Loop
-from .metrics import MetricsWriter
+from .metrics import MetricsWriter, write_ratios
 from .policy import FlowPolicy, Reward, trainable
 from .progress import progress_bar
 
@@ -41,7 +42,9 @@ class Trainer:
         resume: continue from the newest intact checkpoint in ``out``, if there is one.
         optimizer: makes one of the list of trained parameters; by default AdamW.
         evaluate: called on every rank each ``config.evaluate_every`` iterations; rank 0's numbers
-            join that line of the metrics. It must draw from a generator of its own.
+            join that line of the metrics. It must draw from a generator of its own. It may set
+            ``best``, so that a checkpoint is kept in ``best/``, and ``finished``, so that the run
+            ends after this iteration; on every rank.
         observe: ``(iteration, numbers)``, called on rank 0 after each line of the metrics.
         initialize: called when a run begins, before the policy is shared among ranks, to give it
             its first weights; those of a resumed run come from its checkpoint.
@@ -76,6 +79,7 @@ class Trainer:
     ) -> None:
         self.policy, self.config, self.out = policy, config, Path(out)
         self.engine, self.evaluate, self.observe = engine or Engine(), evaluate, observe
+        self.best, self.finished = False, False  # what an evaluation says, alike on all ranks
         self.checkpoints = self.out / "checkpoints"
         rows: Sequence[Mapping[str, Any]] = [{}] * len(prompts) if metadata is None else metadata
         _check(policy, prompts, rows, config)
@@ -144,6 +148,8 @@ class Trainer:
         Raises:
             FloatingPointError: the loss, or the gradient of an update, is not finite, which is
                 noticed before a checkpoint. Such a gradient is not applied.
+            RewardError: the reward gives no usable answer. A checkpoint of the state before that
+                is written first; nothing is lost.
         """
         c = self.config
         if self.iteration >= c.iterations:
@@ -153,22 +159,52 @@ class Trainer:
             if bar is not None:
                 done = self.learner  # not `self`, which would keep itself alive
                 self.loop.report = lambda phase, n, of: bar(done.iteration, f"{phase} {n}/{of}")
-            while self.iteration < c.iterations:
+            while self.iteration < c.iterations and not self.finished:
                 started = time.perf_counter()
-                numbers: dict[str, Any] = {n: x.tolist() for n, x in self.iterate().items()}
+                try:
+                    found = self.iterate()
+                except RewardError as error:
+                    self._stop(error)
+                numbers: dict[str, Any] = {n: x.tolist() for n, x in found.items()}
                 self._refuse_nonfinite(numbers)
                 numbers["seconds"] = time.perf_counter() - started
                 last = self.iteration == c.iterations
                 if self.evaluate and (last or self.iteration % c.evaluate_every == 0):
-                    numbers.update(self.evaluate())
-                if self.engine.rank == 0:
-                    self.writer.write(self.iteration, numbers)
-                    if self.observe is not None:
-                        self.observe(self.iteration, numbers)
+                    try:
+                        numbers.update(self.evaluate())
+                    except RewardError as error:  # the iteration itself is whole
+                        self._record(numbers)
+                        self._stop(error)
+                last = last or self.finished
+                self._record(numbers)
+                if self.best:
+                    self.keep_best()
                 if c.checkpoint_every and (last or self.iteration % c.checkpoint_every == 0):
                     self.save()
                 if bar is not None:
                     bar(self.iteration, f"reward {numbers['reward']:.3f}")
+
+    def _record(self, numbers: dict[str, Any]) -> None:
+        """A line of the metrics."""
+        if self.engine.rank == 0:
+            self.writer.write(self.iteration, numbers)
+            every = self.config.evaluate_every
+            if self.iteration % every == 0 or self.iteration == self.config.iterations:
+                write_ratios(self.out, self.iteration, self.loop.ratios)
+            if self.observe is not None:
+                self.observe(self.iteration, numbers)
+
+    def _stop(self, error: RewardError) -> NoReturn:
+        """Keep the state as it is, unless that is kept already, and raise ``error``."""
+        where = f"in iteration {self.iteration + 1}"
+        if not self.config.checkpoint_every:
+            raise RewardError(f"{error}, {where}; no checkpoints are kept") from error
+        folder = self.checkpoints / checkpoint.name_of(self.iteration)
+        if not self.engine.first(folder.exists):
+            self.save()
+        raise RewardError(
+            f"{error}, {where}; saved until there: {folder}, from which `resume=True` goes on"
+        ) from error
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; returns its folder. Every rank has to call.
@@ -179,6 +215,14 @@ class Trainer:
         text = self.engine.first(self.writer.sync)
         keep = self.config.keep_checkpoints
         return state.save(self.checkpoints, self.learner, self.settings, text, keep, self.engine)
+
+    def keep_best(self) -> None:
+        """Keep a checkpoint of this moment in ``best/``, instead of the one there."""
+        self.best = False
+        root = self.out / "best"
+        if not self.engine.first((root / checkpoint.name_of(self.iteration)).exists):
+            text = self.engine.first(self.writer.sync)
+            state.save(root, self.learner, self.settings, text, 1, self.engine)
 
     def close(self) -> None:
         """Close the metrics files and leave the folder to others."""

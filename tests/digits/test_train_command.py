@@ -10,6 +10,7 @@ from guard_ops.digits import jobs
 from guard_ops.digits.judges import Gold, ProxyReward
 from guard_ops.digits.policy import load_digits
 from guard_ops.trainer.folder import FolderLock
+from guard_ops.trainer.metrics import read_metrics
 
 SHORT = ["pretrain_steps=2", "checkpoint_every=1", "evaluate_every=100"]
 
@@ -93,6 +94,30 @@ def test_a_run_that_has_come_so_far_says_where_it_is(trained, iterations, capsys
     assert len(lines) == 2
 
 
+def test_a_recipe_of_yours_in_the_folder_is_kept(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("# mine\nkind: digits\n")
+    given = ["train", "digits", f"out={tmp_path}", *SHORT, "iterations=1"]
+    with pytest.warns(RuntimeWarning, match="recipe.yaml is kept as recipe.yaml.aside"):
+        assert cli.main(given) == 0
+    assert (tmp_path / "recipe.yaml.aside").read_text() == "# mine\nkind: digits\n"
+    assert "pretrain_steps: 2\n" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_the_monitor_of_a_run_is_resumed_to_the_same_readings(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = [*SHORT, "evaluate_every=1"]
+    assert cli.main(["train", "digits", f"out={whole}", *words, "iterations=3"]) == 0
+    assert cli.main(["train", "digits", f"out={parts}", *words, "iterations=2"]) == 0
+    again = [*words, "iterations=3", "resume=true"]
+    assert cli.main(["train", "digits", f"out={parts}", *again]) == 0
+    assert (whole / "monitor.jsonl").read_bytes() == (parts / "monitor.jsonl").read_bytes()
+    line = read_metrics(parts / "metrics.jsonl")[-1]
+    assert {"gold_drop", "gold_drop_error", "gap", "over_optimizing"} <= line.keys()
+    for kind in ("pictures", "ratios"):
+        names = [path.name for path in sorted((parts / kind).iterdir())]
+        assert names[-1].startswith("iteration-000003.")
+
+
 def test_a_folder_in_use_is_one_line(trained, capsys):
     lock = FolderLock(trained)
     try:
@@ -118,8 +143,10 @@ def test_an_interrupt_says_what_was_saved_and_the_command_that_continues(
 ):
     out = tmp_path / "a run"  # a name that a shell needs quoted
     given = ["train", "digits", f"out={out}", *SHORT, "evaluate_every=2", "iterations=3"]
+    judge = jobs.judge
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "judge", interrupt(lambda: True))
+        # the monitor's first reading is of the start
+        patch.setattr(jobs, "judge", lambda *a: interrupt(lambda: a[-1] > 0)() or judge(*a))
         assert cli.main(given) == 130
     text = capsys.readouterr().err
     assert f"interrupted; saved until now: {out}/checkpoints/iteration-000001. To con" in text

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from guard_ops.monitor.monitor import read_monitor
+
 ROOT = Path(__file__).parents[2]
 WAYS = {
     "ddp": ("sd3_5_medium", {}, "lora/pytorch_lora_weights.safetensors"),
@@ -27,7 +29,12 @@ WAYS = {
 def test_two_ranks_train_what_one_trains(way, tiny_words, tmp_path):
     recipe, changes, file = WAYS[way]
     words = tiny_words(recipe, dtype="float32", evaluation_prompts=2, **changes)
-    weights = []
+    (tmp_path / "contrast.py").write_text(
+        "def gold(pixels, prompts, metadata):\n    return pixels.flatten(1).std(1)\n"
+    )
+    (tmp_path / "held-out.txt").write_text("a blue ball\na dog\n")
+    words += ["gold=contrast:gold", f"gold_prompts={tmp_path / 'held-out.txt'}", "gold_samples=5"]
+    weights, readings = [], []
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"
         done = subprocess.run(
@@ -36,11 +43,16 @@ def test_two_ranks_train_what_one_trains(way, tiny_words, tmp_path):
                 "-m", "guard_ops", "train", recipe, f"out={out}", *words,
             ],
             cwd=ROOT, capture_output=True, text=True, check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("trained weights, for diffusers") == 1
         weights.append(load_file(out / file))
+        readings.append(read_monitor(out))
+    for alone, shared in zip(*readings, strict=True):
+        assert alone.iteration == shared.iteration
+        assert shared.gold == pytest.approx(alone.gold, abs=1e-4)  # of 5 samples, in their order
+    assert [x.iteration for x in readings[0]] == [0, 2]
     one, two = weights
     assert one.keys() == two.keys()
     for name, value in one.items():

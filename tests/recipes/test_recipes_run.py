@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from guard_ops.recipes import job
 from guard_ops.recipes.resolve import resolve
 from guard_ops.trainer.engine import Engine
 from guard_ops.trainer.folder import FolderLock
+from guard_ops.trainer.judging import Judge
 from guard_ops.trainer.metrics import read_metrics
 
 RECIPES = ("sd3_5_medium", "flux1_dev", "wan2_1_t2v_1_3b", "qwen_image")
@@ -188,13 +191,136 @@ def test_a_videos_metadata_reach_a_reward_of_yours(tiny_words, tmp_path, monkeyp
     assert [{"a dog": 1, "a cube": 2}[p] for p in prompts] == [m["tag"] for m in metadata]
 
 
+def test_several_rewards_with_advantages_of_each(tiny_words, tmp_path, monkeypatch):
+    (tmp_path / "bright.py").write_text(
+        "def score(pixels, prompts, metadata):\n    return pixels.flatten(1).mean(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = tiny_words("sd3_5_medium", dtype="float32", evaluate_every=2)
+    words += ["reward=jpeg_size+bright:score", "reward_weights=[0.1,2]"]
+    lines = {}
+    for how in ("summed", "separate"):
+        run("sd3_5_medium", tmp_path / how, [*words, f"reward_advantages={how}"])
+        lines[how] = read_metrics(tmp_path / how / "metrics.jsonl")
+        for line in lines[how]:
+            total = 0.1 * line["reward_jpeg_size"] + 2 * line["reward_bright:score"]
+            assert line["reward"] == pytest.approx(total)
+        assert "evaluation_reward_bright:score" in lines[how][-1]
+    first, other = (lines[how][0] for how in ("summed", "separate"))
+    assert first["reward"] == other["reward"]
+    assert first["grad_norm"] != other["grad_norm"]
+
+
+JUDGES = """
+import torch
+
+calls = 0  # of gold, 3 a reading
+
+
+def proxy(pixels, prompts, metadata):
+    if "a dog" in prompts or "a blue ball" in prompts:
+        return torch.full((len(prompts),), float(calls // 3))
+    return pixels.flatten(1).mean(1)
+
+
+def gold(pixels, prompts, metadata):
+    global calls
+    calls += 1
+    return torch.full((len(prompts),), (0.0, 1.0, 0.5)[(calls - 1) // 3])
+
+
+def features(images):
+    return images.flatten(1)[:, :4], images.flatten(1)[:, 4:7]
+"""
+
+
+@pytest.fixture
+def gold(tmp_path, monkeypatch):
+    """Words for a monitor whose gold is best after an iteration, while its proxy rises."""
+    (tmp_path / "judges.py").write_text(JUDGES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "judges", raising=False)
+    (tmp_path / "held-out.txt").write_text("a blue ball\na dog\n")
+    return [
+        "reward=judges:proxy", "gold=judges:gold", f"gold_prompts={tmp_path / 'held-out.txt'}",
+        "gold_samples=5", "evaluation_prompts=0", "evaluate_every=1", "reward_overlap=false",
+    ]  # fmt: skip
+
+
+def test_the_monitor_reads_gold_and_stops_the_run(gold, tiny_words, tmp_path, capsys):
+    words = tiny_words("sd3_5_medium", dtype="float32", iterations=5, checkpoint_every=5)
+    words += [*gold, "gold_features=judges:features", "stop_over_optimizing=true"]
+    run("sd3_5_medium", tmp_path / "run", words)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(line["held_out_proxy"], line["gold"]) for line in lines] == [(1, 1), (2, 0.5)]
+    assert [line["over_optimizing"] for line in lines] == [0, 1]  # where it ends, of 5
+    assert all(line["inception_score"] >= 1 for line in lines)
+    said = capsys.readouterr().out
+    assert "over-optimizing since iteration 2: gold is 0.5 below its best, of iteration 1" in said
+    monitor = (tmp_path / "run" / "monitor.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in monitor] == [0, 1, 2]
+    assert all(len(json.loads(line)["gold"]) == 5 for line in monitor)
+    (best,) = (tmp_path / "run" / "best").iterdir()
+    assert best.name == "iteration-000001"
+    # it is a checkpoint to continue from: here to its end at once, where its weights are exported
+    shutil.copytree(best.parent, tmp_path / "best" / "checkpoints")
+    again = [f"out={tmp_path / 'best'}", "resume=true", "iterations=1"]
+    with pytest.warns(RuntimeWarning, match="metrics.jsonl is gone"):
+        assert cli.main(["train", str(tmp_path / "run" / "recipe.yaml"), *again]) == 0
+    assert (tmp_path / "best" / "lora").is_dir()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("gold_prompts=null", "`gold_prompts` is not given, and `prompts` "),
+        ("gold_prompts={prompts}", "has 'a red cube', which `prompts` has too; the monitor needs"),
+        ("gold=judges:proxy", "`gold` is 'judges:proxy', which is the `reward` that is trained on"),
+        ("gold_samples=1", "`gold_samples` is 1; it needs >= 2"),
+        ("gold_features=faces", "`gold_features` is 'faces'; it needs pixels, or a function of"),
+        ("gold=text_rendering", "asks for no text; the reward text_rendering needs it in"),
+    ],
+)
+def test_a_monitor_that_cannot_be_is_said_first(
+    change, message, gold, tiny_words, prompts, tmp_path, capsys, monkeypatch
+):
+    if "text_rendering" in change:
+        pytest.importorskip("rapidocr", reason="needs guard-ops[rewards]")
+    monkeypatch.setattr(job, "load_policy", lambda *_: pytest.fail("weights are loaded"))
+    words = [*tiny_words("sd3_5_medium"), *gold, change.format(prompts=prompts)]
+    assert cli.main(["train", "sd3_5_medium", f"out={tmp_path / 'out'}", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_shipped_prompts_are_a_name(tiny_words, tmp_path, capsys):
+    words = tiny_words("sd3_5_medium", prompts="geneval", reward="geneval")
+    assert cli.main(["train", "sd3_5_medium", "--dry-run", *words]) == 0
+    said = capsys.readouterr().out
+    assert "96 in the file, 2 an iteration" in said
+    assert "reward: geneval" in said
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"group_size": 1}, "`group_size` is 1; it needs >= 2"),
         ({"prompts_per_iteration": 3}, "prompts; `prompts_per_iteration` 3 needs at least"),
-        ({"reward": "jpeg"}, "`reward` is 'jpeg'; it needs one of jpeg_size, or a function"),
+        ({"reward": "jpeg"}, "`reward` is 'jpeg'; it needs one of aesthetic, clip_score"),
         ({"reward": "no_such_module:score"}, "which cannot be imported: No module named"),
+        ({"reward": "pickscore+jpeg_size", "reward_weights": "[1]"}, "`reward_weights` has 1 num"),
+        ({"reward_weights": "[1]"}, "`reward_weights` is [1.0], for the one reward 'jpeg_size'"),
+        ({"reward_weights": "[a]"}, "`reward_weights` is ['a']; it needs a list of numbers or"),
+        ({"reward_options": "[jpeg_size.q=1]"}, "`reward_options` has jpeg_size.q, but jpeg_size"),
+        (
+            {"reward": "pickscore", "reward_options": "[pickscore.modle=/m]"},
+            "`reward_options` has pickscore.modle; did you mean pickscore.model?",
+        ),
+        (
+            {"reward": "pickscore", "reward_options": "[pickscore.model=/no/folder]"},
+            "copy DIR here and give reward_options=[pickscore.model=DIR]",
+        ),
+        ({"reward": "geneval"}, "GenEval's metadata of 'a red cube' have the \"tag\" None; it"),
+        ({"reward_timeout": -1}, "`reward_timeout` is -1.0; it needs > 0 and finite"),
         ({"height": 33}, "`height` is 33; it needs a multiple of 16"),
         ({"steps": 1}, "`window` leaves none of the 1 steps to train"),
         ({"trackers": "[paper]"}, "`trackers` has 'paper'; it needs any of tensorboard, wandb"),
@@ -281,9 +407,10 @@ def test_pictures_are_judged_in_pieces_of_the_decoder(tiny_words, monkeypatch, t
         return pixels.flatten(1).mean(1)
 
     checked = job.check(settings, 1)
-    evaluation = job.Evaluation(None, reward, checked, Engine(device="cpu"), tmp_path)
+    evaluation = job.Evaluation(None, checked, Engine(device="cpu"), tmp_path)
     evaluation.recipe.ema_decay = 0.0
-    evaluation.trainer = SimpleNamespace(iteration=1)
+    loop = SimpleNamespace(judge=Judge(reward), scores=lambda judging: judging.scores())
+    evaluation.trainer = SimpleNamespace(iteration=1, loop=loop)
     pixels = torch.stack([torch.full((3, 4, 4), value) for value in (0.25, 0.75)])
     monkeypatch.setattr(evaluation, "_sample", lambda: pixels)
     assert evaluation() == {"evaluation_reward": 0.5}

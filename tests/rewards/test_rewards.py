@@ -34,7 +34,7 @@ def test_jpeg_size_of_a_video_is_its_frames_mean():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("jpeg", "`reward` is 'jpeg'; it needs one of jpeg_size, or a function of yours"),
+        ("jpeg", "`reward` is 'jpeg'; it needs one of aesthetic, clip_score, geneval, jpeg_size"),
         ("math:no_such", "which cannot be imported: module 'math' has no attribute"),
         ("math:pi", "`reward` is 'math:pi', which is a float, no function"),
     ],

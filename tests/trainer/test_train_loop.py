@@ -211,7 +211,11 @@ def test_resume_with_another_model_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(tmp_path):
-    trainer = tiny_trainer(tmp_path, reward=lambda *given: reward(*given) * float("nan"))
+    policy = TinyPolicy()
+    policy.base.weight.data.fill_(float("nan"))
+    trainer = tiny_trainer(
+        tmp_path, policy=policy, reward=lambda pixels, *_: torch.arange(float(len(pixels)))
+    )
     with pytest.raises(FloatingPointError, match="the loss is nan in iteration 1"):
         trainer.fit(progress=False)
     assert newest(trainer).iteration == 0
