@@ -39,7 +39,7 @@ constexpr int sums_blocks = 3, gradient_blocks = 2;
 enum Role { role_v, role_uncond, role_ref, role_x, role_y, role_old, role_noise, roles };
 using Roles = uint32_t;  // a set of roles: bit r is set if it has role r
 constexpr Roles every_role = (1u << roles) - 1;
-constexpr Roles bit(Role r) { return 1u << r; }
+GUARD_OPS_HD constexpr Roles bit(Role r) { return 1u << r; }
 
 // The operands that a gradient needs whose coefficients are all of one kind.
 inline Roles roles_of(Form form, GradientKind kind, bool with_ref) {
@@ -70,8 +70,56 @@ struct Divisor {
   }
 };
 
+// What is known of a batch when its kernels are compiled, where it is one of those below: the form,
+// the dtype of the latents and that of the old mean, rows that all begin on 16 bytes and end with a
+// whole tile, and neither guidance nor a reference. A warp then has no question to ask a tile. The
+// slot is that of `Plan`.
+template <Form F, DType T, DType Old>
+struct FixedLayout {
+  static constexpr Form form = F;
+  static constexpr Roles present = bit(role_v) | (uses_sample(F) ? bit(role_x) | bit(role_y) : 0) |
+                                   (F == Form::log_prob ? 0 : bit(role_old)) |
+                                   (F == Form::noise ? bit(role_noise) : 0);
+
+  static GUARD_OPS_HD constexpr bool has(uint32_t r) { return present >> r & 1; }
+  static GUARD_OPS_HD constexpr DType dtype(uint32_t r) {
+    return r == role_old && F == Form::mean ? Old : T;
+  }
+  static GUARD_OPS_HD constexpr bool wide(uint32_t r) { return dtype(r) == DType::f32; }
+  static GUARD_OPS_HD constexpr uint32_t tile_bytes(uint32_t r) {
+    return tile * uint32_t(size_of(dtype(r)));
+  }
+  // Where an operand begins in a slot. This is no loop, of which the compiler would make one.
+  static GUARD_OPS_HD constexpr uint32_t offset(uint32_t r) {
+    static_assert(roles == 7, "one term for each");
+    return before(0, r) + before(1, r) + before(2, r) + before(3, r) + before(4, r) + before(5, r) +
+           before(6, r);
+  }
+  static GUARD_OPS_HD constexpr uint32_t slot_bytes() { return offset(roles); }
+
+ private:
+  static GUARD_OPS_HD constexpr uint32_t before(uint32_t r, uint32_t other) {
+    return r < other && has(r) ? tile_bytes(r) : 0;
+  }
+};
+
+// The layouts that kernels are compiled for, as X(form, dtype, dtype of the old mean).
+#define GUARD_OPS_LAYOUTS(X) \
+  X(mean, bf16, f32)         \
+  X(mean, bf16, bf16)        \
+  X(mean, f32, f32)          \
+  X(velocity, bf16, bf16)    \
+  X(velocity, f32, f32)      \
+  X(noise, bf16, bf16)       \
+  X(noise, f32, f32)         \
+  X(seeded, bf16, bf16)      \
+  X(seeded, f32, f32)        \
+  X(log_prob, bf16, bf16)    \
+  X(log_prob, f32, f32)
+
 struct Plan {
   Form form;
+  uint32_t layout;            // bit n is set if it is layout n; 0 if it is none of them
   Operand operand[roles];     // absent ones are null
   uint32_t offset[roles];     // where an operand's part of a slot begins
   Roles present, even, wide;  // even: all rows begin on 16 bytes; wide: the dtype is float32
@@ -80,6 +128,7 @@ struct Plan {
   uint32_t slot_bytes;
   uint32_t mean_offset;  // where in a slot sde_step puts the mean
   uint32_t rows, chunk_tiles, row_chunks, row_parts, chunks;
+  uint32_t row_tiles;
   int64_t numel;
   Divisor by_batch, by_row_chunks, by_chunk_tiles;
   uint32_t batch;
@@ -88,11 +137,57 @@ struct Plan {
   Doubles table[3];                    // a, b, s
 };
 
+// Calls call(layout) with the plan's FixedLayout and returns true, or false if it has none. The
+// bits keep the compiler from making a table of jumps of this.
+template <class Call>
+GUARD_OPS_HD bool by_layout(const Plan& p, Call call) {
+  uint32_t n = 0;
+#define GUARD_OPS_CALL(form, dtype, old)                       \
+  if (p.layout >> n++ & 1) {                                   \
+    call(FixedLayout<Form::form, DType::dtype, DType::old>{}); \
+    return true;                                               \
+  }
+  GUARD_OPS_LAYOUTS(GUARD_OPS_CALL)
+#undef GUARD_OPS_CALL
+  return false;
+}
+
+// The bit of the layout that a plan is of, or 0.
+inline uint32_t layout_of(const Plan& p) {
+  const uint64_t tiles = uint64_t(p.chunks) * p.chunk_tiles;
+  if (p.even != p.present || p.numel % tile != 0 || tiles >= uint64_t(1) << 31) return 0;
+  const DType old = p.form == Form::mean ? p.operand[role_old].dtype : p.operand[role_v].dtype;
+  uint32_t n = 0;
+  const auto matches = [&](auto layout) {
+    using L = decltype(layout);
+    if (p.form != L::form || p.present != L::present || old != L::dtype(role_old)) return false;
+    for (uint32_t r = 0; r < roles; ++r) {
+      if (L::has(r) && p.operand[r].dtype != L::dtype(r)) return false;
+    }
+    return true;
+  };
+#define GUARD_OPS_CALL(form, dtype, old)                                                     \
+  if (matches(FixedLayout<Form::form, DType::dtype, DType::old>{})) return uint32_t(1) << n; \
+  ++n;
+  GUARD_OPS_LAYOUTS(GUARD_OPS_CALL)
+#undef GUARD_OPS_CALL
+  return 0;
+}
+
 // How many of a warp's slots are a ring that its tiles take turns in. `keeps`: whether the others
 // keep their tiles for a second pass, because there are more tiles than slots.
 GUARD_OPS_HD uint32_t ring_of(uint32_t slots, bool keeps) {
   const uint32_t most = keeps && slots < 2 * ring_slots ? 2 : ring_slots;
   return slots >= most ? most : slots >= 2 ? 2 : 1;
+}
+
+// Whether all rows of an operand begin on 16 bytes.
+inline bool rows_are_aligned(const Operand& x, int64_t steps, int64_t batch) {
+  const int64_t size = size_of(x.dtype);
+  const uint64_t offsets = reinterpret_cast<uintptr_t>(x.data) |
+                           (steps > 1 ? x.stride_k * size : 0) |
+                           (batch > 1 ? x.stride_b * size : 0);
+  return offsets % 16 == 0;
 }
 
 // The plan of a batch. `with_mean`: whether a slot has room for sde_step's float32 mean.
@@ -109,11 +204,7 @@ inline Plan plan_of(const Batch& t, const Doubles* table, bool with_mean = false
     if (!p.operand[r]) continue;
     p.present |= 1u << r;
     const Operand& x = p.operand[r];
-    const int64_t size = size_of(x.dtype);
-    const uint64_t offsets = reinterpret_cast<uintptr_t>(x.data) |
-                             (t.steps > 1 ? x.stride_k * size : 0) |
-                             (t.batch > 1 ? x.stride_b * size : 0);
-    if (offsets % 16 == 0) p.even |= 1u << r;
+    if (rows_are_aligned(x, t.steps, t.batch)) p.even |= 1u << r;
     if (x.dtype == DType::f32) p.wide |= 1u << r;
     p.slot_bytes += uint32_t(tile * size_of(p.operand[r].dtype));
   }
@@ -131,6 +222,7 @@ inline Plan plan_of(const Batch& t, const Doubles* table, bool with_mean = false
   }
   p.chunks = p.rows * p.row_chunks;
   p.numel = t.numel;
+  p.row_tiles = uint32_t(tiles);
   p.batch = uint32_t(t.batch);
   p.by_batch = Divisor(p.batch);
   p.by_row_chunks = Divisor(p.row_chunks);
@@ -139,11 +231,14 @@ inline Plan plan_of(const Batch& t, const Doubles* table, bool with_mean = false
   p.guidance_scale = float(t.guidance_scale);
   p.uncond_scale = float(1 - t.guidance_scale);
   for (int n = 0; n < 3; ++n) p.table[n] = table[n];
+  p.layout = with_mean ? 0 : layout_of(p);
   return p;
 }
 
-// Prepares the plan for a second pass over coefficients that are all of one kind.
-inline void expect(Plan& p, GradientKind kind) {
+// Prepares the plan for a second pass over coefficients that are all of one kind, which writes the
+// gradient into `out`.
+inline void expect(Plan& p, GradientKind kind, const Operand& out) {
+  if (out && !rows_are_aligned(out, p.rows / p.batch, p.batch)) p.layout = 0;
   p.kind = kind;
   p.again = roles_of(p.form, kind, bool(p.operand[role_ref]));
 }
@@ -155,10 +250,6 @@ struct TileAt {
   int64_t begin;              // its first element, counted from the row's
   uint32_t k, i, row, chunk;  // row = k B + i
   uint32_t count;             // how many elements it has; 0 behind the row's end
-};
-
-struct alignas(8) Bytes8 {
-  uint32_t w[2];
 };
 
 // The place in a tile of this lane's element `e`. A lane has two runs, so that a warp reads 512
@@ -279,24 +370,46 @@ __device__ __forceinline__ void read(const char* from, DType dtype, float out[la
   }
 }
 
-// Writes this lane's 8 elements, each rounded once.
+// A lane's run of 4 elements, each rounded once.
+__device__ __forceinline__ Bytes16 wide_run(const float in[run]) {
+  Bytes16 x;
+#pragma unroll
+  for (uint32_t e = 0; e < run; ++e) x.w[e] = bits_of(in[e]);
+  return x;
+}
+__device__ __forceinline__ Bytes8 narrow_run(DType dtype, const float in[run]) {
+  Bytes8 x;
+#pragma unroll
+  for (uint32_t w = 0; w < run / 2; ++w) {
+    const float* const two = in + 2 * w;
+    x.w[w] = dtype == DType::bf16 ? to_bfloats(two[0], two[1]) : to_halves(two[0], two[1]);
+  }
+  return x;
+}
+
+// Writes this lane's 8 elements into a slot.
 __device__ __forceinline__ void write(char* to, DType dtype, const float in[lane_elements]) {
 #pragma unroll
   for (uint32_t n = 0; n < lane_elements / run; ++n) {
+    const uint32_t at = n * warp_size + lane();
     if (dtype == DType::f32) {
-      Bytes16 x;
-#pragma unroll
-      for (uint32_t e = 0; e < run; ++e) x.w[e] = bits_of(in[n * run + e]);
-      reinterpret_cast<Bytes16*>(to)[n * warp_size + lane()] = x;
-      continue;
+      reinterpret_cast<Bytes16*>(to)[at] = wide_run(in + n * run);
+    } else {
+      reinterpret_cast<Bytes8*>(to)[at] = narrow_run(dtype, in + n * run);
     }
-    Bytes8 x;
+  }
+}
+
+// Stores this lane's 8 elements of a whole tile in global memory. `to`: this lane's first one, at
+// a multiple of a run's bytes. The lanes of a warp store adjacent runs.
+__device__ __forceinline__ void store_lane(char* to, DType dtype, const float in[lane_elements]) {
 #pragma unroll
-    for (uint32_t w = 0; w < run / 2; ++w) {
-      const float* const two = in + n * run + 2 * w;
-      x.w[w] = dtype == DType::bf16 ? to_bfloats(two[0], two[1]) : to_halves(two[0], two[1]);
+  for (uint32_t n = 0; n < lane_elements / run; ++n) {
+    if (dtype == DType::f32) {
+      store_global(to + n * warp_size * sizeof(Bytes16), wide_run(in + n * run));
+    } else {
+      store_global(to + n * warp_size * sizeof(Bytes8), narrow_run(dtype, in + n * run));
     }
-    reinterpret_cast<Bytes8*>(to)[n * warp_size + lane()] = x;
   }
 }
 

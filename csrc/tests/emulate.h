@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #define __global__
@@ -72,13 +73,23 @@ T shuffle_xor(T x, int mask) {
 struct alignas(16) Bytes16 {
   uint32_t w[4];
 };
-inline void store_global(void* global, const Bytes16& x) { std::memcpy(global, &x, sizeof x); }
+struct alignas(8) Bytes8 {
+  uint32_t w[2];
+};
+template <class Bytes>
+void store_global(void* global, const Bytes& x) {
+  if (reinterpret_cast<uintptr_t>(global) % sizeof x != 0)
+    std::abort();  // the device would fail too
+  std::memcpy(global, &x, sizeof x);
+}
 inline char* broadcast(char* pointer, uint32_t lane) {
   return reinterpret_cast<char*>(emulation::exchange(reinterpret_cast<uintptr_t>(pointer), lane));
 }
 
 using SharedAddress = char*;
 inline SharedAddress address_of(char* shared) { return shared; }
+inline const char* pointer_of(SharedAddress shared) { return shared; }
+inline SharedAddress same_for_warp(SharedAddress shared) { return shared; }
 inline void copy_async(SharedAddress shared, const void* global) {
   emulation::enqueue_copy(shared, global);
 }
