@@ -84,7 +84,9 @@ def kind_of(x: Instruction) -> str:
         re.match(r"(IMAD\.U32|SHF\.L\.U32|IMAD\.SHL)", x.name)
         and any(o in ("0x10000", "0x10") for o in x.operands)
         or (x.name == "LOP3.LUT" and "0xffff0000" in x.operands)
-        or (x.name == "PRMT" and x.operands[-2:] and x.operands[2] in ("0x7632", "0x7610", "0x5410"))
+        or (
+            x.name == "PRMT" and x.operands[-2:] and x.operands[2] in ("0x7632", "0x7610", "0x5410")
+        )
     )
     if widens:
         return "conversion"
@@ -218,7 +220,9 @@ class _Machine:
 
     def constant(self, operand: str) -> int | None:
         """The address in the constant bank, or None where it is another bank's."""
-        found = re.fullmatch(r"c\[(0x0|URZ|UR\d+)\]\[(?:(U?R\d+|RZ)\+?)?(-?0x[0-9a-f]+)?\]", operand)
+        found = re.fullmatch(
+            r"c\[(0x0|URZ|UR\d+)\]\[(?:(U?R\d+|RZ)\+?)?(-?0x[0-9a-f]+)?\]", operand
+        )
         if found is None or found[1].startswith("UR"):
             return None
         base = self.value(found[2]) if found[2] else 0

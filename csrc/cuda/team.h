@@ -106,6 +106,13 @@ __device__ __forceinline__ uint32_t to_bfloats(float low, float high) {
   return out;
 }
 
+// 1 / sqrt(x), to about a float32's last place.
+__device__ __forceinline__ float reciprocal_root(float x) {
+  float out;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 // Blocks tell each other by such integers how far they are. Changing one releases what its block
 // has written, and reading one acquires what the others have, which is then read like any memory.
 __device__ __forceinline__ uint32_t count_up(uint32_t* counter, uint32_t by) {

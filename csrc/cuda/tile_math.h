@@ -4,6 +4,7 @@
 // knows all that, or AnyLayout, which looks it up in the plan.
 #pragma once
 
+#include "normals.h"
 #include "tiles.h"
 
 namespace guard_ops::cuda {
@@ -50,8 +51,8 @@ __device__ __forceinline__ void normals(const RowNumbers& row, const TileAt& at,
   for (uint32_t q = 0; q < lane_elements / run; ++q) {
     const uint64_t counter = uint64_t(at.begin + place_of(q * run)) / run;
     const philox::Words words = philox::generate(row.key, counter, row.transition);
-    philox::box_muller(words.w[0], words.w[2], out + 4 * q, out + 4 * q + 1);
-    philox::box_muller(words.w[1], words.w[3], out + 4 * q + 2, out + 4 * q + 3);
+    box_muller(words.w[0], words.w[2], out + 4 * q, out + 4 * q + 1);
+    box_muller(words.w[1], words.w[3], out + 4 * q + 2, out + 4 * q + 3);
   }
 }
 

@@ -7,6 +7,7 @@
 // races between two synchronizations.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -135,6 +136,8 @@ inline uint32_t to_bfloats(float low, float high) {
   };
   return one(low) | one(high) << 16;
 }
+
+inline float reciprocal_root(float x) { return float(1 / std::sqrt(double(x))); }
 
 inline uint32_t count_up(uint32_t* counter, uint32_t by) {
   const uint32_t before = *counter;
