@@ -1,7 +1,7 @@
 """Count the warp instructions of the CUDA kernels per 256 elements, and write them into the docs.
 
     python scripts/kernel_counts.py           # write the table of docs/kernels.md
-    python scripts/kernel_counts.py --check   # fail where a floor is broken or the table is not this
+    python scripts/kernel_counts.py --check   # fail where a floor is broken or the table is old
 
 The counts are exact and need no GPU: nvcc compiles the kernels, ``cuobjdump`` shows their machine
 code, and :mod:`sass` follows one warp through it with the arguments of a real launch, which
@@ -37,8 +37,8 @@ KERNELS = ("sums", "gradient")  # each a file, whose kernel is called <name>_of_
 LENGTHS = {8192: (4, 2048), 256: (1, 256)}
 ROWS, WARPS = 256, 8
 
-# The most instructions that a warp may issue for 256 elements of a kernel, form and dtype, in chunks
-# of four tiles and of one.
+# The most instructions that a warp may issue on sm_90 for 256 elements of a kernel, form and dtype,
+# in chunks of four tiles and of one.
 FLOORS = {
     ("sums", "mean", "bfloat16"): (180, 250),
     ("gradient", "mean", "bfloat16"): (240, 320),

@@ -11,6 +11,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 kernel_counts = pytest.importorskip("kernel_counts")
 import sass  # noqa: E402
+import sass_machine  # noqa: E402
 
 
 def code(text, name="kernel"):
@@ -87,9 +88,14 @@ def ends_at(text, register, arch=90, **kwargs):
     """What a register holds at the end, told by how often a loop of that many turns runs."""
     lines = [line.strip() for line in text.strip().splitlines()]
     at = 16 * len(lines)
-    got = walk("\n".join([*lines, f"ISETP.EQ.AND P6, PT, {register}, RZ, PT", f"@P6 BRA {at + 64:#x}",
-                          f"IADD3 {register}, {register}, -0x1, RZ", f"BRA {at:#x}", "EXIT"]),
-               arch=arch, **kwargs)  # fmt: skip
+    lines += [
+        f"ISETP.EQ.AND P6, PT, {register}, RZ, PT",
+        f"@P6 BRA {at + 64:#x}",
+        f"IADD3 {register}, {register}, -0x1, RZ",
+        f"BRA {at:#x}",
+        "EXIT",
+    ]
+    got = walk("\n".join(lines), arch=arch, **kwargs)
     return got.issued[at + 32]
 
 
@@ -134,7 +140,7 @@ def test_integers_are_those_of_the_device(text, value):
 
 
 def test_parameters_lie_where_the_architecture_has_them():
-    for arch, begin in sass.PARAMETERS.items():
+    for arch, begin in sass_machine.PARAMETERS.items():
         if arch < 100:
             assert ends_at(f"LDC R0, c[0x0][{begin + 4:#x}]", "R0", arch, parameters=[1, 3]) == 3
         else:
