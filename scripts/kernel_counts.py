@@ -33,6 +33,12 @@ ARCHITECTURES = (80, 90, 100, 120)
 FORMS = ("mean", "velocity", "noise", "seeded", "log_prob")
 DTYPES = ("bfloat16", "float32")
 KERNELS = ("sums", "gradient")  # each a file, whose kernel is called <name>_of_chunks
+MODEL = """\
+**Predictions, which no GPU has confirmed.** Microseconds that a pass of `two_launches` takes at
+least, in the mean form in bfloat16: to issue these instructions without a stall on every
+multiprocessor at boost clock, and to move its bytes at the data sheet's bandwidth (all of them, as
+if no cache held what the sums have read). The larger bounds the pass; launches and the `[K, B]`
+arithmetic come on top."""
 # A row's tiles of 256 elements -> tiles of a chunk, chunks of a row
 LENGTHS = {8192: (4, 2048), 256: (1, 256)}
 ROWS, WARPS = 256, 8
@@ -44,6 +50,31 @@ FLOORS = {
     ("gradient", "mean", "bfloat16"): (240, 320),
     ("sums", "seeded", "bfloat16"): (500, 550),
 }
+
+
+class Device(NamedTuple):
+    """What a data sheet says of a GPU."""
+
+    name: str
+    arch: int
+    multiprocessors: int
+    gigahertz: float  # boost clock
+    terabytes: float  # a second, of memory
+
+
+# A multiprocessor issues four warp instructions a cycle.
+DEVICES = (
+    Device("A100 SXM 80 GB", 80, 108, 1.41, 2.04),
+    Device("H100 SXM", 90, 132, 1.98, 3.35),
+    Device("H200 SXM", 90, 132, 1.98, 4.8),
+    Device("B200", 100, 148, 1.97, 8.0),
+)
+# rows, elements of a row, tiles of a chunk
+WORKLOADS = {
+    "[16, 16, 21, 60, 104]": (16, 16 * 21 * 60 * 104, 4),
+    "[8, 16, 64, 64]": (8, 16 * 64 * 64, 1),
+}
+BYTES = {"sums": 10, "gradient": 8}  # of an element of the mean form in bfloat16, old mean float32
 
 
 class Count(NamedTuple):
@@ -83,8 +114,15 @@ def find_cuobjdump() -> str | None:
     return next(found, None)
 
 
-def machine_code(kernel: str, arch: int) -> list[sass.Instruction]:
-    """Compile one file for one architecture; the instructions of its kernel over chunks."""
+class MachineCode(NamedTuple):
+    """A kernel's instructions, and its tables of jumps."""
+
+    instructions: list[sass.Instruction]
+    jumps: bytes
+
+
+def machine_code(kernel: str, arch: int) -> MachineCode:
+    """Compile one file for one architecture, and read its kernel over chunks."""
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         raise FileNotFoundError(
@@ -97,11 +135,19 @@ def machine_code(kernel: str, arch: int) -> list[sass.Instruction]:
              "-o", cubin, ROOT / "csrc" / "cuda" / f"{kernel}.cu"],
             check=True,
         )  # fmt: skip
-        text = subprocess.run(
-            [cuobjdump, "-sass", cubin], check=True, capture_output=True, text=True
-        ).stdout
-    (found,) = (code for name, code in sass.parse(text).items() if f"{kernel}_of_chunks" in name)
-    return found
+        return read_machine_code(kernel, cubin, cuobjdump)
+
+
+def read_machine_code(kernel: str, cubin: Path, cuobjdump: str) -> MachineCode:
+    """The kernel over chunks in a file for one architecture."""
+
+    def dump(how: str) -> str:
+        command = [cuobjdump, how, str(cubin)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    kernels = sass.parse(dump("-sass"))
+    (name,) = (name for name in kernels if f"{kernel}_of_chunks" in name)
+    return MachineCode(kernels[name], sass.jump_tables(dump("-elf")).get(name, b""))
 
 
 @functools.cache
@@ -121,19 +167,19 @@ def arguments(form: str, dtype: str, tiles: int) -> dict[str, bytes]:
 
 
 def per_tile(
-    code: list[sass.Instruction], argument: bytes, arch: int, chunk_tiles: int, row_chunks: int
+    code: MachineCode, argument: bytes, arch: int, chunk_tiles: int, row_chunks: int
 ) -> dict[str, float]:
     """Kind -> instructions of a warp for a tile: those of eight chunks less those of four."""
     kinds: Counter[str] = Counter()
     for sign, chunks in ((1, 8), (-1, 4)):
         blocks = ROWS * row_chunks // (WARPS * chunks)
-        launch = sass.Launch(argument, blocks, 32 * WARPS)
-        for kind, n in sass.walk(code, launch, arch, block=3).kinds().items():
+        launch = sass.Launch(argument, blocks, 32 * WARPS, code.jumps)
+        for kind, n in sass.walk(code.instructions, launch, arch, block=3).kinds().items():
             kinds[kind] += sign * n
     return {kind: kinds[kind] / (4 * chunk_tiles) for kind in sass.KINDS}
 
 
-def count(code: list[sass.Instruction], kernel: str, form: str, dtype: str, arch: int) -> Count:
+def count(code: MachineCode, kernel: str, form: str, dtype: str, arch: int) -> Count:
     """Follow a kernel's machine code in one form and dtype."""
     totals = []
     for tiles, (chunk_tiles, row_chunks) in LENGTHS.items():
@@ -158,7 +204,8 @@ def table(counts: list[Count]) -> str:
     release = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True)
     (version,) = re.findall(r"release ([0-9.]+)", release.stdout)
     lines = [
-        f"Written by `python scripts/kernel_counts.py` with nvcc {version}.",
+        f"Written by `python scripts/kernel_counts.py` with nvcc {version}. The kinds are those of "
+        "chunks of 4.",
         "",
         "| kernel | form | dtype | sm | chunks of 4 | of 1 | " + " | ".join(sass.KINDS) + " |",
         "|---|---|---|---|---:|---:|" + "---:|" * len(sass.KINDS),
@@ -171,6 +218,25 @@ def table(counts: list[Count]) -> str:
     return "\n".join(lines)
 
 
+def predictions(counts: list[Count]) -> str:
+    """The microseconds that each pass takes at least, by what it issues and by what it moves."""
+    lines = [
+        "| device | latents | pass | issue | memory |",
+        "|---|---|---|---:|---:|",
+    ]
+    of = {(c.kernel, c.arch): c for c in counts if (c.form, c.dtype) == ("mean", "bfloat16")}
+    for device in DEVICES:
+        for latents, (rows, numel, chunk_tiles) in WORKLOADS.items():
+            for kernel in KERNELS:
+                c = of[kernel, device.arch]
+                warps = (c.long if chunk_tiles == 4 else c.short) * rows * numel / 256
+                issue = warps / (device.multiprocessors * 4 * device.gigahertz * 1e3)
+                memory = BYTES[kernel] * rows * numel / (device.terabytes * 1e6)
+                cells = (device.name, latents, kernel, f"{issue:.1f}", f"{memory:.1f}")
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Write the table, or check it; returns 0 if every floor holds."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -180,7 +246,8 @@ def main() -> int:
     problems = [problem for c in counts for problem in c.broken()]
     page = PAGE.read_text()
     before, rest = page.split(BEGIN)
-    text = f"{before}{BEGIN}\n{table(counts)}\n{END}{rest.split(END)[1]}"
+    tables = f"{table(counts)}\n\n{MODEL}\n\n{predictions(counts)}"
+    text = f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
     if not check:
         PAGE.write_text(text)
     elif text != page:

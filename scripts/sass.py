@@ -15,7 +15,17 @@ from typing import NamedTuple
 from sass_machine import Instruction, Launch, Machine, WalkError
 from sass_operations import execute
 
-__all__ = ["KINDS", "Instruction", "Launch", "Walk", "WalkError", "kind_of", "parse", "walk"]
+__all__ = [
+    "KINDS",
+    "Instruction",
+    "Launch",
+    "Walk",
+    "WalkError",
+    "jump_tables",
+    "kind_of",
+    "parse",
+    "walk",
+]
 
 
 def parse(text: str) -> dict[str, list[Instruction]]:
@@ -29,6 +39,16 @@ def parse(text: str) -> dict[str, list[Instruction]]:
             # a comma inside brackets does not occur
             operands = tuple(x.strip() for x in found[4].split(",") if x.strip())
             code.append(Instruction(int(found[1], 16), found[2] or "", found[3], operands))
+    return out
+
+
+def jump_tables(text: str) -> dict[str, bytes]:
+    """``cuobjdump -elf`` of one architecture: mangled name of a kernel -> its tables of jumps."""
+    out: dict[str, bytes] = {}
+    section = r"^\.nv\.constant2\.(\S+)\n((?:(?:0x[0-9a-f]{8}\s*)+\n)*)"
+    for found in re.finditer(section, text, re.MULTILINE):
+        words = (int(word, 16) for word in found[2].split())
+        out[found[1]] = b"".join(word.to_bytes(4, "little") for word in words)
     return out
 
 
@@ -107,7 +127,9 @@ def walk(
             if guard:
                 n = place[machine.known(x, x.operands[0].split()[0])]
         elif family == "BRX":
-            raise WalkError(f"{x.at:#x}: a jump by a table")
+            if guard:
+                register, offset = x.operands[0].split()
+                n = place[machine.known(x, register) + int(offset, 16) + x.at + 16]
         elif guard is None:
             machine.forget(x)
         elif guard:

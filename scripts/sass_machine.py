@@ -5,7 +5,8 @@ What is assumed:
 - all lanes go where lane 0 goes, and a shuffle gives a lane its own value;
 - a number that is not known (a latent, a coefficient) is neither 0, subnormal nor infinite, and
   equal to no other;
-- an atomic operation finds a 0.
+- an atomic operation finds a 0;
+- the half of a register that a 16-bit number does not fill is 0 where it is not known.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import NamedTuple
 MASK = 0xFFFFFFFF
 # Where a launch's parameters begin in the constant bank, and the special values before them.
 PARAMETERS = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
+
+JUMPS = 1 << 32  # bank 2 begins here in a machine's memory of constants
 
 Value = int | None
 
@@ -36,6 +39,7 @@ class Launch(NamedTuple):
     parameters: bytes
     blocks: int
     threads: int  # of a block
+    jumps: bytes = b""  # the kernel's tables of jumps: constant bank 2
 
 
 class WalkError(Exception):
@@ -66,6 +70,8 @@ class Machine:
         for n in range(3):
             bank[block_at + 4 * n] = launch.threads if n == 0 else 1
             bank[grid_at + 4 * n] = launch.blocks if n == 0 else 1
+        for at in range(0, len(launch.jumps) // 4 * 4, 4):
+            (bank[JUMPS + at],) = struct.unpack_from("<I", launch.jumps, at)
         self.bank = bank
         self.special = {
             "SR_TID.X": 32 * warp, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CTAID.X": block,
@@ -87,14 +93,14 @@ class Machine:
             self.predicates[name] = x
 
     def constant(self, operand: str) -> int | None:
-        """The address in the constant bank, or None where it is another bank's."""
-        found = re.fullmatch(
-            r"c\[(0x0|URZ|UR\d+)\]\[(?:(U?R\d+|RZ)\+?)?(-?0x[0-9a-f]+)?\]", operand
-        )
-        if found is None or found[1].startswith("UR"):
+        """Where in ``bank`` an operand lies, or None where that is not known."""
+        found = re.fullmatch(r"c\[(0x[02])\]\[(?:(U?R\d+|RZ)\+?)?(-?0x[0-9a-f]+)?\]", operand)
+        if found is None:
             return None
         base = self.value(found[2]) if found[2] else 0
-        return None if base is None else base + int(found[3] or "0", 16)
+        if base is None:
+            return None
+        return base + int(found[3] or "0", 16) + (JUMPS if found[1] == "0x2" else 0)
 
     def value(self, operand: str, high: int = 0) -> Value:
         """32 bits of an operand; ``high``: how many registers after the named one."""

@@ -294,10 +294,15 @@ def _load_constant(m: Machine, x: Instruction, modifiers: set[str]) -> bool:
 
 def _permute(m: Machine, x: Instruction, modifiers: set[str]) -> bool:
     a, selector, b = (m.value(o) for o in x.operands[1:4])
-    if a is None or b is None or selector is None or modifiers:
+    if selector is None or modifiers:
         return False
-    data = (a | b << 32).to_bytes(8, "little")
-    picked = bytes(data[selector >> (4 * n) & 7] for n in range(4))
+    if a is None or b is None:
+        # 16 bits are put into a register, and its others, which nobody reads, are not known
+        needed = (selector & 7, selector >> 4 & 7)
+        if (a is None and min(needed) < 4) or (b is None and max(needed) >= 4):
+            return False
+    data = (a or 0) | (b or 0) << 32
+    picked = bytes(data >> 8 * (selector >> (4 * n) & 7) & 0xFF for n in range(4))
     m.put(x.operands[0], int.from_bytes(picked, "little"))
     return True
 
@@ -347,6 +352,16 @@ def _to_uniform(m: Machine, x: Instruction, modifiers: set[str]) -> bool:
     m.put(x.operands[0], m.value(sources[-1]))
     for name in flags:
         m.put_predicate(name, None)
+    return True
+
+
+def _predicates_of_bits(m: Machine, x: Instruction, modifiers: set[str]) -> bool:
+    register, _, byte = x.operands[1].partition(".B")
+    value, mask = m.value(register), m.known(x, x.operands[2])
+    for n in range(8):
+        if mask >> n & 1:
+            bit = None if value is None else value >> (8 * int(byte or "0") + n) & 1
+            m.put_predicate(f"P{n}", None if bit is None else bit == 1)
     return True
 
 
@@ -425,6 +440,6 @@ _HANDLERS: dict[str, Callable[[Machine, Instruction, set[str]], bool]] = {
     "PRMT": _permute, "UPRMT": _permute, "I2F": _to_float, "I2FP": _to_float, "UI2F": _to_float,
     "F2I": _to_integer, "MUFU": _reciprocal, "SHFL": _shuffle, "R2UR": _to_uniform,
     "HFMA2": _constant_halves, "VOTE": _vote, "VOTEU": _vote, "UVOTE": _vote, "ELECT": _elect,
-    "LDS": _load_shared, "STS": _store_shared,
+    "R2P": _predicates_of_bits, "LDS": _load_shared, "STS": _store_shared,
     "ATOM": _atomic, "ATOMG": _atomic, "ATOMS": _atomic,
 }  # fmt: skip

@@ -119,6 +119,8 @@ def ends_at(text, register, arch=90, **kwargs):
         ("MOV R1, 0x4\nIADD3 R0, -R1, 0x9, RZ", 5),
         ("ISETP.NE.AND P0, PT, RZ, 0x1, PT\nSEL R0, RZ, 0x6, !P0", 6),
         ("ISETP.EQ.AND P0, P1, RZ, 0x1, PT\nSEL R0, RZ, 0x6, !P1", 6),
+        ("MOV R1, 0x20\nR2P PR, R1, 0x60\nSEL R2, RZ, 0x4, !P5\nSEL R0, R2, 0x1, !P6", 4),
+        ("MOV R1, 0x100\nR2P PR, R1.B1, 0x1\nSEL R0, RZ, 0x6, !P0", 6),
         ("MOV R1, 0x5\nVIMNMX R0, R1, 0x3, PT", 3),
         ("S2R R0, SR_TID.X", 32),  # of the block's second warp
         ("S2UR UR4, SR_CTAID.X\nMOV R0, UR4", 2),
@@ -174,6 +176,25 @@ def test_calls_return_to_where_they_came_from():
     assert (got.total(), got.issued[0x30]) == (5, 0)
 
 
+def test_a_jump_by_a_table_goes_where_the_table_says():
+    text = """
+        MOV R4, 0x4
+        LDC R2, c[0x2][R4]
+        BRX R2 -0x30
+        NOP
+        EXIT
+    """
+    listed = """
+.nv.constant2.kernel
+0x00000030 0x00000040
+
+.text.kernel
+"""
+    jumps = sass.jump_tables(listed)["kernel"]
+    got = sass.walk(code(text), sass.Launch(b"", 1, 32, jumps), 80)
+    assert (got.total(), got.issued[0x30]) == (4, 0)
+
+
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
@@ -214,7 +235,7 @@ def test_the_floors_hold_on_sm_90(kernel):
     if shutil.which("nvcc") is None or kernel_counts.find_cuobjdump() is None:
         pytest.skip("no nvcc, or no cuobjdump")
     machine_code = kernel_counts.machine_code(kernel, 90)
-    assert not [x.name for x in machine_code if x.name.startswith(("LDL", "STL"))]
+    assert not [x.name for x in machine_code.instructions if x.name.startswith(("LDL", "STL"))]
     for name, form, dtype in kernel_counts.FLOORS:
         if name == kernel:
             assert not kernel_counts.count(machine_code, kernel, form, dtype, 90).broken()
