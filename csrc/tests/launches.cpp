@@ -69,7 +69,8 @@ void print_launches(Form form, DType dtype, DType old, int64_t numel) {
   kernel = "sums_of_chunks";
   cuda::sums(t, table, somewhere<double>(9), somewhere(10), nullptr);
   Problem problem{};
-  problem.config = {RatioNorm::standardize, Balance::inverse_ratio};
+  problem.config.ratio_norm = RatioNorm::standardize;
+  problem.config.balance = Balance::inverse_ratio;
   problem.steps = steps;
   problem.batch = batch;
   problem.numel = numel;
