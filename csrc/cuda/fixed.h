@@ -69,7 +69,7 @@ struct Feed {
   SharedRing ring;
   const char* row[roles];  // where this lane's part of the row begins in each operand
 
-  // `slot`: where the first tile goes.
+  // The first of `tiles` tiles goes to the slot that `ring` is at.
   __device__ __forceinline__ Feed(const Plan& p, Roles wanted, const Way& way, uint32_t tiles,
                                   SharedRing ring)
       : p(p), wanted(wanted), at(p, way), left(tiles), ring(ring) {}
