@@ -89,8 +89,8 @@ struct FixedLayout {
   // Where an operand begins in a slot. This is no loop, of which the compiler would make one.
   static GUARD_OPS_HD constexpr uint32_t offset(uint32_t r) {
     static_assert(roles <= 8, "one term for each");
-    return before(0, r) + before(1, r) + before(2, r) + before(3, r) + before(4, r) +
-           before(5, r) + before(6, r) + before(7, r);
+    return before(0, r) + before(1, r) + before(2, r) + before(3, r) + before(4, r) + before(5, r) +
+           before(6, r) + before(7, r);
   }
   static GUARD_OPS_HD constexpr uint32_t slot_bytes() { return offset(roles); }
 
