@@ -43,7 +43,9 @@ GUARD_OPS_HD constexpr bool uses_noise(Form f) { return f == Form::noise || f ==
 
 enum class DType : int { f64, f32, bf16, f16 };
 
-GUARD_OPS_HD int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+GUARD_OPS_HD constexpr int64_t size_of(DType t) {
+  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
+}
 
 // A [K, B, D] tensor with dense latents; strides in elements. Null when absent.
 struct Operand {

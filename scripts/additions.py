@@ -212,33 +212,33 @@ OPERAND = [
         "its role in the gradient",
     ),
     Edit(
-        "csrc/cuda/tiles.h",
+        "csrc/cuda/plan.h",
         "role_old, role_noise, roles };",
         "role_old, role_noise, role_mask, roles };",
         "the role of a copy",
     ),
     Edit(
-        "csrc/cuda/tiles.h",
+        "csrc/cuda/plan.h",
         "  Roles read = with_ref ? velocity | bit(role_ref) : 0;\n",
         "  const Roles read = (with_ref ? velocity | bit(role_ref) : 0) | bit(role_mask);\n",
         "every gradient needs it",
     ),
     Edit(
-        "csrc/cuda/tiles.h",
+        "csrc/cuda/plan.h",
         "t.m ? &t.m : &t.v_old, &t.noise};",
         "t.m ? &t.m : &t.v_old, &t.noise, &t.mask};",
         "its read",
     ),
     Edit(
-        "csrc/cuda/walk.h",
+        "csrc/cuda/tile_math.h",
         "  float s1 = 0, s2 = 0;\n",
         "  float s1 = 0, s2 = 0, mask[lane_elements];\n"
-        "  const bool masked = bool(p.operand[role_mask]);\n"
-        "  if (masked) read(slot + p.offset[role_mask], p.operand[role_mask].dtype, mask);\n",
+        "  const bool masked = layout.has(role_mask);\n"
+        "  if (masked) read_role(layout, role_mask, slot, mask);\n",
         "its read",
     ),
     Edit(
-        "csrc/cuda/walk.h",
+        "csrc/cuda/tile_math.h",
         "    if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);\n"
         "    s2 = fma(d, d, s2);\n",
         "    const float w = masked ? mask[e] * d : d;\n"
@@ -247,18 +247,15 @@ OPERAND = [
         "its role in the sums",
     ),
     Edit(
-        "csrc/cuda/walk.h",
-        "  float g[lane_elements], ref[lane_elements];\n",
-        "  float g[lane_elements], ref[lane_elements], mask[lane_elements];\n"
-        "  const bool masked = bool(p.operand[role_mask]);\n"
-        "  if (masked) read(slot + p.offset[role_mask], p.operand[role_mask].dtype, mask);\n",
-        "its read",
-    ),
-    Edit(
-        "csrc/cuda/walk.h",
-        "    if (gradient.with_ref) g[e] = fma(",
-        "    if (masked) g[e] *= mask[e];\n    if (gradient.with_ref) g[e] = fma(",
-        "its role in the gradient",
+        "csrc/cuda/tile_math.h",
+        "  if (!layout.has(role_ref) || !gradient.with_ref) return;\n",
+        "  if (layout.has(role_mask)) {\n"
+        "    float mask[lane_elements];\n"
+        "    read_role(layout, role_mask, slot, mask);\n"
+        "    for (uint32_t e = 0; e < lane_elements; ++e) g[e] *= mask[e];\n"
+        "  }\n"
+        "  if (!layout.has(role_ref) || !gradient.with_ref) return;\n",
+        "its read, and its role in the gradient",
     ),
     Edit(
         "kernels/transition.py",

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "csrc/build_info.cpp": "the same",
     "csrc/cpu/simd_neon.h": "another processor",
     "csrc/cpu/philox.h": "noise from a seed: the seeded form alone",
+    "csrc/cuda/normals.h": "the same",
     "csrc/cuda/sums.cu": "another operator",
     "csrc/cuda/sde_step.cu": "another operator",
 }

@@ -122,7 +122,7 @@ def test_no_kernel_spills_or_uses_local_memory(resources):
 def test_registers_leave_room_for_the_promised_blocks(resources):
     for (architecture, kernel), usage in resources.items():
         threads, blocks = LAUNCH_BOUNDS[kernel]
-        if architecture == "sm_120" and kernel.endswith("_of_chunks"):  # tiles.h
+        if architecture == "sm_120" and kernel.endswith("_of_chunks"):  # plan.h
             blocks -= 1
         registers = -(-usage["REG"] // 8) * 8  # handed out by eights
         assert registers * threads * blocks <= 65536, (architecture, kernel, usage)

@@ -70,7 +70,7 @@ void gradient(const Batch& t, const Doubles table[5], const Doubles coefficients
                     {0, 0},
                     0};
   call.chunks.count = call.plan.chunks;
-  expect(call.plan, kind);
+  expect(call.plan, kind, cond);
   const Launch launch = streaming(call.plan, gradient_of_chunks, call.plan.chunks, &call.slots);
   start(gradient_of_chunks, launch, stream, call);
 }

@@ -104,11 +104,6 @@ __device__ __forceinline__ Coefficients assume(const LossCall& call, uint32_t ro
   return call.problem.assume(k, row - k * call.plan.batch, sums);
 }
 
-__device__ __forceinline__ void put_partial(const LossCall& call, const TileAt& at,
-                                            const Sums& sums) {
-  if (lane() == 0) call.partials.put(at.chunk, sums);
-}
-
 // The first of two launches: it forms the sums of some rows or all, and its last block computes
 // what follows from them. The second launch is the kernel of gradient.cu, which reads the operands
 // again.
@@ -117,7 +112,7 @@ __global__ void __launch_bounds__(stream_threads, sums_blocks)
   let_next_start();
   const Walk walk(call.plan, slot_memory(), call.slots, call.chunks.begin(block()),
                   call.chunks.begin(block() + 1), false);
-  walk.sums([&](const TileAt& at, const Sums& sums) { put_partial(call, at, sums); });
+  walk.sums([&](uint32_t chunk, uint32_t n, double sum) { call.partials.put(chunk, n, sum); });
   await_previous();
   if (!summed_by_last(call)) return;
   if (call.rows.count < call.plan.rows) {
@@ -140,7 +135,7 @@ __global__ void __launch_bounds__(cooperative_threads, 1)
   const uint32_t before = thread() == 0 ? flag_now(call.counters.evaluated) : 0;
   const Walk walk(call.plan, slot_memory(), call.slots, call.chunks.begin(block()),
                   call.chunks.begin(block() + 1), true);
-  walk.sums([&](const TileAt& at, const Sums& sums) { put_partial(call, at, sums); });
+  walk.sums([&](uint32_t chunk, uint32_t n, double sum) { call.partials.put(chunk, n, sum); });
   if (summed_by_last(call)) {
     evaluate_all(call);  // ends with a barrier, so what all threads wrote is released by the flag
     if (thread() == 0) set_flag(call.counters.evaluated, before + 1);
@@ -170,14 +165,16 @@ __global__ void __launch_bounds__(cluster_threads, 1)
   const uint32_t base = row * p.row_chunks;
   const Walk walk(p, slot_memory() + partial_bytes(call.block_chunks), call.slots,
                   base + (begin < end ? begin : end), base + end, true);
-  walk.sums([&](const TileAt& at, const Sums& sums) {
-    if (lane() == 0) partials[at.chunk - base - begin] = sums;
+  walk.sums([&](uint32_t chunk, uint32_t n, double sum) {
+    (&partials[chunk - base - begin].s1)[n] = sum;
   });
   sync_cluster();
   for (uint32_t part = warp(); part < p.row_parts; part += warps()) {
     const Sums sums = part_sums(p, part, [&](uint32_t chunk) {
       const uint32_t owner = chunk / call.block_chunks;
-      return of_cluster(partials, owner)[chunk - owner * call.block_chunks];
+      Sums sums = of_cluster(partials, owner)[chunk - owner * call.block_chunks];
+      if (!call.partials.with_ref) sums.ref = 0;  // nobody has written it
+      return sums;
     });
     if (lane() == 0) header().parts[part] = sums;
   }
@@ -350,7 +347,7 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
                 uint32_t* counters, Path wanted, Stream stream) {
   LossCall call{};
   call.plan = plan_of(t, problem.table);
-  expect(call.plan, problem.config.gradient_kind());
+  expect(call.plan, problem.config.gradient_kind(), result.cond);
   const Plan& p = call.plan;
   call.problem = problem;
   call.out = {result.loss, result.per_row, result.metrics, result.sum_grads};

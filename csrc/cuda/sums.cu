@@ -18,9 +18,7 @@ __global__ void __launch_bounds__(stream_threads, sums_blocks)
   let_next_start();
   const Walk walk(call.plan, shared_memory() + block_header, call.slots,
                   share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
-  walk.sums([&](const TileAt& at, const Sums& sums) {
-    if (lane() == 0) call.partials.put(at.chunk, sums);
-  });
+  walk.sums([&](uint32_t chunk, uint32_t n, double sum) { call.partials.put(chunk, n, sum); });
 }
 
 __global__ void __launch_bounds__(stream_threads)

@@ -36,6 +36,9 @@ __device__ __forceinline__ T shuffle_xor(T x, int mask) {
 struct alignas(16) Bytes16 {
   uint32_t w[4];
 };
+struct alignas(8) Bytes8 {
+  uint32_t w[2];
+};
 
 // Gives every lane the pointer that `lane` has. The compiler no longer sees that it points into
 // global memory, so what it points to is stored to by store_global.
@@ -48,6 +51,11 @@ __device__ __forceinline__ void store_global(void* global, const Bytes16& x) {
                "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3])
                : "memory");
 }
+__device__ __forceinline__ void store_global(void* global, const Bytes8& x) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(x.w[0]), "r"(x.w[1])
+               : "memory");
+}
 
 // copy_async starts to copy 16 bytes from global to shared memory, past the registers;
 // commit_copies makes the copies since the last one a group, and wait_copies waits until all but
@@ -55,6 +63,14 @@ __device__ __forceinline__ void store_global(void* global, const Bytes16& x) {
 using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress address_of(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ __forceinline__ const char* pointer_of(SharedAddress shared) {
+  return static_cast<const char*>(__cvta_shared_to_generic(shared));
+}
+// Gives the address back, which is the same in every lane. The compiler would rather compute it
+// again, from the block's place in its cluster, wherever it is needed.
+__device__ __forceinline__ SharedAddress same_for_warp(SharedAddress shared) {
+  return __shfl_sync(0xFFFFFFFFu, shared, 0);
 }
 __device__ __forceinline__ void copy_async(SharedAddress shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
@@ -87,6 +103,13 @@ __device__ __forceinline__ void from_bfloats(uint32_t x, float* low, float* high
 __device__ __forceinline__ uint32_t to_bfloats(float low, float high) {
   uint32_t out;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+// 1 / sqrt(x), to about a float32's last place.
+__device__ __forceinline__ float reciprocal_root(float x) {
+  float out;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
   return out;
 }
 
@@ -172,6 +195,18 @@ __device__ __forceinline__ double warp_total(double x) {
 #pragma unroll
   for (int mask = warp_size / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
+}
+
+// The same of two numbers, in fewer steps: the lower half of the warp gets the total of x, and the
+// upper half that of y.
+__device__ __forceinline__ double warp_totals(double x, double y) {
+  constexpr int half = warp_size / 2;
+  const bool upper = lane() >= half;
+  const double theirs = shuffle_xor(upper ? x : y, half);
+  double total = (upper ? y : x) + theirs;
+#pragma unroll
+  for (int mask = half / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
+  return total;
 }
 
 // A warp as evaluate()'s Group.

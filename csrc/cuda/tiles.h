@@ -1,164 +1,19 @@
-// How a batch is cut up into tiles, and how a warp brings one into shared memory and out again.
+// How a warp brings a tile into shared memory and out again, and reads its elements there.
 //
-// A tile is what a warp holds at once, 8 elements a lane. A chunk is a run of tiles of one row
-// whose sums a warp forms. A part is every `row_parts`-th 32 chunks of a row, whose sums a warp
-// adds up. How many tiles a chunk and how many parts a row has depends on the row's length alone,
-// so it is the same for every kernel and path, and all of them give the same bits.
-//
-// A slot is the shared memory of one tile's operands, as they are stored. Only copies touch global
-// memory: 16 bytes a lane where a row is so aligned, element by element where it is not. What reads
-// a slot tells dtypes apart, once for 8 elements. So there is one kernel for all alignments and
-// dtypes.
+// Only copies touch global memory: 16 bytes a lane where a row is so aligned, element by element
+// where it is not. What reads a slot tells dtypes apart, once for 8 elements, unless the compiler
+// knows the dtype.
 #pragma once
 
-#include <stdexcept>
-#include <type_traits>
-
-#include "../transition.h"
-#include "team.h"
+#include "plan.h"
 
 namespace guard_ops::cuda {
-
-constexpr uint32_t lane_elements = 8, tile = lane_elements * warp_size;
-constexpr uint32_t run = 4;               // adjacent elements of a lane: 16 bytes in float32
-constexpr uint32_t most_chunk_tiles = 4;  // a chunk's tiles, at most
-constexpr uint32_t chunks_aimed_at =
-    256;                               // a row's chunks, at most, where chunks of 4 tiles suffice
-constexpr uint32_t most_parts = 8;     // a row's parts, at most
-constexpr uint32_t part_chunks = 256;  // a part's chunks, at most, where 8 parts suffice
-constexpr uint32_t ring_slots = 4;     // the slots of a warp's ring, at most
-
-// Blocks that are to fit into a multiprocessor's registers. From sm_120 on the assembler needs more
-// registers for a thread.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int sums_blocks = 2, gradient_blocks = 1;
-#else
-constexpr int sums_blocks = 3, gradient_blocks = 2;
-#endif
-
-enum Role { role_v, role_uncond, role_ref, role_x, role_y, role_old, role_noise, roles };
-using Roles = uint32_t;  // a set of roles: bit r is set if it has role r
-constexpr Roles every_role = (1u << roles) - 1;
-constexpr Roles bit(Role r) { return 1u << r; }
-
-// The operands that a gradient needs whose coefficients are all of one kind.
-inline Roles roles_of(Form form, GradientKind kind, bool with_ref) {
-  const Roles velocity = bit(role_v) | bit(role_uncond), sample = bit(role_x) | bit(role_y);
-  Roles read = with_ref ? velocity | bit(role_ref) : 0;
-  if (kind == GradientKind::general) return every_role;
-  if (kind == GradientKind::departure) {
-    return read | velocity | (uses_noise(form) ? bit(role_old) | bit(role_noise) : sample);
-  }
-  if (uses_noise(form)) return read | bit(role_noise);
-  if (form == Form::mean) return read | bit(role_y) | bit(role_old);
-  return form == Form::velocity ? read | sample | bit(role_old) : read;
-}
-
-// Divides n < 2^31 by d by means of a multiplication, as a device has no instruction for division.
-struct Divisor {
-  uint32_t d = 1, shift = 31;
-  uint64_t multiplier = 1;
-
-  Divisor() = default;
-  explicit Divisor(uint32_t d) : d(d) {
-    while ((uint64_t(1) << (shift - 31)) < d) ++shift;
-    multiplier = (uint64_t(1) << shift) / d + 1;
-    if (d == 1) shift = 31, multiplier = uint64_t(1) << 31;
-  }
-  GUARD_OPS_HD uint32_t divide(uint32_t n) const {
-    return static_cast<uint32_t>(n * multiplier >> shift);
-  }
-};
-
-struct Plan {
-  Form form;
-  Operand operand[roles];     // absent ones are null
-  uint32_t offset[roles];     // where an operand's part of a slot begins
-  Roles present, even, wide;  // even: all rows begin on 16 bytes; wide: the dtype is float32
-  GradientKind kind;          // the kind of all rows' coefficients, if it is known; else general
-  Roles again;                // the operands that a second pass reads
-  uint32_t slot_bytes;
-  uint32_t mean_offset;  // where in a slot sde_step puts the mean
-  uint32_t rows, chunk_tiles, row_chunks, row_parts, chunks;
-  int64_t numel;
-  Divisor by_batch, by_row_chunks, by_chunk_tiles;
-  uint32_t batch;
-  Seeds seeds;
-  float guidance_scale, uncond_scale;  // uncond_scale: 1 - guidance_scale
-  Doubles table[3];                    // a, b, s
-};
-
-// How many of a warp's slots are a ring that its tiles take turns in. `keeps`: whether the others
-// keep their tiles for a second pass, because there are more tiles than slots.
-GUARD_OPS_HD uint32_t ring_of(uint32_t slots, bool keeps) {
-  const uint32_t most = keeps && slots < 2 * ring_slots ? 2 : ring_slots;
-  return slots >= most ? most : slots >= 2 ? 2 : 1;
-}
-
-// The plan of a batch. `with_mean`: whether a slot has room for sde_step's float32 mean.
-inline Plan plan_of(const Batch& t, const Doubles* table, bool with_mean = false) {
-  Plan p{};
-  p.form = t.form;
-  p.kind = GradientKind::general;
-  p.again = every_role;
-  const Operand* const operands[roles] = {
-      &t.v, &t.uncond, &t.ref, &t.x, &t.y, t.m ? &t.m : &t.v_old, &t.noise};
-  for (int r = 0; r < roles; ++r) {
-    p.operand[r] = *operands[r];
-    p.offset[r] = p.slot_bytes;
-    if (!p.operand[r]) continue;
-    p.present |= 1u << r;
-    const Operand& x = p.operand[r];
-    const int64_t size = size_of(x.dtype);
-    const uint64_t offsets = reinterpret_cast<uintptr_t>(x.data) |
-                             (t.steps > 1 ? x.stride_k * size : 0) |
-                             (t.batch > 1 ? x.stride_b * size : 0);
-    if (offsets % 16 == 0) p.even |= 1u << r;
-    if (x.dtype == DType::f32) p.wide |= 1u << r;
-    p.slot_bytes += uint32_t(tile * size_of(p.operand[r].dtype));
-  }
-  p.mean_offset = p.slot_bytes;
-  if (with_mean) p.slot_bytes += tile * sizeof(float);
-  const int64_t tiles = (t.numel + tile - 1) / tile;
-  const int64_t aimed = (tiles + chunks_aimed_at - 1) / chunks_aimed_at;
-  p.chunk_tiles = uint32_t(aimed < most_chunk_tiles ? aimed : most_chunk_tiles);
-  p.row_chunks = uint32_t((tiles + p.chunk_tiles - 1) / p.chunk_tiles);
-  p.row_parts = 1;
-  while (p.row_parts < most_parts && p.row_parts * part_chunks < p.row_chunks) p.row_parts *= 2;
-  p.rows = uint32_t(t.steps * t.batch);
-  if (t.steps * t.batch * p.row_chunks >= int64_t(1) << 30) {
-    throw std::runtime_error("guard_ops: model_output has too many elements for one CUDA call");
-  }
-  p.chunks = p.rows * p.row_chunks;
-  p.numel = t.numel;
-  p.batch = uint32_t(t.batch);
-  p.by_batch = Divisor(p.batch);
-  p.by_row_chunks = Divisor(p.row_chunks);
-  p.by_chunk_tiles = Divisor(p.chunk_tiles);
-  p.seeds = t.seeds;
-  p.guidance_scale = float(t.guidance_scale);
-  p.uncond_scale = float(1 - t.guidance_scale);
-  for (int n = 0; n < 3; ++n) p.table[n] = table[n];
-  return p;
-}
-
-// Prepares the plan for a second pass over coefficients that are all of one kind.
-inline void expect(Plan& p, GradientKind kind) {
-  p.kind = kind;
-  p.again = roles_of(p.form, kind, bool(p.operand[role_ref]));
-}
-
-// ---- one tile -----------------------------------------------------------------------------------
 
 // Where in the batch a tile lies.
 struct TileAt {
   int64_t begin;              // its first element, counted from the row's
   uint32_t k, i, row, chunk;  // row = k B + i
   uint32_t count;             // how many elements it has; 0 behind the row's end
-};
-
-struct alignas(8) Bytes8 {
-  uint32_t w[2];
 };
 
 // The place in a tile of this lane's element `e`. A lane has two runs, so that a warp reads 512
@@ -279,24 +134,46 @@ __device__ __forceinline__ void read(const char* from, DType dtype, float out[la
   }
 }
 
-// Writes this lane's 8 elements, each rounded once.
+// A lane's run of 4 elements, each rounded once.
+__device__ __forceinline__ Bytes16 wide_run(const float in[run]) {
+  Bytes16 x;
+#pragma unroll
+  for (uint32_t e = 0; e < run; ++e) x.w[e] = bits_of(in[e]);
+  return x;
+}
+__device__ __forceinline__ Bytes8 narrow_run(DType dtype, const float in[run]) {
+  Bytes8 x;
+#pragma unroll
+  for (uint32_t w = 0; w < run / 2; ++w) {
+    const float* const two = in + 2 * w;
+    x.w[w] = dtype == DType::bf16 ? to_bfloats(two[0], two[1]) : to_halves(two[0], two[1]);
+  }
+  return x;
+}
+
+// Writes this lane's 8 elements into a slot.
 __device__ __forceinline__ void write(char* to, DType dtype, const float in[lane_elements]) {
 #pragma unroll
   for (uint32_t n = 0; n < lane_elements / run; ++n) {
+    const uint32_t at = n * warp_size + lane();
     if (dtype == DType::f32) {
-      Bytes16 x;
-#pragma unroll
-      for (uint32_t e = 0; e < run; ++e) x.w[e] = bits_of(in[n * run + e]);
-      reinterpret_cast<Bytes16*>(to)[n * warp_size + lane()] = x;
-      continue;
+      reinterpret_cast<Bytes16*>(to)[at] = wide_run(in + n * run);
+    } else {
+      reinterpret_cast<Bytes8*>(to)[at] = narrow_run(dtype, in + n * run);
     }
-    Bytes8 x;
+  }
+}
+
+// Stores this lane's 8 elements of a whole tile in global memory. `to`: this lane's first one, at
+// a multiple of a run's bytes. The lanes of a warp store adjacent runs.
+__device__ __forceinline__ void store_lane(char* to, DType dtype, const float in[lane_elements]) {
 #pragma unroll
-    for (uint32_t w = 0; w < run / 2; ++w) {
-      const float* const two = in + n * run + 2 * w;
-      x.w[w] = dtype == DType::bf16 ? to_bfloats(two[0], two[1]) : to_halves(two[0], two[1]);
+  for (uint32_t n = 0; n < lane_elements / run; ++n) {
+    if (dtype == DType::f32) {
+      store_global(to + n * warp_size * sizeof(Bytes16), wide_run(in + n * run));
+    } else {
+      store_global(to + n * warp_size * sizeof(Bytes8), narrow_run(dtype, in + n * run));
     }
-    reinterpret_cast<Bytes8*>(to)[n * warp_size + lane()] = x;
   }
 }
 

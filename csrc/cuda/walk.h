@@ -1,196 +1,10 @@
-// A warp's way through its tiles, once for the sums and once, backwards, for the gradient: what it
-// computes from one tile, the way itself, and the rows' sums from those of their chunks.
+// A warp's way through its tiles, once for the sums and once, backwards, for the gradient; and the
+// rows' sums from those of their chunks.
 #pragma once
 
-#include "tiles.h"
+#include "fixed.h"
 
 namespace guard_ops::cuda {
-
-// ---- one tile -----------------------------------------------------------------------------------
-
-// What the arithmetic needs to know of a row.
-struct RowNumbers {
-  Step<float> step;
-  double b;  // not rounded
-  uint64_t key, transition;
-};
-
-__device__ __forceinline__ RowNumbers numbers_of(const Plan& p, const TileAt& at) {
-  RowNumbers n{};
-  n.b = *p.table[1].at(at.k, at.i);
-  n.step = {float(*p.table[0].at(at.k, at.i)), float(n.b), float(*p.table[2].at(at.k, at.i))};
-  if (p.seeds.data != nullptr) {
-    n.key = p.seeds.word(at.k, at.i, 0);
-    n.transition = p.seeds.word(at.k, at.i, 1);
-  }
-  return n;
-}
-
-// A lane's eight elements of every operand that the form reads.
-template <Form F>
-struct Elements {
-  float v[lane_elements], x[lane_elements], y[lane_elements], old[lane_elements],
-      noise[lane_elements];
-
-  __device__ __forceinline__ Element<float> at(uint32_t e) const {
-    Element<float> out{};
-    out.v = v[e];
-    if constexpr (uses_sample(F)) out.x = x[e], out.y = y[e];
-    if constexpr (F == Form::mean) out.m = old[e];
-    if constexpr (uses_old_velocity(F)) out.v_old = old[e];
-    if constexpr (uses_noise(F)) out.noise = noise[e];
-    return out;
-  }
-};
-
-__device__ __forceinline__ void normals(const RowNumbers& row, const TileAt& at,
-                                        float out[lane_elements]) {
-  static_assert(run == 4, "the numbers of one counter");
-#pragma unroll
-  for (uint32_t q = 0; q < lane_elements / run; ++q) {
-    const uint64_t counter = uint64_t(at.begin + place_of(q * run)) / run;
-    const philox::Words words = philox::generate(row.key, counter, row.transition);
-    philox::box_muller(words.w[0], words.w[2], out + 4 * q, out + 4 * q + 1);
-    philox::box_muller(words.w[1], words.w[3], out + 4 * q + 2, out + 4 * q + 3);
-  }
-}
-
-__device__ __forceinline__ void read_velocity(const Plan& p, const char* slot,
-                                              float out[lane_elements]) {
-  read(slot + p.offset[role_v], p.operand[role_v].dtype, out);
-  if (!p.operand[role_uncond]) return;
-  float uncond[lane_elements];
-  read(slot + p.offset[role_uncond], p.operand[role_uncond].dtype, uncond);
-#pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) out[e] = guided(uncond[e], out[e], p.guidance_scale);
-}
-
-template <Form F>
-__device__ __forceinline__ Elements<F> read_tile(const Plan& p, const RowNumbers& row,
-                                                 const TileAt& at, const char* slot) {
-  Elements<F> in;
-  read_velocity(p, slot, in.v);
-  if constexpr (uses_sample(F)) {
-    read(slot + p.offset[role_x], p.operand[role_x].dtype, in.x);
-    read(slot + p.offset[role_y], p.operand[role_y].dtype, in.y);
-  }
-  if constexpr (F != Form::log_prob) {
-    read(slot + p.offset[role_old], p.operand[role_old].dtype, in.old);
-  }
-  if constexpr (F == Form::noise) {
-    read(slot + p.offset[role_noise], p.operand[role_noise].dtype, in.noise);
-  }
-  if constexpr (F == Form::seeded) normals(row, at, in.noise);
-  return in;
-}
-
-// Calls call(std::integral_constant<Form, form>). This is done once a tile: a kernel for each form
-// would take five times as long to compile, as most of a kernel does not depend on the form.
-template <class Call>
-GUARD_OPS_HD void by_form(Form form, Call call) {
-  if (form == Form::mean) {
-    call(std::integral_constant<Form, Form::mean>{});
-  } else if (form == Form::velocity) {
-    call(std::integral_constant<Form, Form::velocity>{});
-  } else if (form == Form::noise) {
-    call(std::integral_constant<Form, Form::noise>{});
-  } else if (form == Form::seeded) {
-    call(std::integral_constant<Form, Form::seeded>{});
-  } else {
-    call(std::integral_constant<Form, Form::log_prob>{});
-  }
-}
-
-// Adds this lane's part of the tile's sums to `total`. It is summed in float32, and added in
-// float64.
-template <Form F>
-__device__ __forceinline__ void add_sums_of(const Plan& p, const RowNumbers& row, const TileAt& at,
-                                            const char* slot, Sums& total) {
-  const Elements<F> in = read_tile<F>(p, row, at, slot);
-  float s1 = 0, s2 = 0;
-#pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) {
-    const Element<float> x = in.at(e);
-    const float d = delta<F>(row.step, x);
-    if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);
-    s2 = fma(d, d, s2);
-  }
-  total.s1 += double(s1);
-  total.s2 += double(s2);
-  if (!p.operand[role_ref]) return;
-  float ref[lane_elements], drift = 0;
-  read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
-#pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) {
-    const float d = row.step.b * (in.v[e] - ref[e]);
-    drift = fma(d, d, drift);
-  }
-  total.ref += double(drift);
-}
-
-__device__ __forceinline__ void add_sums(const Plan& p, const RowNumbers& row, const TileAt& at,
-                                         const char* slot, Sums& total) {
-  by_form(p.form, [&](auto form) { add_sums_of<decltype(form)::value>(p, row, at, slot, total); });
-}
-
-// What the gradient of a row is made of: its factors, and which of its terms there are.
-struct RowGradient {
-  Factors<float> k;
-  GradientKind kind;
-  bool silent, nan, with_ref;  // silent: c1 and c2 are 0
-};
-
-__device__ __forceinline__ RowGradient row_gradient_of(const Plan& p, const RowNumbers& row,
-                                                       const Coefficients& c) {
-  const Factors<double> exact = factors_of(row.b, c);
-  return {{float(exact.k1), float(exact.k2), float(exact.k3)},
-          p.kind == GradientKind::general ? gradient_kind_of(c.c1, c.c2) : p.kind,
-          c.c1 == 0 && c.c2 == 0,
-          c.c1 != c.c1,
-          p.operand[role_ref] && c.c3 != 0};
-}
-
-// Writes the gradient of a tile into its slot, in place of v, and of uncond. Coefficients that are
-// 0 give 0, and NaN ones NaN, whatever the operands hold, as some may not have been read.
-template <Form F>
-__device__ __forceinline__ void gradient_of(const Plan& p, const RowNumbers& row,
-                                            const RowGradient& gradient, const TileAt& at,
-                                            char* slot) {
-  const Elements<F> in = read_tile<F>(p, row, at, slot);
-  float g[lane_elements], ref[lane_elements];
-  if (gradient.with_ref) read(slot + p.offset[role_ref], p.operand[role_ref].dtype, ref);
-#pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) {
-    const Element<float> x = in.at(e);
-    if (gradient.silent || gradient.nan) {
-      g[e] = gradient.nan ? gradient.k.k1 : 0;
-    } else if (gradient.kind == GradientKind::departure) {
-      g[e] = gradient.k.k1 * departure<F>(row.step, x);
-    } else if (gradient.kind == GradientKind::residual) {
-      g[e] = gradient.k.k1 * residual<F>(row.step, x);
-    } else {
-      g[e] = velocity_gradient<F>(gradient.k, row.step, x);
-    }
-    if (gradient.with_ref) g[e] = fma(gradient.k.k3, in.v[e] - ref[e], g[e]);
-  }
-  if (p.operand[role_uncond]) {
-    float rest[lane_elements];
-#pragma unroll
-    for (uint32_t e = 0; e < lane_elements; ++e) {
-      rest[e] = p.uncond_scale * g[e];
-      g[e] = p.guidance_scale * g[e];
-    }
-    write(slot + p.offset[role_uncond], p.operand[role_uncond].dtype, rest);
-  }
-  write(slot + p.offset[role_v], p.operand[role_v].dtype, g);
-}
-
-__device__ __forceinline__ void gradient_in_place(const Plan& p, const RowNumbers& row,
-                                                  const RowGradient& gradient, const TileAt& at,
-                                                  char* slot) {
-  by_form(p.form,
-          [&](auto form) { gradient_of<decltype(form)::value>(p, row, gradient, at, slot); });
-}
 
 // ---- the way through all tiles ------------------------------------------------------------------
 //
@@ -198,15 +12,6 @@ __device__ __forceinline__ void gradient_in_place(const Plan& p, const RowNumber
 // the second pass. What does not fit goes through a ring of slots and is read again, the last tile
 // first, as that is still in the L2 cache. Copies are started `ahead` tiles before their tile's
 // turn.
-
-struct Slots {
-  char* memory;       // where this warp's slots begin
-  uint32_t count;     // how many it has
-  uint32_t ring;      // how many of them are the ring: 1, 2 or 4
-  uint32_t resident;  // how many tiles stay
-
-  __device__ __forceinline__ uint32_t ahead() const { return ring - 1; }
-};
 
 // A position at one of a warp's tiles. What depends on row and chunk alone is computed when those
 // change. Each lane computes the address of one operand: 64-bit products for all operands would be
@@ -276,18 +81,6 @@ struct Walk {
     if (c.at.count != 0) load_tile(p, wanted, slot, c.lane_address, c.at.count);
   }
 
-  // Waits until the oldest tile's copies have landed, those of all lanes.
-  __device__ __forceinline__ void wait() const {
-    if (slots.ring == 4) {
-      wait_copies<3>();
-    } else if (slots.ring == 2) {
-      wait_copies<1>();
-    } else {
-      wait_copies<0>();
-    }
-    sync_warp();
-  }
-
   // Calls body(row, cursor, slot, last) for every tile, in order; `last`: whether it is its chunk's
   // last one. In the cursor lane 0 has the tile's address in `out`, and lane 1 in `more_out`.
   template <class Body>
@@ -304,7 +97,7 @@ struct Walk {
     for (uint32_t t = 0; t < tiles; ++t) {
       start(t + slots.ahead());
       if (move(here, t, lane() == 0 ? out : more_out)) row = numbers_of(p, here.at);
-      wait();
+      slots.wait();
       const bool last = ++sub == p.chunk_tiles;
       body(row, here, slot(t), last);
       sync_warp();  // every lane has read the slot before it is filled anew
@@ -313,9 +106,15 @@ struct Walk {
     wait_copies<0>();
   }
 
-  // Forms the sums of every chunk; every lane calls done(at, sums).
+  // Forms the sums of every chunk. Calls done(chunk, n, sum) in one lane for each n, of S1, S2 and,
+  // where there is a reference, its sum.
   template <class Done>
   __device__ __forceinline__ void sums(Done done) const {
+    const Way way{first, tiles, slots};
+    if (slots.ring > 1 &&
+        by_layout(p, [&](auto layout) { sums_of<decltype(layout)>(p, way, done); })) {
+      return;
+    }
     Sums total{0, 0, 0};
     each({}, {}, [&](const RowNumbers& row, const Cursor& here, const char* slot, bool last) {
       if (here.at.count != 0) add_sums(p, row, here.at, slot, total);
@@ -323,7 +122,11 @@ struct Walk {
       total.s1 = warp_total(total.s1);
       total.s2 = warp_total(total.s2);
       if (p.operand[role_ref]) total.ref = warp_total(total.ref);
-      done(here.at, total);
+      if (lane() == 0) {
+        done(here.at.chunk, 0, total.s1);
+        done(here.at.chunk, 1, total.s2);
+        if (p.operand[role_ref]) done(here.at.chunk, 2, total.ref);
+      }
       total = {0, 0, 0};
     });
   }
@@ -333,6 +136,12 @@ struct Walk {
   template <class CoefficientsOf>
   __device__ __forceinline__ void gradient(const Operand& cond, const Operand& uncond,
                                            CoefficientsOf coefficients_of) const {
+    const Way way{first, tiles, slots};
+    if (slots.ring > 1 && by_layout(p, [&](auto layout) {
+          gradient_of<decltype(layout)>(p, way, cond, coefficients_of);
+        })) {
+      return;
+    }
     const uint32_t streamed = tiles - slots.resident;
     // streamed tile q of this pass is tile tiles - 1 - q, in slot q of the ring
     const auto ring_slot = [&](uint32_t q) {
@@ -354,7 +163,7 @@ struct Walk {
         gradient = row_gradient_of(p, row, coefficients_of(here.at));
       }
       char* const at_slot = t < slots.resident ? slot(t) : ring_slot(q);
-      wait();
+      slots.wait();
       const uint32_t count = here.at.count;
       if (count != 0) {
         gradient_in_place(p, row, gradient, here.at, at_slot);
@@ -383,6 +192,10 @@ struct Partials {
   uint32_t chunks;
   bool with_ref;  // if not, the third sum is neither written nor read
 
+  // The n-th sum of a chunk.
+  __device__ __forceinline__ void put(uint32_t chunk, uint32_t n, double sum) const {
+    data[n * size_t(chunks) + chunk] = sum;
+  }
   __device__ __forceinline__ void put(uint32_t chunk, const Sums& sums) const {
     double* const at = data + chunk;
     at[0] = sums.s1;

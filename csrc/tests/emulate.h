@@ -7,7 +7,9 @@
 // races between two synchronizations.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #define __global__
@@ -72,13 +74,23 @@ T shuffle_xor(T x, int mask) {
 struct alignas(16) Bytes16 {
   uint32_t w[4];
 };
-inline void store_global(void* global, const Bytes16& x) { std::memcpy(global, &x, sizeof x); }
+struct alignas(8) Bytes8 {
+  uint32_t w[2];
+};
+template <class Bytes>
+void store_global(void* global, const Bytes& x) {
+  if (reinterpret_cast<uintptr_t>(global) % sizeof x != 0)
+    std::abort();  // the device would fail too
+  std::memcpy(global, &x, sizeof x);
+}
 inline char* broadcast(char* pointer, uint32_t lane) {
   return reinterpret_cast<char*>(emulation::exchange(reinterpret_cast<uintptr_t>(pointer), lane));
 }
 
 using SharedAddress = char*;
 inline SharedAddress address_of(char* shared) { return shared; }
+inline const char* pointer_of(SharedAddress shared) { return shared; }
+inline SharedAddress same_for_warp(SharedAddress shared) { return shared; }
 inline void copy_async(SharedAddress shared, const void* global) {
   emulation::enqueue_copy(shared, global);
 }
@@ -124,6 +136,8 @@ inline uint32_t to_bfloats(float low, float high) {
   };
   return one(low) | one(high) << 16;
 }
+
+inline float reciprocal_root(float x) { return float(1 / std::sqrt(double(x))); }
 
 inline uint32_t count_up(uint32_t* counter, uint32_t by) {
   const uint32_t before = *counter;

@@ -14,6 +14,7 @@ namespace guard_ops::cuda::emulation {
 
 bool synchronous = false;
 const void* being_captured = nullptr;
+void (*recorder)(const void* argument, size_t bytes) = nullptr;
 
 namespace {
 
@@ -60,8 +61,8 @@ void become(const Machine& machine) {
   kernels.clear();
 }
 
-cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
-                   std::function<void()> thread) {
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const void* argument,
+                   size_t bytes, std::function<void()> thread) {
   GridShape shape{int(config.gridDim.x), int(config.blockDim.x), int(config.dynamicSmemBytes)};
   bool cooperative = false;
   for (unsigned n = 0; n < config.numAttrs; ++n) {
@@ -91,6 +92,10 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config,
     return said(cudaErrorCooperativeLaunchTooLarge);
   }
   if (shape.cluster > 1 && now.busy) return said(cudaErrorLaunchOutOfResources);
+  if (recorder != nullptr) {
+    recorder(argument, bytes);
+    return cudaSuccess;
+  }
   enqueue(shape, std::move(thread));
   if (synchronous) finish();
   return cudaSuccess;

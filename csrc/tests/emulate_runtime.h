@@ -2,6 +2,8 @@
 // run.
 #pragma once
 
+#include <cstddef>
+
 namespace guard_ops::cuda::emulation {
 
 struct Machine {
@@ -21,5 +23,7 @@ void finish();                      // runs everything that was launched to its 
 extern bool synchronous;            // whether a launch ends before the call that launches it
 extern bool copies_land_at_once;    // or only when they are waited for
 extern const void* being_captured;  // the stream that is, or null
+// If it is set, it gets the argument of each launch that the device accepts, and nothing runs.
+extern void (*recorder)(const void* argument, size_t bytes);
 
 }  // namespace guard_ops::cuda::emulation

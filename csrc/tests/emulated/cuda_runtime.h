@@ -100,12 +100,14 @@ cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id);
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*);
 
 namespace guard_ops::cuda::emulation {
-cudaError_t launch(const void* kernel, const cudaLaunchConfig_t&, std::function<void()> thread);
-}
+// `argument` has `bytes` bytes.
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t&, const void* argument,
+                   size_t bytes, std::function<void()> thread);
+}  // namespace guard_ops::cuda::emulation
 
 template <class Argument>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument),
                                const Argument& argument) {
   return guard_ops::cuda::emulation::launch(reinterpret_cast<const void*>(kernel), *config,
-                                            [=] { kernel(argument); });
+                                            &argument, sizeof argument, [=] { kernel(argument); });
 }
