@@ -54,7 +54,8 @@ pygments_dark_style = "monokai"
 # What the front page's menu shows. A test holds that every page is in it.
 MENU = {
     "Use it": ("docs/writing-a-loop", "docs/swap-in", "docs/trainer", "docs/rewards",
-               "docs/monitor", "docs/report", "docs/scale", "docs/api", "docs/reference", "examples/minimal_grpo"),
+               "docs/monitor", "docs/report", "docs/scale", "docs/api", "docs/reference",
+               "examples/minimal_grpo"),
     "Understand it": ("docs/math", "docs/reliability", "docs/demo", "docs/benchmarks"),
     "Build it": ("docs/building", "docs/gpu", "docs/cuda", "docs/kernels"),
     "Change it": ("CONTRIBUTING", "docs/life-of-a-call", "docs/backends", "tests/data/README",
