@@ -114,10 +114,14 @@ def measure(
     return rows
 
 
+# What the times of the trainer's methods are called, where it is not by their own names.
+NAMES = {"_submit": "rewards", "scores": "rewards", "_push": "backward", "step": "optimizer"}
+
+
 class Clock:
     """Seconds and peak memory of an iteration's parts; each is waited for, so parts add up."""
 
-    PARTS = ("rollout", "rewards", "velocities", "objective", "_push", "update")
+    PARTS = ("rollout", "_submit", "scores", "velocities", "objective", "_push", "update")
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -139,9 +143,10 @@ class Clock:
             result = call(*args, **kwargs)
             if cuda:
                 torch.cuda.synchronize()
-            name = {"_push": "backward", "step": "optimizer"}.get(part, part)
-            seconds = time.perf_counter() - began
+            name, seconds = NAMES.get(part, part), time.perf_counter() - began
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            if part == "_submit":  # it is called in the rollout, which is timed without it
+                self.seconds["rollout"] = self.seconds.get("rollout", 0.0) - seconds
             if part not in ("update", "objective"):  # the parts inside begin to count anew
                 peak = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
                 self.peaks[name] = max(self.peaks.get(name, 0.0), peak)

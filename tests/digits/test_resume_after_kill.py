@@ -41,9 +41,19 @@ def train(*options):
     from guard_ops import cli
     from guard_ops.digits import jobs
 
+    class Gold:
+        def __init__(self, digits):
+            pass
+
+        def probability(self, samples, condition):
+            return samples.flatten(1).mean(1)
+
+        def __call__(self, samples, condition, probability):
+            return {"gold": float(probability.mean())}
+
     jobs.TrainConfig = functools.partial(jobs.TrainConfig, group_size=4, tensorboard=False)
     jobs.EVALUATION_SAMPLES = 2
-    jobs.Gold = lambda digits: lambda samples, condition: {"gold": float(samples.mean())}
+    jobs.Gold = Gold
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(io.StringIO()):
         sys.exit(cli.main(["train", "digits", *options]))
