@@ -41,7 +41,8 @@ def held_out_prompts(recipe: Recipe, trained: Prompts) -> Prompts:
             "test prompts; it needs a file of prompts that training does not have"
         )
     found = read_prompts(file)
-    for text in set(found.texts) & set(trained.texts):
+    seen = set(trained.texts)
+    for text in (text for text in found.texts if text in seen):
         raise ValueError(
             f"`gold_prompts` {file!r} has {text!r}, which `prompts` has too; the monitor needs "
             "prompts that training never draws"
