@@ -30,6 +30,7 @@ def code(cells):
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow_suite  # twenty seconds
 def test_the_reward_rises(example, capsys):
     """From below -0.5 (a ring that ignores its prompt) by more than 0.5; 1 is the most."""
     torch.manual_seed(0)

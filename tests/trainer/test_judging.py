@@ -221,6 +221,7 @@ def train_until_it_fails(engine, folder):
     return str(error.value)
 
 
+@pytest.mark.slow_suite  # starts two processes
 def test_a_fault_on_one_rank_stops_all_with_a_checkpoint(tmp_path):
     said = ranks.run(tmp_path / "ranks", 2, train_until_it_fails, str(tmp_path / "run"))
     assert said[0] == said[1]
