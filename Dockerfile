@@ -2,7 +2,8 @@
 #
 #     docker build -t guard-ops .
 #     docker run --rm --gpus all guard-ops                        # guard-ops doctor
-#     docker run --rm --gpus all guard-ops make gpu-check PYTHON=python3
+#     docker run --rm --gpus all -v "$PWD/benchmarks/results:/src/benchmarks/results" \
+#         guard-ops make gpu-check PYTHON=python3                 # the results stay in your checkout
 #     docker build --target wheel --output dist .                 # the wheel alone
 #
 # No GPU is needed to build. CUDA, the image and torch are of one CUDA version: docs/building.md says

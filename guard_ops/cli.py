@@ -103,9 +103,21 @@ def _parser() -> argparse.ArgumentParser:
         required=True, metavar="demo | train | report | bench | doctor"
     )
 
-    demo = commands.add_parser("demo", help="fine-tune a digits flow with three objectives")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
-    demo.add_argument("--seed", "--seeds", type=int, nargs="+", default=[0], help="one or more")
+    demo = commands.add_parser(
+        "demo",
+        help="fine-tune a digits flow with three objectives",
+        description="Pretrain a flow on handwritten digits, fine-tune it with Flow-GRPO and with "
+        "GRPO-Guard's two objectives, and show what each one costs: tables and pictures.",
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder for everything; default: runs/demo",
+    )
+    demo.add_argument(
+        "--seed", "--seeds", type=int, nargs="+", default=[0], help="one or more; default: 0"
+    )
     _add_lengths(demo)
     demo.add_argument("--report", type=Path, help="also write the results as this Markdown page")
     demo.set_defaults(run=_demo)
@@ -117,21 +129,41 @@ def _parser() -> argparse.ArgumentParser:
         "with the package: digits, flux1_dev, qwen_image, sd3_5_medium, wan2_1_t2v_1_3b.",
     )
     train.add_argument("recipe", metavar="RECIPE", help="a name, or a .yaml file")
-    train.add_argument("settings", metavar="key=value", nargs="*", help="instead of the recipe's")
+    train.add_argument(
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        default=[],  # without one, argparse asks for it where RECIPE is missing
+        help="instead of the recipe's; docs/trainer.md says which there are",
+    )
     train.add_argument("--dry-run", action="store_true", help="say what it comes to, and end")
     train.add_argument("--gpus", type=int, help="of the dry run; default: 1")
     train.set_defaults(run=_train)
 
-    report = commands.add_parser("report", help="a page that shows one or several runs")
+    report = commands.add_parser(
+        "report",
+        help="a page that shows one or several runs",
+        description="Write one HTML file that shows a run of `guard-ops train`, or compares "
+        "several; it needs nothing beside it.",
+    )
     report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
     report.add_argument("--out", type=Path, help="the page; default: report.html in the only run")
     report.set_defaults(run=_report)
 
-    bench = commands.add_parser("bench", help="time the kernels against plain PyTorch")
+    bench = commands.add_parser(
+        "bench",
+        help="time the kernels against plain PyTorch",
+        description="Time every op on this machine's backends against plain PyTorch, "
+        "torch.compile and a memory copy, and compare its digits with float64's.",
+    )
     _add_bench_arguments(bench)
     bench.set_defaults(run=_bench)
 
-    doctor = commands.add_parser("doctor", help="what this installation can do, and why not more")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this installation can do, and why not more",
+        description="Test every backend that is here, and say what each missing one needs.",
+    )
     doctor.add_argument("--json", action="store_true", help="the same for programs")
     doctor.set_defaults(run=_doctor)
     return parser

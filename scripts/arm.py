@@ -7,6 +7,7 @@ tests there, of the longest two a part of the cases. Needs Debian's ``g++-aarch6
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import shutil
@@ -40,6 +41,10 @@ def differences(here: str, there: str) -> str:
 
 def main() -> int:
     """Compile, run and compare; 1 where a test fails or bits differ."""
+    summary, *_ = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--bits", action="store_true", help="only compare the bits")
+    bits_alone = parser.parse_args().bits
     missing = [tool for tool in (EMULATOR, COMPILER) if shutil.which(tool) is None]
     if missing:
         print(
@@ -69,7 +74,7 @@ def main() -> int:
         return 1
     isas = [output.split("\n", 1)[0] for output in outputs]
     print(found or f"arm: {isas[1]} gives the bits of {isas[0]}", flush=True)
-    if found or "--bits" in sys.argv:
+    if found or bits_alone:
         return int(bool(found))
     folder = compiling.build(arm, "cpp_tests", "aarch64")
     ctest = toolchain.find_program("ctest", os.environ) or "ctest"

@@ -8,6 +8,7 @@ nvidia-cuda-cuobjdump, or of triton.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -80,10 +81,14 @@ def _output(*command: str, may_fail: bool = False) -> str:
 
 
 def main() -> int:
+    summary, *_ = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("wheels", metavar="WHEEL", nargs="+", help="a file")
+    names = parser.parse_args().wheels
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         sys.exit("no cuobjdump here; pip install nvidia-cuda-cuobjdump")
-    for name in sys.argv[1:]:
+    for name in names:
         found = inspect(Path(name), cuobjdump)
         inside = " ".join(found.architectures) or "no CUDA"
         print(f"{Path(name).name}: {found.size / 1e6:.1f} MB, {inside}, {found.glibc}")

@@ -11,6 +11,7 @@ of. A header and those sources are one file. What a call does not enter is named
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections import Counter
@@ -167,8 +168,12 @@ def page() -> str:
 
 
 def main() -> int:
+    summary, *_ = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("--check", action="store_true", help="fail where they are out of date")
+    check = parser.parse_args().check
     text = page()
-    if "--check" in sys.argv:
+    if check:
         if text != PAGE.read_text():
             print(f"{PAGE.relative_to(ROOT)} is out of date: python scripts/life_of_a_call.py")
             return 1

@@ -7,6 +7,7 @@ Any finding fails the test that it is found in.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shlex
@@ -116,6 +117,8 @@ def main() -> int:
     if sys.argv[1:2] == ["--pytest"]:
         sys.path.insert(0, str(ROOT))
         return pytest_with(sys.argv[2], sys.argv[3:])
+    summary, *_ = (__doc__ or "").splitlines()
+    argparse.ArgumentParser(description=summary).parse_args()
     codes = [cpp_tests(ADDRESS), cpp_tests(THREAD), python_tests(ADDRESS)]
     return int(any(codes))
 

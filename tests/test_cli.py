@@ -77,6 +77,12 @@ def test_no_command_is_an_error(capsys):
     assert "required" in capsys.readouterr().err
 
 
+def test_only_the_recipe_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert capsys.readouterr().err.endswith("arguments are required: RECIPE\n")
+
+
 def test_objectives_offered_are_those_of_the_job():
     from guard_ops.digits.jobs import OBJECTIVES
     from guard_ops.recipes.config import DigitsRecipe

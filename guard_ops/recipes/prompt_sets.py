@@ -18,10 +18,15 @@ def prompt_file(prompts: str, split: Literal["train", "test"] = "train") -> str:
         split: which of a folder's files.
 
     Raises:
-        ValueError: a folder without either file.
+        ValueError: a folder without either file, or a word that is neither file nor set.
     """
     folder = SHIPPED / prompts if prompts in NAMES and not Path(prompts).exists() else Path(prompts)
     if not folder.is_dir():
+        if not folder.exists() and folder.suffix not in (".txt", ".jsonl"):
+            raise ValueError(
+                f"`prompts` is {prompts!r}, which is no folder, no .txt or .jsonl file, and none "
+                f"of {', '.join(NAMES)}, which come with the package"
+            )
         return prompts
     files = [folder / f"{split}_metadata.jsonl", folder / f"{split}.txt"]
     for file in files:
