@@ -179,8 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=float, nargs="+", help="of several rewards")
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
     parser.add_argument("--port", type=int, default=8600, help="default: 8600")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--largest", type=int, default=LARGEST, help="bytes of a request")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="default: cuda where torch has it")
+    parser.add_argument(
+        "--largest", type=int, default=LARGEST, help="bytes of a request; default: %(default)s"
+    )
     given = parser.parse_args(arguments)
     try:
         reward = load_reward(given.reward, given.options, given.weights)
