@@ -13,7 +13,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,18 @@ def peak(work: Callable[[], object]) -> int:
     return most
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Processor time then has no threads in it that spin while they wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def times(folder: str, rounds: int = 7) -> dict[str, dict[str, float]]:
     """Seconds of a processor for each kind of update, and their ratios to the loop's."""
     loop, rollout, batch = trainer_of(folder, SAMPLES)
@@ -165,6 +177,5 @@ def memory(folder: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out:
         print(json.dumps(times(f"{out}/times") | {"bytes": memory(f"{out}/memory")}, indent=1))
