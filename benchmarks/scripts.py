@@ -402,24 +402,25 @@ CONTENDERS = {
 
 
 def guard_loss(batch: Batch, guarded: bool) -> Loss:
-    """:func:`guard_ops.guard_loss` on what the block is given; the schedule is made once."""
+    """:func:`guard_ops.guard_loss` on what the block is given, of which it takes a timestep as a
+    block does; the schedule is made once.
+    """
     level = noise_level(batch.kind)
     coeffs = go.SdeSchedule(batch.sigmas, level, batch.kind)[J]  # type: ignore[arg-type]
-    old_log_prob, old_mean, advantages = _old(batch)
-    old = {"old_mean": old_mean} if guarded else {"old_log_prob": old_log_prob}
+    name, old = ("old_mean", "prev_sample_mean") if guarded else ("old_log_prob", "log_probs")
     make = go.GuardConfig.paper if guarded else go.GuardConfig.flow_grpo
     config = make(balance="none")
-    x, y = batch.sample["latents"][:, 0], batch.sample["next_latents"][:, 0]
+    sample = batch.sample
 
     def loss(v: Tensor) -> Tensor:
         return go.guard_loss(
             v,
-            advantages=advantages,
+            advantages=sample["advantages"][:, 0],
             coeffs=coeffs,
             config=config,
-            sample=x,
-            prev_sample=y,
-            **old,  # type: ignore[arg-type]
+            sample=sample["latents"][:, 0],
+            prev_sample=sample["next_latents"][:, 0],
+            **{name: sample[old][:, 0]},  # type: ignore[arg-type]
         ).loss
 
     return loss

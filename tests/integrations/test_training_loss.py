@@ -287,17 +287,17 @@ class Dispatched(TorchDispatchMode):
 
 
 # What a tail computes besides the loss, its backward included: what its script logs. The originals
-# compute 101 to 143. Then what it dispatches more than guard_loss on tensors that are taken apart
-# already: that, and a view for each of the five or six tensors that a script takes a timestep of.
+# compute 101 to 143. Then what it dispatches more than guard_loss on the same timestep: that, views,
+# and a timestep of what guard_loss has no use for.
 COMPUTED = {
-    "flow_grpo": (3, 10),
-    "flow_grpo, GRPO-Guard": (29, 33),  # two passes, and between them its coupled ratios
-    "flow_grpo, Wan2.1": (3, 8),
-    "DanceGRPO": (1, 5),
-    "verl-omni": (0, 2),
-    "verl-omni, GRPO-Guard": (0, 3),
-    "Flow-Factory": (7, 15),
-    "Flow-Factory, GRPO-Guard": (7, 15),
+    "flow_grpo": (3, 6),
+    "flow_grpo, GRPO-Guard": (29, 29),  # two passes, and between them its coupled ratios
+    "flow_grpo, Wan2.1": (3, 4),
+    "DanceGRPO": (1, 1),
+    "verl-omni": (0, -2),
+    "verl-omni, GRPO-Guard": (0, -1),
+    "Flow-Factory": (7, 11),
+    "Flow-Factory, GRPO-Guard": (7, 11),
 }
 
 
