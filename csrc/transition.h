@@ -30,7 +30,8 @@ GUARD_OPS_HD constexpr bool uses_noise(Form f) { return f == Form::noise || f ==
 // ---- operands -----------------------------------------------------------------------------------
 
 // The operands over latents, [K, B, D] each: (their field in Batch, their name), in the order of
-// guard_ops.transitions.Latents. An extension whose list is another one is not loaded.
+// guard_ops.transitions.Latents, which has `mask` after them. An extension whose list is another
+// one is not loaded.
 #define GUARD_OPS_LATENTS(X)     \
   X(v, model_output)             \
   X(uncond, model_output_uncond) \
@@ -59,6 +60,17 @@ struct Operand {
   }
 };
 
+// [K, B, D] bool with dense latents: which elements count. Null when all do.
+struct Mask {
+  const uint8_t* data = nullptr;
+  int64_t stride_k = 0, stride_b = 0;
+
+  GUARD_OPS_HD explicit operator bool() const { return data != nullptr; }
+  GUARD_OPS_HD const uint8_t* row(int64_t k, int64_t i) const {
+    return data + k * stride_k + i * stride_b;
+  }
+};
+
 // [K, B, 2] int64: Philox key and transition.
 struct Seeds {
   const int64_t* data = nullptr;
@@ -75,6 +87,7 @@ struct Batch {
 #define GUARD_OPS_FIELD(field, name) Operand field;
   GUARD_OPS_LATENTS(GUARD_OPS_FIELD)
 #undef GUARD_OPS_FIELD
+  Mask mask;
   Seeds seeds;
   double guidance_scale;
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, objective, transitions
+from . import autograd, masks, objective, transitions
 from .backends import select
 from .options import LogRatioOptions, Names, takes
 from .schedule import StepCoefficients
@@ -45,6 +45,7 @@ def sde_step(
     seed: Tensor | None = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
+    mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> SdeStep:
     """One stochastic denoising step of the rollout: ``y = a x + b v + s noise``.
@@ -59,6 +60,8 @@ def sde_step(
         model_output_uncond, guidance_scale: classifier-free guidance, both or neither: the mean's
             velocity is ``uncond + scale (model_output - uncond)``, rounded as :func:`guard_loss`
             rounds that of the same pair. It is combined while it is read, and never written.
+        mask: which elements ``log_prob`` is over, as :func:`guard_loss` takes it; ``prev_sample``
+            and ``mean`` are those of a call without it.
         reduction: of ``log_prob`` over the latent: "mean" or "sum".
 
     Returns:
@@ -76,7 +79,9 @@ def sde_step(
     scale = transitions.check_guidance(
         {"model_output_uncond": model_output_uncond, "guidance_scale": guidance_scale}
     )
-    step = _step(model_output, model_output_uncond, scale, sample, coeffs, generator, noise, seed)
+    step = _step(
+        model_output, model_output_uncond, scale, sample, coeffs, generator, noise, seed, mask
+    )
     shape, numel = step.shape, step.numel
     full = StepCoefficients._of(step.table, coeffs.gaussian, ())
     kappa = full.kappa / numel if reduction == "mean" else full.kappa
@@ -90,7 +95,7 @@ def next_sample(
     model_output: Tensor, sample: Tensor, coeffs: StepCoefficients, *, seed: Tensor
 ) -> Tensor:
     """:func:`sde_step`'s ``prev_sample`` alone: one operator, where a rollout needs no density."""
-    step = _step(model_output, None, 1.0, sample, coeffs, None, None, seed)
+    step = _step(model_output, None, 1.0, sample, coeffs, None, None, seed, None)
     return step.prev_sample.reshape(step.shape.full)
 
 
@@ -103,7 +108,7 @@ class _Step(NamedTuple):
     noise: Tensor | None
     shape: transitions.CallShape
     table: Tensor  # [5, K, B]
-    numel: int  # D
+    numel: int | Tensor  # D: of all transitions, or [K, B]
 
 
 def _step(
@@ -115,6 +120,7 @@ def _step(
     generator: torch.Generator | None,
     noise: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None,
 ) -> _Step:
     """Checks the arguments and takes the step; raises as :func:`sde_step` says."""
     shape = transitions.check_shape(model_output, coeffs)
@@ -149,10 +155,13 @@ def _step(
     if noise is not None:
         operands["noise"] = transitions.latents("noise", noise, shape, device)
         transitions.check_constant("noise", noise)
+    if mask is not None:
+        operands["mask"] = masks.flat(mask, shape, device)
     latents = Latents._make([operands.get(name) for name in Latents._fields])
     t = Transitions(latents, key, table, guidance_scale)
     y, mean, square = select(device).sde_step(t)
-    return _Step(y, mean, square, noise, shape, table, latents.model_output.shape[-1])
+    numel = transitions.numel_of(t, transitions.elements(t))
+    return _Step(y, mean, square, noise, shape, table, numel)
 
 
 @takes(LogRatioOptions, reduction="mean")
@@ -174,7 +183,7 @@ def log_ratio(model_output: Tensor, **options: Unpack[LogRatioOptions]) -> LogRa
     log_r, kl_old, _ = objective.log_ratio_and_kl(
         autograd.transition_sums(select(model_output.device), t),
         StepCoefficients._of(t.coefficients, coeffs.gaussian, ()),
-        t.latents.model_output.shape[-1],
+        transitions.numel_of(t, transitions.elements(t)),
         reduction,
         None if old is None else old.double(),
     )
@@ -188,12 +197,14 @@ def log_prob(
     sample: Tensor,
     prev_sample: Tensor,
     coeffs: StepCoefficients,
+    mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """``log p(y)`` of the policy, [K, B] ([B] for one step), differentiable in ``model_output``.
 
-    ``-kappa (y - mean)^2 - log s - log sqrt(2 pi)`` averaged (or summed) over the latent. To form
-    a ratio use :func:`log_ratio`: the difference of two of these has lost its digits.
+    ``-kappa (y - mean)^2 - log s - log sqrt(2 pi)`` averaged (or summed) over the latent, or
+    over its elements that ``mask`` counts, which is :func:`guard_loss`'s. To form a ratio use
+    :func:`log_ratio`: the difference of two of these has lost its digits.
     """
     leading = transitions.check_shape(model_output, coeffs).leading()
     for name, value in (("sample", sample), ("prev_sample", prev_sample)):
@@ -205,5 +216,6 @@ def log_prob(
         sample=sample,
         prev_sample=prev_sample,
         old_log_prob=zero,
+        mask=mask,
         reduction=reduction,
     ).log_ratio

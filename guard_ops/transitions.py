@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import inference
+from . import inference, masks
 from .checks import (
     FLOATING,
     OWNERS,
@@ -61,6 +61,7 @@ class Latents(NamedTuple):
     old_mean: Tensor | None  # m
     old_model_output: Tensor | None
     noise: Tensor | None
+    mask: Tensor | None  # bool: which elements count
 
     def velocities(self) -> list[Tensor]:
         """The policy's velocities, old and new, that the call has."""
@@ -73,7 +74,7 @@ class Latents(NamedTuple):
 
 
 # Those that a rollout's step may have, in csrc/bindings.h's order.
-STEP_LATENTS = ("model_output", "model_output_uncond", "sample", "noise")
+STEP_LATENTS = ("model_output", "model_output_uncond", "sample", "noise", "mask")
 
 
 class Transitions(NamedTuple):
@@ -123,6 +124,7 @@ class Rows(NamedTuple):
     advantages: Tensor  # [K, B] float64 or float32
     old_log_prob: Tensor | None  # [K, B] float64 or float32
     step_weights: Tensor | None  # [K, B] float64 or float32
+    elements: Tensor | None  # [K, B] float64: D of each transition; None if it is the latent's size
     statistics: Tensor | None  # [3, K] float64: mean, std and std_floor of each step
 
 
@@ -364,7 +366,9 @@ def gather(shape: CallShape, model_output: Tensor, given: Given) -> Transitions:
     found = []
     for name in Latents._fields:
         value = model_output if name == "model_output" else given.get(name)
-        if value is not None:
+        if value is not None and name == "mask":
+            value = masks.flat(value, shape, device)
+        elif value is not None:
             value = latents(name, value, shape, device)
             if name not in DIFFERENTIATED:
                 check_constant(name, value)
@@ -372,6 +376,20 @@ def gather(shape: CallShape, model_output: Tensor, given: Given) -> Transitions:
     seed = given.get("seed")
     key = None if seed is None else seeds(seed, shape, device)
     return Transitions(Latents._make(found), key, full_table(coeffs, shape, model_output), scale)
+
+
+def elements(t: Transitions) -> Tensor | None:
+    """D of each transition where a mask says which elements count, [K, B] float64; else None.
+
+    At least 1: without any element that counts, a transition's sums are 0, and this makes its
+    ratio 1 and its gradient 0.
+    """
+    return None if t.latents.mask is None else masks.counts(t.latents.mask).clamp(min=1)
+
+
+def numel_of(t: Transitions, elements: Tensor | None) -> int | Tensor:
+    """D of a call's transitions: a number, or [K, B]."""
+    return t.latents.model_output.shape[-1] if elements is None else elements
 
 
 def old_log_prob(shape: CallShape, model_output: Tensor, given: Given) -> Tensor | None:

@@ -37,12 +37,13 @@ _tuned: dict[tuple[object, ...], int] = {}
 COUNTS = [
     "steps", "batch", "segments", "tiles", "table_c", "table_k", "table_i", "advantages_k",
     "advantages_i", "old_k", "old_i", "weights_k", "weights_i",
+    "elements_k", "elements_i",
 ]  # fmt: skip
 # Pointers for whose alignment no kernel is compiled: their numbers are read one by one, and a slice
 # of them may begin anywhere.
 POINTERS = [
     "table", "partial", "sums", "counter", "counters", "c", "written", "factor", "advantages",
-    "old_log_prob", "step_weights", "statistics",
+    "old_log_prob", "step_weights", "elements", "statistics",
 ]  # fmt: skip
 
 

@@ -35,6 +35,13 @@ def load(pointer, strides, k, i, start, inside, T: tl.constexpr):
 
 
 @triton.jit
+def counted(t, strides, k, i, start, inside):
+    """Which of a tile's elements the mask counts, bool; only where a mask is given."""
+    base = k * strides.mask[0] + i * strides.mask[1] + start
+    return tl.load(t.mask + base + tl.arange(0, TILE), mask=inside, other=0) != 0
+
+
+@triton.jit
 def rounded(value, to: tl.constexpr):
     """``value`` in another dtype; float64 becomes float32 before it becomes a 16-bit one."""
     if value.dtype == tl.float64:

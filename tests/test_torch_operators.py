@@ -45,7 +45,7 @@ def test_opcheck_guard_loss(form, dtype):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     if form != "log-prob":
         checks = (*checks, "test_aot_dispatch_dynamic")
-    for more in ((old, None, None), (old, weights, statistics)):
+    for more in ((old, None, None, None), (old, weights, torch.full_like(weights, 9), statistics)):
         arguments = (*t, [advantages, *more], list(choices), list(numbers), True, guided)
         operator = torch.ops.guard_ops.guard_loss.default
         torch.library.opcheck(operator, arguments, test_utils=checks)
