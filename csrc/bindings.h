@@ -146,10 +146,11 @@ struct Call {
     batch.numel = v.size(2);
     batch.guidance_scale = guidance_scale;
     if (seed) {
-      TORCH_CHECK(seed->scalar_type() == at::kLong && seed->dim() == 3 && seed->size(2) == 2,
-                  "guard_ops: seed needs int64 [K, B, 2]");
+      TORCH_CHECK(seed->scalar_type() == at::kLong && seed->dim() == 3 &&
+                      (seed->size(2) == 2 || seed->size(2) == 3),
+                  "guard_ops: seed needs int64 [K, B, 2], or of a shard [K, B, 3]");
       batch.seeds = {seed->const_data_ptr<int64_t>(), seed->stride(0), seed->stride(1),
-                     seed->stride(2)};
+                     seed->stride(2), seed->size(2) == 3};
     }
     TORCH_CHECK(coefficients.dim() == 3 && coefficients.scalar_type() == at::kDouble,
                 "guard_ops: coefficients needs float64 [5, K, B]");

@@ -71,10 +71,17 @@ struct Mask {
   }
 };
 
-// [K, B, 2] int64: Philox key and transition.
+// [K, B, 2] int64: Philox key and transition; or [K, B, 3], where the latents are a shard: the
+// third is the counter of its first four elements.
 struct Seeds {
   const int64_t* data = nullptr;
   int64_t stride_k = 0, stride_b = 0, stride_word = 0;
+  bool of_shard = false;
+
+  // The number in the whole latent of a row's first element.
+  GUARD_OPS_HD int64_t offset(int64_t k, int64_t i) const {
+    return of_shard ? 4 * int64_t(word(k, i, 2)) : 0;
+  }
   GUARD_OPS_HD uint64_t word(int64_t k, int64_t i, int w) const {
     return static_cast<uint64_t>(data[k * stride_k + i * stride_b + w * stride_word]);
   }

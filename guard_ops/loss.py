@@ -71,6 +71,11 @@ def guard_loss(model_output: Tensor, **options: Unpack[LossOptions]) -> GuardLos
             [K or 1, B or 1, *latent]. The rest (padding, given frames) change nothing, whatever
             they hold, and their gradient is 0; D, over which a mean is taken, is each transition's
             count. One without any has ratio 1 and gradient 0.
+        latent_group: the ranks of which each has a part of every latent's elements (context
+            parallel). The loss and its numbers are those of the whole latents, alike on all of
+            them, and the gradient is that of the part.
+        latent_offset: in the seeded form, which element of the whole latent is this part's first
+            one: a multiple of 4.
         step_weights: [K, B] instead of ``config.balance``; a call of one step needs them where the
             balance is "inverse_ratio" (the default config's), which weighs K steps.
         statistics: RatioNorm's mean and std from elsewhere (micro-batches, running average).
@@ -197,6 +202,7 @@ def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
     fused = (
         backend.FUSED
         and given.get("process_group") is None
+        and given.get("latent_group") is None
         and shape.batch <= backends.max_batch(backend)
     )
     if not history or (fused and not torch.compiler.is_compiling()):
@@ -266,6 +272,8 @@ def _check_objective(
     if given.get("step_weights") is None:
         transitions.check_balance(config, shape.steps)
     statistics, process_group = given.get("statistics"), given.get("process_group")
+    if given.get("latent_group") is not None:
+        ranks.check_group("latent_group", given["latent_group"])
     needs = RATIO_NORMS[config.ratio_norm]
     if needs.debiased:
         transitions.check_gaussian(given["coeffs"], config.ratio_norm)
@@ -322,6 +330,9 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         None if x is None else transitions.normal(x).double() for x in call.rows
     )
     assert advantages is not None
+    sums = autograd.transition_sums(call.backend, t)
+    if given.get("latent_group") is not None:
+        sums, elements = autograd.over_shards(sums, t, given["latent_group"])
     numel = transitions.numel_of(t, elements)
     mean_std = None if statistics is None else (statistics[0], statistics[1])
     alone = process_group is None or not RATIO_NORMS[config.ratio_norm].statistics
@@ -329,7 +340,7 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
     floor = _std_floor(t, numel, config, call.objective, call.gaussian, group)
     coeffs = StepCoefficients._of(t.coefficients, call.gaussian, ())
     log_r, kl_old, kl = objectives.log_ratio_and_kl(
-        autograd.transition_sums(call.backend, t),
+        sums,
         coeffs,
         numel,
         config.reduction,

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, masks, objective, transitions
+from . import autograd, masks, objective, ranks, transitions
 from .backends import select
 from .options import LogRatioOptions, Names, takes
 from .schedule import StepCoefficients
 from .transitions import Latents, Transitions, check_tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 _LOG_RATIO = Names(LogRatioOptions)
@@ -46,6 +47,8 @@ def sde_step(
     model_output_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
     mask: Tensor | None = None,
+    latent_group: ProcessGroup | None = None,
+    latent_offset: int | None = None,
     reduction: str = "mean",
 ) -> SdeStep:
     """One stochastic denoising step of the rollout: ``y = a x + b v + s noise``.
@@ -62,6 +65,8 @@ def sde_step(
             rounds that of the same pair. It is combined while it is read, and never written.
         mask: which elements ``log_prob`` is over, as :func:`guard_loss` takes it; ``prev_sample``
             and ``mean`` are those of a call without it.
+        latent_group, latent_offset: where each rank has a part of the latents, as for
+            :func:`guard_loss`: ``log_prob`` is that of the whole ones.
         reduction: of ``log_prob`` over the latent: "mean" or "sum".
 
     Returns:
@@ -79,9 +84,13 @@ def sde_step(
     scale = transitions.check_guidance(
         {"model_output_uncond": model_output_uncond, "guidance_scale": guidance_scale}
     )
+    if latent_group is not None:
+        ranks.check_group("latent_group", latent_group)
+    offset = transitions.check_offset(latent_offset, seed)
     step = _step(
-        model_output, model_output_uncond, scale, sample, coeffs, generator, noise, seed, mask
-    )
+        model_output, model_output_uncond, scale, sample, coeffs, generator, noise, seed, mask,
+        latent_group, offset,
+    )  # fmt: skip
     shape, numel = step.shape, step.numel
     full = StepCoefficients._of(step.table, coeffs.gaussian, ())
     kappa = full.kappa / numel if reduction == "mean" else full.kappa
@@ -95,7 +104,7 @@ def next_sample(
     model_output: Tensor, sample: Tensor, coeffs: StepCoefficients, *, seed: Tensor
 ) -> Tensor:
     """:func:`sde_step`'s ``prev_sample`` alone: one operator, where a rollout needs no density."""
-    step = _step(model_output, None, 1.0, sample, coeffs, None, None, seed, None)
+    step = _step(model_output, None, 1.0, sample, coeffs, None, None, seed)
     return step.prev_sample.reshape(step.shape.full)
 
 
@@ -120,7 +129,9 @@ def _step(
     generator: torch.Generator | None,
     noise: Tensor | None,
     seed: Tensor | None,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
+    latent_group: ProcessGroup | None = None,
+    latent_offset: int = 0,
 ) -> _Step:
     """Checks the arguments and takes the step; raises as :func:`sde_step` says."""
     shape = transitions.check_shape(model_output, coeffs)
@@ -144,7 +155,7 @@ def _step(
     table = transitions.full_table(coeffs, shape, model_output)
     key = None
     if seed is not None:
-        key = transitions.seeds(seed, shape, device)
+        key = transitions.seeds(seed, shape, device, latent_offset)
     elif noise is None:
         noise = torch.randn(
             shape.full,
@@ -161,6 +172,9 @@ def _step(
     t = Transitions(latents, key, table, guidance_scale)
     y, mean, square = select(device).sde_step(t)
     numel = transitions.numel_of(t, transitions.elements(t))
+    if latent_group is not None:
+        square, numel = ranks.total(torch.stack([square, transitions.counted(t)]), latent_group)
+        numel = numel.clamp(min=1)
     return _Step(y, mean, square, noise, shape, table, numel)
 
 
@@ -180,10 +194,17 @@ def log_ratio(model_output: Tensor, **options: Unpack[LogRatioOptions]) -> LogRa
     t = transitions.gather(shape, model_output, options)
     old = transitions.old_log_prob(shape, model_output, options)
     transitions.check_reduction(reduction)
+    sums = autograd.transition_sums(select(model_output.device), t)
+    latent_group = options.get("latent_group")
+    if latent_group is None:
+        elements = transitions.elements(t)
+    else:
+        ranks.check_group("latent_group", latent_group)
+        sums, elements = autograd.over_shards(sums, t, latent_group)
     log_r, kl_old, _ = objective.log_ratio_and_kl(
-        autograd.transition_sums(select(model_output.device), t),
+        sums,
         StepCoefficients._of(t.coefficients, coeffs.gaussian, ()),
-        transitions.numel_of(t, transitions.elements(t)),
+        transitions.numel_of(t, elements),
         reduction,
         None if old is None else old.double(),
     )
@@ -198,13 +219,15 @@ def log_prob(
     prev_sample: Tensor,
     coeffs: StepCoefficients,
     mask: Tensor | None = None,
+    latent_group: ProcessGroup | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """``log p(y)`` of the policy, [K, B] ([B] for one step), differentiable in ``model_output``.
 
-    ``-kappa (y - mean)^2 - log s - log sqrt(2 pi)`` averaged (or summed) over the latent, or
-    over its elements that ``mask`` counts, which is :func:`guard_loss`'s. To form a ratio use
-    :func:`log_ratio`: the difference of two of these has lost its digits.
+    ``-kappa (y - mean)^2 - log s - log sqrt(2 pi)`` averaged (or summed) over the latent, or over
+    its elements that ``mask`` counts; ``mask`` and ``latent_group`` are those of
+    :func:`guard_loss`. To form a ratio use :func:`log_ratio`: the difference of two of these has
+    lost its digits.
     """
     leading = transitions.check_shape(model_output, coeffs).leading()
     for name, value in (("sample", sample), ("prev_sample", prev_sample)):
@@ -217,5 +240,6 @@ def log_prob(
         prev_sample=prev_sample,
         old_log_prob=zero,
         mask=mask,
+        latent_group=latent_group,
         reduction=reduction,
     ).log_ratio

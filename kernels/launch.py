@@ -59,6 +59,8 @@ def pack(operands: Any) -> tuple[Any, Any]:
     seed = operands.seed
     if seed is not None and seed.stride(2) != 1:  # kernels read a transition's two side by side
         operands = operands._replace(seed=seed.contiguous())
+    if seed is not None and seed.shape[2] == 3:
+        operands = operands._replace(counter=seed[..., 2])
     return operands, Operands._make(map(strides_of, operands))
 
 
@@ -67,7 +69,7 @@ def arguments(t: Transitions) -> tuple[Any, ...]:
     table = t.coefficients
     steps, batch, numel = t.latents.model_output.shape
     return (
-        *pack(Operands(*t.latents, t.seed)),
+        *pack(Operands(*t.latents, t.seed, None)),
         table,
         *table.stride(),
         t.guidance_scale,

@@ -95,7 +95,8 @@ template <class R>
 Source<R> stage_noise(const Batch& t, const Span& at, int64_t j, int64_t n,
                       TileBuffers<R>& buffers) {
   if (t.noise) return stage(t.noise, at, j, n, buffers.noise);
-  normals(t.seeds.word(at.k, at.i, 0), t.seeds.word(at.k, at.i, 1), j, n, buffers.noise);
+  const int64_t begin = t.seeds.offset(at.k, at.i) + j;
+  normals(t.seeds.word(at.k, at.i, 0), t.seeds.word(at.k, at.i, 1), begin, n, buffers.noise);
   pad(buffers.noise, Source<R>{}.dtype, n);
   return {buffers.noise};
 }
