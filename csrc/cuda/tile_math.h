@@ -73,15 +73,21 @@ __device__ __forceinline__ uint32_t mask_bits(const Plan& p, const TileAt& at) {
 // The same where a layout may have a mask, else nothing.
 template <class Layout>
 __device__ __forceinline__ uint32_t counted_of(const Layout&, const Plan& p, const TileAt& at) {
-  if constexpr (Layout::maybe_masked) return mask_bits(p, at);
+  if constexpr (!Layout::fixed) return mask_bits(p, at);
   return 0;
+}
+
+// The same place in the whole latent, of which the rows may be a part.
+__device__ __forceinline__ TileAt in_whole_latent(const Plan& p, TileAt at) {
+  at.begin += p.seeds.offset(at.k, at.i);
+  return at;
 }
 
 // The layout of a slot of any plan whose form is F.
 template <Form F>
 struct AnyLayout {
   static constexpr Form form = F;
-  static constexpr bool maybe_masked = true;
+  static constexpr bool fixed = false;
   const Plan& p;
 
   __device__ __forceinline__ bool has(Role r) const { return bool(p.operand[r]); }
@@ -123,7 +129,9 @@ __device__ __forceinline__ Elements<Layout::form> read_tile(const Layout& layout
   }
   if constexpr (F != Form::log_prob) read_role(layout, role_old, slot, in.old);
   if constexpr (F == Form::noise) read_role(layout, role_noise, slot, in.noise);
-  if constexpr (F == Form::seeded) normals(row, at, in.noise);
+  if constexpr (F == Form::seeded) {
+    normals(row, Layout::fixed ? at : in_whole_latent(p, at), in.noise);
+  }
   return in;
 }
 
@@ -157,7 +165,7 @@ __device__ __forceinline__ void add_sums_of(const Layout& layout, const Plan& p,
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
     const Element<float> x = in.at(e);
-    if (Layout::maybe_masked && !(counted >> e & 1)) continue;
+    if (!Layout::fixed && !(counted >> e & 1)) continue;
     const float d = delta<F>(row.step, x);
     if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);
     s2 = fma(d, d, s2);
@@ -169,7 +177,7 @@ __device__ __forceinline__ void add_sums_of(const Layout& layout, const Plan& p,
   read_role(layout, role_ref, slot, ref);
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
-    if (Layout::maybe_masked && !(counted >> e & 1)) continue;
+    if (!Layout::fixed && !(counted >> e & 1)) continue;
     const float d = row.step.b * (in.v[e] - ref[e]);
     drift = fma(d, d, drift);
   }
@@ -233,7 +241,7 @@ __device__ __forceinline__ void gradient_of_tile(const Layout& layout, const Pla
 #pragma unroll
     for (uint32_t e = 0; e < lane_elements; ++e) g[e] = fma(gradient.k.k3, v[e] - ref[e], g[e]);
   }
-  if constexpr (Layout::maybe_masked) {
+  if constexpr (!Layout::fixed) {
     const uint32_t counted = counted_of(layout, p, at);
 #pragma unroll
     for (uint32_t e = 0; e < lane_elements; ++e) g[e] = counted >> e & 1 ? g[e] : 0;
