@@ -60,8 +60,10 @@ def assert_same_bits(got, expected):
 )  # of the last all rows are aligned and all tiles whole, which fast paths ask for
 @pytest.mark.parametrize("form", FORMS)
 def test_what_a_masked_element_holds_changes_no_bit(backend, form, latent, dtype):
+    if backend == "triton" and form == "seeded" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter takes seconds for noise")
     mask = draw(latent)
-    given = problem(form, latent=latent, dtype=dtype) | {"mask": mask}
+    given = problem(form, steps=2, batch=3, latent=latent, dtype=dtype) | {"mask": mask}
     config = CONFIGS["article"]
     got, expected = run(wild(given, mask), config), run(given, config)
     assert expected[0].metrics.nonfinite.eq(0).all()
@@ -94,7 +96,7 @@ def test_a_masked_loss_is_that_of_the_counted_elements_alone(backend, form, name
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mask_of_ones_gives_the_bits_of_no_mask(backend, form):
-    given = problem(form, latent=LATENT, dtype=torch.float32)
+    given = problem(form, steps=2, batch=2, latent=LATENT, dtype=torch.float32)
     ones = torch.ones(LATENT, dtype=torch.bool)
     assert_same_bits(run(given | {"mask": ones}), run(given))
 
@@ -168,9 +170,9 @@ def test_other_ways_in_take_the_mask(backend, function, guided):
 @pytest.mark.parametrize("source", ["noise", "seed"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_sde_step_draws_as_without_mask_and_counts_what_it_says(backend, source, reduction):
-    given = problem("velocity", latent=LATENT, dtype=torch.float32)
+    given = problem("velocity", steps=2, batch=2, latent=LATENT, dtype=torch.float32)
     v, x, coeffs, mask = given["model_output"], given["sample"], given["coeffs"], draw()
-    noise = go.philox_seed(5, (3, 4)) if source == "seed" else torch.randn_like(v)
+    noise = go.philox_seed(5, (2, 2)) if source == "seed" else torch.randn_like(v)
     step = go.sde_step(v, x, coeffs, mask=mask, reduction=reduction, **{source: noise})
     plain = go.sde_step(v, x, coeffs, **{source: noise})
     assert torch.equal(step.prev_sample, plain.prev_sample)
