@@ -251,8 +251,8 @@ pybind11::dict layout() {
     for (const char* name : list) out.append(name);
     return py::tuple(out);
   };
-  out["latents"] = names({GUARD_OPS_LATENTS(GUARD_OPS_SECOND)});
-  out["step_latents"] = names({GUARD_OPS_STEP_LATENTS(GUARD_OPS_SECOND)});
+  out["latents"] = names({GUARD_OPS_LATENTS(GUARD_OPS_SECOND) "mask"});
+  out["step_latents"] = names({GUARD_OPS_STEP_LATENTS(GUARD_OPS_SECOND) "mask"});
   out["rows"] = names({GUARD_OPS_ROWS(GUARD_OPS_NAME)});
   out["choices"] = names({GUARD_OPS_CHOICES(GUARD_OPS_SECOND)});
   out["numbers"] = names({GUARD_OPS_NUMBERS(GUARD_OPS_NAME)});

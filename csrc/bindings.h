@@ -37,7 +37,7 @@ using TensorList = c10::List<MaybeTensor>;
 
 // And a loss takes these besides them: Rows of guard_ops/transitions.py, [K, B] each but the
 // last, which is [3, K], and Objective of guard_ops/config.py.
-#define GUARD_OPS_ROWS(X) X(advantages) X(old_log_prob) X(step_weights) X(statistics)
+#define GUARD_OPS_ROWS(X) X(advantages) X(old_log_prob) X(step_weights) X(elements) X(statistics)
 #define GUARD_OPS_LOSS_SCHEMA "Tensor?[] rows, int[] choices, float[] numbers"
 #define GUARD_OPS_LOSS_OPERANDS \
   const TensorList &rows, at::IntArrayRef choices, at::ArrayRef<double> numbers
@@ -64,6 +64,15 @@ inline Operand operand(const MaybeTensor& t) {
               "guard_ops: an operand needs [K, B, D] with dense latents");
   TORCH_CHECK(t->storage().nbytes() > 0, "guard_ops: an operand's storage was freed (resize_(0))");
   return {t->data_ptr(), dtype_of(*t), t->stride(0), t->stride(1)};
+}
+
+// The mask, whose rows may be one and the same.
+inline Mask mask_of(const MaybeTensor& t, const Tensor& model_output) {
+  if (!t.has_value()) return {};
+  TORCH_CHECK(t->scalar_type() == at::kBool && t->sizes() == model_output.sizes() &&
+                  (t->size(2) == 1 || t->stride(2) == 1),
+              "guard_ops: mask needs bool [K, B, D] with dense latents");
+  return {static_cast<const uint8_t*>(t->const_data_ptr()), t->stride(0), t->stride(1)};
 }
 
 // A gradient, which is empty where nobody wants it.
@@ -93,6 +102,7 @@ struct LatentTensors {
 #define GUARD_OPS_FIELD(field, name) MaybeTensor name;
   GUARD_OPS_LATENTS(GUARD_OPS_FIELD)
 #undef GUARD_OPS_FIELD
+  MaybeTensor mask;
 
   LatentTensors() = default;
   explicit LatentTensors(const TensorList& list) {
@@ -100,6 +110,7 @@ struct LatentTensors {
 #define GUARD_OPS_TAKE(field, name) name = list.get(n++);
     GUARD_OPS_LATENTS(GUARD_OPS_TAKE)
 #undef GUARD_OPS_TAKE
+    mask = list.get(n++);
     TORCH_CHECK(n == list.size() && model_output, "guard_ops: latents needs ", n,
                 ", of which the first is there");
   }
@@ -124,6 +135,7 @@ struct Call {
   }
     GUARD_OPS_LATENTS(GUARD_OPS_PUT)
 #undef GUARD_OPS_PUT
+    batch.mask = mask_of(tensors.mask, v);
     batch.form = seed                       ? Form::seeded
                  : tensors.noise            ? Form::noise
                  : tensors.old_model_output ? Form::velocity
@@ -134,10 +146,11 @@ struct Call {
     batch.numel = v.size(2);
     batch.guidance_scale = guidance_scale;
     if (seed) {
-      TORCH_CHECK(seed->scalar_type() == at::kLong && seed->dim() == 3 && seed->size(2) == 2,
-                  "guard_ops: seed needs int64 [K, B, 2]");
+      TORCH_CHECK(seed->scalar_type() == at::kLong && seed->dim() == 3 &&
+                      (seed->size(2) == 2 || seed->size(2) == 3),
+                  "guard_ops: seed needs int64 [K, B, 2], or of a shard [K, B, 3]");
       batch.seeds = {seed->const_data_ptr<int64_t>(), seed->stride(0), seed->stride(1),
-                     seed->stride(2)};
+                     seed->stride(2), seed->size(2) == 3};
     }
     TORCH_CHECK(coefficients.dim() == 3 && coefficients.scalar_type() == at::kDouble,
                 "guard_ops: coefficients needs float64 [5, K, B]");
@@ -209,6 +222,7 @@ struct LossProblem {
     problem.advantages = reals_of(advantages);
     problem.old_log_prob = reals_of(old_log_prob);
     problem.step_weights = reals_of(step_weights);
+    problem.elements = reals_of(elements);
     problem.largest = call.compute_type() == at::kDouble ? std::numeric_limits<double>::max()
                                                          : std::numeric_limits<float>::max();
     if (!statistics) return;

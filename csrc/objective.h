@@ -243,6 +243,7 @@ struct Problem {
   int64_t steps, batch, numel;
   Doubles table[5];  // a, b, s, kappa, dt
   Reals advantages, old_log_prob, step_weights;
+  Reals elements;                // D of each transition, or absent where it is numel
   const double* mean = nullptr;  // [K] statistics from elsewhere, or null
   const double* std = nullptr;
   const double* floor = nullptr;
@@ -250,7 +251,7 @@ struct Problem {
 
   GUARD_OPS_HD StepScalars scalars(int64_t k, int64_t i) const {
     return {*table[1].at(k, i), *table[2].at(k, i), *table[3].at(k, i), *table[4].at(k, i),
-            double(numel)};
+            elements.data == nullptr ? double(numel) : elements.at(k, i)};
   }
   GUARD_OPS_HD Step<double> step(int64_t k, int64_t i) const {
     return {*table[0].at(k, i), *table[1].at(k, i), *table[2].at(k, i)};

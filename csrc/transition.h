@@ -30,7 +30,8 @@ GUARD_OPS_HD constexpr bool uses_noise(Form f) { return f == Form::noise || f ==
 // ---- operands -----------------------------------------------------------------------------------
 
 // The operands over latents, [K, B, D] each: (their field in Batch, their name), in the order of
-// guard_ops.transitions.Latents. An extension whose list is another one is not loaded.
+// guard_ops.transitions.Latents, which has `mask` after them. An extension whose list is another
+// one is not loaded.
 #define GUARD_OPS_LATENTS(X)     \
   X(v, model_output)             \
   X(uncond, model_output_uncond) \
@@ -59,10 +60,28 @@ struct Operand {
   }
 };
 
-// [K, B, 2] int64: Philox key and transition.
+// [K, B, D] bool with dense latents: which elements count. Null when all do.
+struct Mask {
+  const uint8_t* data = nullptr;
+  int64_t stride_k = 0, stride_b = 0;
+
+  GUARD_OPS_HD explicit operator bool() const { return data != nullptr; }
+  GUARD_OPS_HD const uint8_t* row(int64_t k, int64_t i) const {
+    return data + k * stride_k + i * stride_b;
+  }
+};
+
+// [K, B, 2] int64: Philox key and transition; or [K, B, 3], where the latents are a shard: the
+// third is the counter of its first four elements.
 struct Seeds {
   const int64_t* data = nullptr;
   int64_t stride_k = 0, stride_b = 0, stride_word = 0;
+  bool of_shard = false;
+
+  // The number in the whole latent of a row's first element.
+  GUARD_OPS_HD int64_t offset(int64_t k, int64_t i) const {
+    return of_shard ? 4 * int64_t(word(k, i, 2)) : 0;
+  }
   GUARD_OPS_HD uint64_t word(int64_t k, int64_t i, int w) const {
     return static_cast<uint64_t>(data[k * stride_k + i * stride_b + w * stride_word]);
   }
@@ -75,6 +94,7 @@ struct Batch {
 #define GUARD_OPS_FIELD(field, name) Operand field;
   GUARD_OPS_LATENTS(GUARD_OPS_FIELD)
 #undef GUARD_OPS_FIELD
+  Mask mask;
   Seeds seeds;
   double guidance_scale;
 

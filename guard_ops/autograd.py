@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from . import ranks
 from .config import Objective
-from .transitions import DIFFERENTIATED, Rows, Transitions, flatten
+from .transitions import DIFFERENTIATED, Rows, Transitions, counted, flatten
 
 Context = Any  # a FunctionCtx, which has no static type for the attributes that forward adds
 
@@ -93,6 +95,28 @@ def transition_sums(backend: ModuleType, t: Transitions) -> Tensor:
     """[3, K, B] float64, differentiable in ``model_output`` and ``model_output_uncond``."""
     sums: Tensor = TransitionSums.apply(backend, t.guidance_scale, *t.tensors())
     return sums
+
+
+class _OverShards(torch.autograd.Function):
+    """Sums over a shard -> sums over the whole latent; each rank's gradient is that of its part."""
+
+    @staticmethod
+    def forward(ctx: Context, sums: Tensor, counted: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+        *whole, elements = ranks.total(torch.cat([sums, counted.unsqueeze(0)]), group).unbind(0)
+        elements = elements.clamp(min=1)
+        ctx.mark_non_differentiable(elements)
+        return torch.stack(whole), elements
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
+
+
+def over_shards(sums: Tensor, t: Transitions, group: Any) -> tuple[Tensor, Tensor]:
+    """Sums [3, K, B] and D [K, B] of latents of which each rank of ``group`` has a part."""
+    whole: tuple[Tensor, Tensor] = _OverShards.apply(sums, counted(t), group)
+    return whole
 
 
 def _scaled(

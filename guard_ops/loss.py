@@ -67,6 +67,15 @@ def guard_loss(model_output: Tensor, **options: Unpack[LossOptions]) -> GuardLos
         ref_model_output: the reference model's velocity, for ``kl_beta``.
         model_output_uncond, guidance_scale: classifier-free guidance,
             ``v = uncond + scale (v - uncond)``; ``old_model_output`` is then the combined one.
+        mask: which elements count, bool (or floating: not 0), [*latent], [B or 1, *latent] or
+            [K or 1, B or 1, *latent]. The rest (padding, given frames) change nothing, whatever
+            they hold, and their gradient is 0; D, over which a mean is taken, is each transition's
+            count. One without any has ratio 1 and gradient 0.
+        latent_group: the ranks of which each has a part of every latent's elements (context
+            parallel). The loss and its numbers are those of the whole latents, alike on all of
+            them, and the gradient is that of the part.
+        latent_offset: in the seeded form, which element of the whole latent is this part's first
+            one: a multiple of 4.
         step_weights: [K, B] instead of ``config.balance``; a call of one step needs them where the
             balance is "inverse_ratio" (the default config's), which weighs K steps.
         statistics: RatioNorm's mean and std from elsewhere (micro-batches, running average).
@@ -193,6 +202,7 @@ def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
     fused = (
         backend.FUSED
         and given.get("process_group") is None
+        and given.get("latent_group") is None
         and shape.batch <= backends.max_batch(backend)
     )
     if not history or (fused and not torch.compiler.is_compiling()):
@@ -212,20 +222,25 @@ def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
     velocities = tuple([x.dtype for x in t.latents.velocities()])
     make = objective_of.__wrapped__ if torch.compiler.is_compiling() else objective_of
     objective = make(config, coeffs.gaussian, velocities, t.guidance_scale)
-    statistics = None
+    elements, statistics = transitions.elements(t), None
     if mean_std is not None:
-        floor = _std_floor(t, config, objective, coeffs.gaussian)
+        numel = transitions.numel_of(t, elements)
+        floor = _std_floor(t, numel, config, objective, coeffs.gaussian)
         statistics = torch.cat([mean_std, floor.unsqueeze(0)])
-    rows = Rows(advantages, old, step_weights, statistics)
+    rows = Rows(advantages, old, step_weights, elements, statistics)
     return LossCall(backend, fused, shape, t, rows, config, objective, coeffs.gaussian)
 
 
 def _std_floor(
-    t: Transitions, config: GuardConfig, objective: Objective, gaussian: bool, group: Any = None
+    t: Transitions,
+    numel: int | Tensor,  # D: of all transitions, or [K, B]
+    config: GuardConfig,
+    objective: Objective,
+    gaussian: bool,
+    group: Any = None,
 ) -> Tensor:
     """``objective.std_floor`` of the call, or of all ranks of the group, [K]."""
     coeffs = StepCoefficients._of(t.coefficients, gaussian, ())
-    numel = t.latents.model_output.shape[-1]
     square = objectives.squared_gain(coeffs, numel, config.reduction)
     mean = square.mean(-1)
     if group is not None and config.std_floor == "auto":
@@ -257,6 +272,8 @@ def _check_objective(
     if given.get("step_weights") is None:
         transitions.check_balance(config, shape.steps)
     statistics, process_group = given.get("statistics"), given.get("process_group")
+    if given.get("latent_group") is not None:
+        ranks.check_group("latent_group", given["latent_group"])
     needs = RATIO_NORMS[config.ratio_norm]
     if needs.debiased:
         transitions.check_gaussian(given["coeffs"], config.ratio_norm)
@@ -309,19 +326,23 @@ def _check_objective(
 def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, per_row and metrics as a fused backend returns them, by its sums and objective.py."""
     t, config, process_group = call.t, call.config, given.get("process_group")
-    advantages, old_log_prob, step_weights, statistics = (
+    advantages, old_log_prob, step_weights, elements, statistics = (
         None if x is None else transitions.normal(x).double() for x in call.rows
     )
     assert advantages is not None
+    sums = autograd.transition_sums(call.backend, t)
+    if given.get("latent_group") is not None:
+        sums, elements = autograd.over_shards(sums, t, given["latent_group"])
+    numel = transitions.numel_of(t, elements)
     mean_std = None if statistics is None else (statistics[0], statistics[1])
     alone = process_group is None or not RATIO_NORMS[config.ratio_norm].statistics
     group = None if alone else process_group
-    floor = _std_floor(t, config, call.objective, call.gaussian, group)
+    floor = _std_floor(t, numel, config, call.objective, call.gaussian, group)
     coeffs = StepCoefficients._of(t.coefficients, call.gaussian, ())
     log_r, kl_old, kl = objectives.log_ratio_and_kl(
-        autograd.transition_sums(call.backend, t),
+        sums,
         coeffs,
-        t.latents.model_output.shape[-1],
+        numel,
         config.reduction,
         old_log_prob,
     )

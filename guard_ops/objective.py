@@ -47,7 +47,7 @@ class Evaluation(NamedTuple):
 def log_ratio_and_kl(
     sums: Tensor,  # [3, K, B]: S1, S2 and the reference model's sum
     coeffs: StepCoefficients,  # [K, B]
-    numel: int,
+    numel: int | Tensor,  # D: of all transitions, or [K, B]
     reduction: str,
     old_log_prob: Tensor | None = None,  # [K, B]: log-prob form
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +66,9 @@ def log_ratio_and_kl(
     return log_ratio, torch.full_like(s2, math.nan), kl
 
 
-def log_density(exponent: Tensor, coeffs: StepCoefficients, numel: int, reduction: str) -> Tensor:
+def log_density(
+    exponent: Tensor, coeffs: StepCoefficients, numel: int | Tensor, reduction: str
+) -> Tensor:
     """``exponent - log s - log sqrt(2 pi)``; "sum" has both constants D times, cps has neither."""
     if not coeffs.gaussian:
         return exponent
@@ -144,7 +146,7 @@ def normalize(
     raise NotImplementedError(f"`normalize` lacks the ratio_norm {config.ratio_norm!r}")
 
 
-def squared_gain(coeffs: StepCoefficients, numel: int, reduction: str) -> Tensor:
+def squared_gain(coeffs: StepCoefficients, numel: int | Tensor, reduction: str) -> Tensor:
     """Of the spread that errors of the velocities put on ``log r``, relative to their size.
 
     Independent errors put ``2 kappa/D s |b| sqrt(D)`` times their size on it (``|b| / (s sqrt(D))``

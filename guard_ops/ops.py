@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, objective, transitions
+from . import autograd, masks, objective, ranks, transitions
 from .backends import select
 from .options import LogRatioOptions, Names, takes
 from .schedule import StepCoefficients
 from .transitions import Latents, Transitions, check_tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
 _LOG_RATIO = Names(LogRatioOptions)
@@ -45,6 +46,9 @@ def sde_step(
     seed: Tensor | None = None,
     model_output_uncond: Tensor | None = None,
     guidance_scale: float | None = None,
+    mask: Tensor | None = None,
+    latent_group: ProcessGroup | None = None,
+    latent_offset: int | None = None,
     reduction: str = "mean",
 ) -> SdeStep:
     """One stochastic denoising step of the rollout: ``y = a x + b v + s noise``.
@@ -59,6 +63,10 @@ def sde_step(
         model_output_uncond, guidance_scale: classifier-free guidance, both or neither: the mean's
             velocity is ``uncond + scale (model_output - uncond)``, rounded as :func:`guard_loss`
             rounds that of the same pair. It is combined while it is read, and never written.
+        mask: which elements ``log_prob`` is over, as :func:`guard_loss` takes it; ``prev_sample``
+            and ``mean`` are those of a call without it.
+        latent_group, latent_offset: where each rank has a part of the latents, as for
+            :func:`guard_loss`: ``log_prob`` is that of the whole ones.
         reduction: of ``log_prob`` over the latent: "mean" or "sum".
 
     Returns:
@@ -76,7 +84,13 @@ def sde_step(
     scale = transitions.check_guidance(
         {"model_output_uncond": model_output_uncond, "guidance_scale": guidance_scale}
     )
-    step = _step(model_output, model_output_uncond, scale, sample, coeffs, generator, noise, seed)
+    if latent_group is not None:
+        ranks.check_group("latent_group", latent_group)
+    offset = transitions.check_offset(latent_offset, seed)
+    step = _step(
+        model_output, model_output_uncond, scale, sample, coeffs, generator, noise, seed, mask,
+        latent_group, offset,
+    )  # fmt: skip
     shape, numel = step.shape, step.numel
     full = StepCoefficients._of(step.table, coeffs.gaussian, ())
     kappa = full.kappa / numel if reduction == "mean" else full.kappa
@@ -103,7 +117,7 @@ class _Step(NamedTuple):
     noise: Tensor | None
     shape: transitions.CallShape
     table: Tensor  # [5, K, B]
-    numel: int  # D
+    numel: int | Tensor  # D: of all transitions, or [K, B]
 
 
 def _step(
@@ -115,6 +129,9 @@ def _step(
     generator: torch.Generator | None,
     noise: Tensor | None,
     seed: Tensor | None,
+    mask: Tensor | None = None,
+    latent_group: ProcessGroup | None = None,
+    latent_offset: int = 0,
 ) -> _Step:
     """Checks the arguments and takes the step; raises as :func:`sde_step` says."""
     shape = transitions.check_shape(model_output, coeffs)
@@ -138,7 +155,7 @@ def _step(
     table = transitions.full_table(coeffs, shape, model_output)
     key = None
     if seed is not None:
-        key = transitions.seeds(seed, shape, device)
+        key = transitions.seeds(seed, shape, device, latent_offset)
     elif noise is None:
         noise = torch.randn(
             shape.full,
@@ -149,10 +166,16 @@ def _step(
     if noise is not None:
         operands["noise"] = transitions.latents("noise", noise, shape, device)
         transitions.check_constant("noise", noise)
+    if mask is not None:
+        operands["mask"] = masks.flat(mask, shape, device)
     latents = Latents._make([operands.get(name) for name in Latents._fields])
     t = Transitions(latents, key, table, guidance_scale)
     y, mean, square = select(device).sde_step(t)
-    return _Step(y, mean, square, noise, shape, table, latents.model_output.shape[-1])
+    numel = transitions.numel_of(t, transitions.elements(t))
+    if latent_group is not None:
+        square, numel = ranks.total(torch.stack([square, transitions.counted(t)]), latent_group)
+        numel = numel.clamp(min=1)
+    return _Step(y, mean, square, noise, shape, table, numel)
 
 
 @takes(LogRatioOptions, reduction="mean")
@@ -171,10 +194,17 @@ def log_ratio(model_output: Tensor, **options: Unpack[LogRatioOptions]) -> LogRa
     t = transitions.gather(shape, model_output, options)
     old = transitions.old_log_prob(shape, model_output, options)
     transitions.check_reduction(reduction)
+    sums = autograd.transition_sums(select(model_output.device), t)
+    latent_group = options.get("latent_group")
+    if latent_group is None:
+        elements = transitions.elements(t)
+    else:
+        ranks.check_group("latent_group", latent_group)
+        sums, elements = autograd.over_shards(sums, t, latent_group)
     log_r, kl_old, _ = objective.log_ratio_and_kl(
-        autograd.transition_sums(select(model_output.device), t),
+        sums,
         StepCoefficients._of(t.coefficients, coeffs.gaussian, ()),
-        t.latents.model_output.shape[-1],
+        transitions.numel_of(t, elements),
         reduction,
         None if old is None else old.double(),
     )
@@ -188,12 +218,16 @@ def log_prob(
     sample: Tensor,
     prev_sample: Tensor,
     coeffs: StepCoefficients,
+    mask: Tensor | None = None,
+    latent_group: ProcessGroup | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """``log p(y)`` of the policy, [K, B] ([B] for one step), differentiable in ``model_output``.
 
-    ``-kappa (y - mean)^2 - log s - log sqrt(2 pi)`` averaged (or summed) over the latent. To form
-    a ratio use :func:`log_ratio`: the difference of two of these has lost its digits.
+    ``-kappa (y - mean)^2 - log s - log sqrt(2 pi)`` averaged (or summed) over the latent, or over
+    its elements that ``mask`` counts; ``mask`` and ``latent_group`` are those of
+    :func:`guard_loss`. To form a ratio use :func:`log_ratio`: the difference of two of these has
+    lost its digits.
     """
     leading = transitions.check_shape(model_output, coeffs).leading()
     for name, value in (("sample", sample), ("prev_sample", prev_sample)):
@@ -205,5 +239,7 @@ def log_prob(
         sample=sample,
         prev_sample=prev_sample,
         old_log_prob=zero,
+        mask=mask,
+        latent_group=latent_group,
         reduction=reduction,
     ).log_ratio

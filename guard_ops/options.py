@@ -56,14 +56,31 @@ class _Guidance(TypedDict, total=False):
     guidance_scale: float | None
 
 
-class LogRatioOptions(_Coefficients, TransitionOptions, _Guidance, total=False):
+class _Mask(TypedDict, total=False):
+    mask: Tensor | None  # [*latent], [B or 1, *latent] or [K or 1, B or 1, *latent]
+
+
+class _Shard(TypedDict, total=False):
+    latent_group: ProcessGroup | None  # the ranks that share each latent's elements
+    latent_offset: int | None  # where this rank's begin: a multiple of 4
+
+
+class LogRatioOptions(_Coefficients, TransitionOptions, _Guidance, _Mask, _Shard, total=False):
     """What :func:`guard_ops.log_ratio` takes."""
 
     reduction: str
 
 
 class LossOptions(
-    _Advantages, _Coefficients, _Config, TransitionOptions, _Reference, _Guidance, total=False
+    _Advantages,
+    _Coefficients,
+    _Config,
+    TransitionOptions,
+    _Reference,
+    _Guidance,
+    _Mask,
+    _Shard,
+    total=False,
 ):
     """What :func:`guard_ops.guard_loss` and :func:`guard_ops.guard_loss_and_grad` take."""
 

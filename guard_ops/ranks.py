@@ -43,6 +43,14 @@ def gather(value: Tensor, group: ProcessGroup | None) -> list[Tensor]:
     return gathered
 
 
+def total(value: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum of every rank's ``value`` in the order of ranks: all of them hold the same bits."""
+    first, *others = gather(value, group)
+    for other in others:
+        first = first + other
+    return first
+
+
 def gather_uneven(value: Tensor, group: ProcessGroup | None) -> list[Tensor]:
     """Every rank's ``value`` [n], where n differs between ranks; the host waits for their sizes."""
     size = torch.tensor([len(value)], device=value.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import inference
+from . import inference, masks
 from .checks import (
     FLOATING,
     OWNERS,
@@ -61,6 +61,7 @@ class Latents(NamedTuple):
     old_mean: Tensor | None  # m
     old_model_output: Tensor | None
     noise: Tensor | None
+    mask: Tensor | None  # bool: which elements count
 
     def velocities(self) -> list[Tensor]:
         """The policy's velocities, old and new, that the call has."""
@@ -73,7 +74,7 @@ class Latents(NamedTuple):
 
 
 # Those that a rollout's step may have, in csrc/bindings.h's order.
-STEP_LATENTS = ("model_output", "model_output_uncond", "sample", "noise")
+STEP_LATENTS = ("model_output", "model_output_uncond", "sample", "noise", "mask")
 
 
 class Transitions(NamedTuple):
@@ -84,7 +85,7 @@ class Transitions(NamedTuple):
     """
 
     latents: Latents
-    seed: Tensor | None  # [K, B, 2] int64: Philox key, transition
+    seed: Tensor | None  # [K, B, 2 or 3] int64: Philox key, transition; of a shard its counter
     coefficients: Tensor  # [5, K, B] float64: a, b, s, kappa, dt
     guidance_scale: float
 
@@ -123,6 +124,7 @@ class Rows(NamedTuple):
     advantages: Tensor  # [K, B] float64 or float32
     old_log_prob: Tensor | None  # [K, B] float64 or float32
     step_weights: Tensor | None  # [K, B] float64 or float32
+    elements: Tensor | None  # [K, B] float64: D of each transition; None if it is the latent's size
     statistics: Tensor | None  # [3, K] float64: mean, std and std_floor of each step
 
 
@@ -299,8 +301,12 @@ def per_transition(
     return value if value.element_size() > 2 else value.float()
 
 
-def seeds(seed: Tensor, shape: CallShape, device: torch.device) -> Tensor:
-    """[K, B, 2] int64 from what the caller passed as ``seed``."""
+def seeds(seed: Tensor, shape: CallShape, device: torch.device, offset: int) -> Tensor:
+    """[K, B, 2] int64 from what the caller passed as ``seed``.
+
+    Where the latents are a shard whose first element is number ``offset`` of the whole latent, the
+    counter of its noise is a third number, [K, B, 3].
+    """
     if not isinstance(seed, Tensor):
         why = ": an int would give every step the same noise" if isinstance(seed, int) else ""
         raise TypeError(
@@ -318,7 +324,24 @@ def seeds(seed: Tensor, shape: CallShape, device: torch.device) -> Tensor:
         )
     if seed.device != device:
         raise ValueError(f"`seed` is on {seed.device} but `model_output` on {device}")
-    return seed.reshape(shape.steps, shape.batch, 2)
+    seed = seed.reshape(shape.steps, shape.batch, 2)
+    return torch.cat([seed, torch.full_like(seed[..., :1], offset // 4)], -1) if offset else seed
+
+
+def check_offset(offset: Any, seed: object) -> int:
+    """``latent_offset``; raises unless it is a place at which a Philox counter begins."""
+    if offset is None:
+        return 0
+    if isinstance(offset, bool) or not isinstance(offset, int):
+        raise TypeError(f"`latent_offset` is {describe(offset)}; it needs an int")
+    if not 0 <= offset < 2**63 or offset % 4:
+        raise ValueError(
+            f"`latent_offset` is {offset}; it needs a multiple of 4 that is not negative, as each "
+            "counter of the noise makes 4 elements"
+        )
+    if seed is None:
+        raise ValueError("`latent_offset` is given without `seed`, to whose noise alone it applies")
+    return offset
 
 
 _BEHAVIOUR = tuple(sorted({name for names in FORMS.values() for name in names}))
@@ -364,14 +387,40 @@ def gather(shape: CallShape, model_output: Tensor, given: Given) -> Transitions:
     found = []
     for name in Latents._fields:
         value = model_output if name == "model_output" else given.get(name)
-        if value is not None:
+        if value is not None and name == "mask":
+            value = masks.flat(value, shape, device)
+        elif value is not None:
             value = latents(name, value, shape, device)
             if name not in DIFFERENTIATED:
                 check_constant(name, value)
         found.append(value)
     seed = given.get("seed")
-    key = None if seed is None else seeds(seed, shape, device)
+    offset = check_offset(given.get("latent_offset"), seed)
+    key = None if seed is None else seeds(seed, shape, device, offset)
     return Transitions(Latents._make(found), key, full_table(coeffs, shape, model_output), scale)
+
+
+def elements(t: Transitions) -> Tensor | None:
+    """D of each transition where a mask says which elements count, [K, B] float64; else None.
+
+    At least 1: without any element that counts, a transition's sums are 0, and this makes its
+    ratio 1 and its gradient 0.
+    """
+    return None if t.latents.mask is None else masks.counts(t.latents.mask).clamp(min=1)
+
+
+def counted(t: Transitions) -> Tensor:
+    """How many of these latents' elements count, of each transition, [K, B] float64."""
+    if t.latents.mask is not None:
+        return masks.counts(t.latents.mask)
+    *_, steps, batch = t.coefficients.shape
+    numel = t.latents.model_output.shape[-1]
+    return torch.full((steps, batch), numel, dtype=torch.float64, device=t.coefficients.device)
+
+
+def numel_of(t: Transitions, elements: Tensor | None) -> int | Tensor:
+    """D of a call's transitions: a number, or [K, B]."""
+    return t.latents.model_output.shape[-1] if elements is None else elements
 
 
 def old_log_prob(shape: CallShape, model_output: Tensor, given: Given) -> Tensor | None:
@@ -437,7 +486,8 @@ def check_plain(name: str, value: Tensor) -> None:
     if kind == "DTensor":
         raise TypeError(
             f"`{name}` is a DTensor, of which each rank holds a part; it needs that part, "
-            "to_local(), of whole latents (process_group= has statistics over the ranks)"
+            "to_local() (process_group= is for ranks with other samples, latent_group= for ranks "
+            "that share latents)"
         )
     if is_functorch(value):
         raise TypeError(

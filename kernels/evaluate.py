@@ -63,6 +63,17 @@ def given_at(pointer, strides, k, i, mask):
 
 
 @triton.jit
+def numel_of(given, strides, k, i, mask, numel):
+    """D of transitions (k, i), float64: the latents' size, or how many elements a mask counts."""
+    if given.elements is not None:
+        at = given.elements + k * strides.elements[0] + i * strides.elements[1]
+        width = tl.load(at, mask=mask, other=1.0).to(tl.float64)
+    else:
+        width = tl.cast(numel, tl.float64)
+    return width
+
+
+@triton.jit
 def over(x, mask):
     """Mean of ``x`` over a step's samples where ``mask``, [STEPS, 1]; NaN if there are none."""
     return sum_last(tl.where(mask, x, 0.0)) / sum_last(tl.where(mask, 1.0, 0.0).to(tl.float64))
@@ -188,7 +199,7 @@ def independent_coefficients(
 ):
     """A transition's coefficients, if no other's ratio enters them and all others are finite."""
     n = k * batch + i
-    width = tl.cast(numel, tl.float64)
+    width = numel_of(given, strides, k, i, n >= 0, numel)
     WIDE: tl.constexpr = out.per_row.dtype.element_ty == tl.float64
     log_ratio, kl_old, _, u, finite, advantage, s, kappa = ratios(
         sums, table, table_strides, given, strides, k, i, n, n >= 0, steps, batch, width, numbers,
@@ -235,7 +246,6 @@ def evaluate(
     rows = steps * batch
     i = tl.arange(0, BATCH)[None, :] + tl.zeros((STEPS, 1), tl.int32)
     step = tl.arange(0, STEPS)[:, None]
-    width = tl.cast(numel, tl.float64)
     WIDE: tl.constexpr = out.per_row.dtype.element_ty == tl.float64
 
     total = tl.zeros((BATCH,), tl.float64)  # sum of inverse rho over each sample's finite steps
@@ -245,6 +255,7 @@ def evaluate(
         inside = (k < steps) & (i < batch)
         k, i_at = tl.where(inside, k, 0), tl.where(inside, i, 0)
         n = k * batch + i_at
+        width = numel_of(given, strides, k, i_at, inside, numel)
         log_ratio, kl_old, _, u, finite, _, s, kappa = ratios(
             sums, table, table_strides, given, strides, k, i_at, n, inside, steps, batch, width,
             numbers, mode, WIDE,
@@ -289,6 +300,7 @@ def evaluate(
         inside = (k < steps) & (i < batch)
         k, i_at = tl.where(inside, k, 0), tl.where(inside, i, 0)
         n = k * batch + i_at
+        width = numel_of(given, strides, k, i_at, inside, numel)
         log_ratio, kl_old, kl, u, finite, advantage, s, kappa = ratios(
             sums, table, table_strides, given, strides, k, i_at, n, inside, steps, batch, width,
             numbers, mode, WIDE,

@@ -21,13 +21,13 @@ from .launch import (
 )
 from .paths import cut
 from .sums import tuning_key
-from .transition import TILE, differences, load, step_coefficient, store, velocity
+from .transition import TILE, counted, differences, load, step_coefficient, store, velocity
 
 
 @triton.jit
 def put_gradient(
-    t, grads, grad_strides, k, i, start, inside, g, from_ref, b, c1, c2, c3, guidance_scale,
-    T: tl.constexpr,
+    t, strides, grads, grad_strides, k, i, start, inside, g, from_ref, b, c1, c2, c3,
+    guidance_scale, T: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of one tile for the branches whose pointer in ``grads`` is not None.
 
@@ -39,6 +39,8 @@ def put_gradient(
     if t.ref_model_output is not None:
         g = tl.where(c3 != 0, tl.fma(from_ref, k3, g), g)
     g = tl.where((c1 != 0) | (c2 != 0) | (c3 != 0), g, 0.0)
+    if t.mask is not None:
+        g = tl.where(counted(t, strides, k, i, start, inside), g, 0.0)
     if t.model_output_uncond is None:
         store(grads[0], grad_strides[0], k, i, start, inside, g)
     else:
@@ -52,13 +54,28 @@ def put_gradient(
 
 @triton.jit
 def put_resident_gradient(
-    t, grads, grad_strides, k, i, start, inside, direction, from_ref, b, c1, c2, c3,
+    t, strides, grads, grad_strides, k, i, start, inside, direction, from_ref, b, c1, c2, c3,
     guidance_scale, T: tl.constexpr,
 ):  # fmt: skip
     """:func:`put_gradient` of a tile whose :func:`direction_of` is still in registers."""
     g = (b * c1).to(T) * direction
     put_gradient(
-        t, grads, grad_strides, k, i, start, inside, g, from_ref, b, c1, c2, c3, guidance_scale, T
+        t,
+        strides,
+        grads,
+        grad_strides,
+        k,
+        i,
+        start,
+        inside,
+        g,
+        from_ref,
+        b,
+        c1,
+        c2,
+        c3,
+        guidance_scale,
+        T,
     )
 
 
@@ -103,7 +120,22 @@ def write_gradient(
         r = load(t.ref_model_output, strides.ref_model_output, k, i, start, moving, T)
         from_ref = v - r
     put_gradient(
-        t, grads, grad_strides, k, i, start, whole, g, from_ref, b, c1, c2, c3, guidance_scale, T
+        t,
+        strides,
+        grads,
+        grad_strides,
+        k,
+        i,
+        start,
+        whole,
+        g,
+        from_ref,
+        b,
+        c1,
+        c2,
+        c3,
+        guidance_scale,
+        T,
     )
 
 

@@ -67,6 +67,7 @@ def grid_kernel(
     advantages,
     old_log_prob,
     step_weights,
+    elements,
     statistics,
     advantages_k,
     advantages_i,
@@ -74,6 +75,8 @@ def grid_kernel(
     old_i,
     weights_k,
     weights_i,
+    elements_k,
+    elements_i,
     out,
     numbers,  # Numbers
     mode,
@@ -95,10 +98,11 @@ def grid_kernel(
     every operand once. Else it reads its segments again, from the last one back.
     """
     table_strides = (table_c, table_k, table_i)
-    given = Given(advantages, old_log_prob, step_weights, statistics)
+    given = Given(advantages, old_log_prob, step_weights, elements, statistics)
     given_strides = Given(
-        (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i), (0, 0)
-    )
+        (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i),
+        (elements_k, elements_i), (0, 0),
+    )  # fmt: skip
     rows = steps * batch
     units = rows * segments
     programs = tl.num_programs(0)
@@ -145,7 +149,7 @@ def grid_kernel(
             inside = tl.arange(0, TILE) < numel - start
             wide_b = step_coefficient(table, table_strides, 1, k, i)
             put_resident_gradient(
-                t, grads, grad_strides, k, i, start, inside, direction, from_ref, wide_b,
+                t, strides, grads, grad_strides, k, i, start, inside, direction, from_ref, wide_b,
                 c1, c2, c3, guidance_scale, T,
             )  # fmt: skip
     if not RESIDENT:

@@ -77,6 +77,7 @@ def sums_then_evaluate_kernel(
     advantages,
     old_log_prob,
     step_weights,
+    elements,
     statistics,
     advantages_k,
     advantages_i,
@@ -84,6 +85,8 @@ def sums_then_evaluate_kernel(
     old_i,
     weights_k,
     weights_i,
+    elements_k,
+    elements_i,
     out,  # Results
     numbers,  # Numbers
     mode,  # Mode
@@ -97,10 +100,11 @@ def sums_then_evaluate_kernel(
     Reads every operand once.
     """
     table_strides = (table_c, table_k, table_i)
-    given = Given(advantages, old_log_prob, step_weights, statistics)
+    given = Given(advantages, old_log_prob, step_weights, elements, statistics)
     given_strides = Given(
-        (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i), (0, 0)
-    )
+        (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i),
+        (elements_k, elements_i), (0, 0),
+    )  # fmt: skip
     segment, row = tl.program_id(0) % segments, tl.program_id(0) // segments
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
     s1, s2, ref = segment_sums(
@@ -137,6 +141,7 @@ def rows_kernel(
     advantages,
     old_log_prob,
     step_weights,
+    elements,
     statistics,
     advantages_k,
     advantages_i,
@@ -144,6 +149,8 @@ def rows_kernel(
     old_i,
     weights_k,
     weights_i,
+    elements_k,
+    elements_i,
     out,
     numbers,  # Numbers
     mode,
@@ -162,10 +169,11 @@ def rows_kernel(
     writes the gradient. The coefficients assume that every other transition is finite.
     """
     table_strides = (table_c, table_k, table_i)
-    given = Given(advantages, old_log_prob, step_weights, statistics)
+    given = Given(advantages, old_log_prob, step_weights, elements, statistics)
     given_strides = Given(
-        (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i), (0, 0)
-    )
+        (advantages_k, advantages_i), (old_k, old_i), (weights_k, weights_i),
+        (elements_k, elements_i), (0, 0),
+    )  # fmt: skip
     row = tl.program_id(0)
     k, i = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
     rows = steps * batch
@@ -196,7 +204,7 @@ def rows_kernel(
         inside = tl.arange(0, TILE) < numel
         b = step_coefficient(table, table_strides, 1, k, i)
         put_resident_gradient(
-            t, grads, grad_strides, k, i, zero, inside, direction, from_ref, b, c1, c2, c3,
+            t, strides, grads, grad_strides, k, i, zero, inside, direction, from_ref, b, c1, c2, c3,
             guidance_scale, T,
         )  # fmt: skip
     else:
@@ -252,7 +260,7 @@ def guard_loss(
         sums = torch.empty_like(sum_grads)
         spread = sums.new_empty(3 * steps)
         count = GRID_COUNTERS + 2 * parts.rows if path == "one_launch" else 1
-        by_strides = (rows.advantages, rows.old_log_prob, rows.step_weights)
+        by_strides = (rows.advantages, rows.old_log_prob, rows.step_weights, rows.elements)
         common = (
             *arguments(t),
             parts.segments,

@@ -37,12 +37,13 @@ _tuned: dict[tuple[object, ...], int] = {}
 COUNTS = [
     "steps", "batch", "segments", "tiles", "table_c", "table_k", "table_i", "advantages_k",
     "advantages_i", "old_k", "old_i", "weights_k", "weights_i",
+    "elements_k", "elements_i",
 ]  # fmt: skip
 # Pointers for whose alignment no kernel is compiled: their numbers are read one by one, and a slice
 # of them may begin anywhere.
 POINTERS = [
     "table", "partial", "sums", "counter", "counters", "c", "written", "factor", "advantages",
-    "old_log_prob", "step_weights", "statistics",
+    "old_log_prob", "step_weights", "elements", "statistics",
 ]  # fmt: skip
 
 
@@ -58,6 +59,8 @@ def pack(operands: Any) -> tuple[Any, Any]:
     seed = operands.seed
     if seed is not None and seed.stride(2) != 1:  # kernels read a transition's two side by side
         operands = operands._replace(seed=seed.contiguous())
+    if seed is not None and seed.shape[2] == 3:
+        operands = operands._replace(counter=seed[..., 2])
     return operands, Operands._make(map(strides_of, operands))
 
 
@@ -66,7 +69,7 @@ def arguments(t: Transitions) -> tuple[Any, ...]:
     table = t.coefficients
     steps, batch, numel = t.latents.model_output.shape
     return (
-        *pack(Operands(*t.latents, t.seed)),
+        *pack(Operands(*t.latents, t.seed, None)),
         table,
         *table.stride(),
         t.guidance_scale,

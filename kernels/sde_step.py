@@ -19,7 +19,17 @@ from .launch import (
 from .paths import cut
 from .summation import sum_all
 from .sums import combine, is_last, partial_sums, store_partial, tile_sum
-from .transition import TILE, load, mean, noise_of, rounded, step_coefficient, store, velocity
+from .transition import (
+    TILE,
+    counted,
+    load,
+    mean,
+    noise_of,
+    rounded,
+    step_coefficient,
+    store,
+    velocity,
+)
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=POINTERS)
@@ -64,7 +74,10 @@ def sde_step_kernel(
         y = rounded(tl.fma(noise, s, mu), prev_sample.dtype.element_ty)
         store(mean_out, out_strides, k, i, start, inside, mu)
         store(prev_sample, out_strides, k, i, start, inside, y)
-        d = tl.where(inside, y.to(T) - mu, 0.0)  # log_prob is that of the rounded sample
+        kept = inside
+        if t.mask is not None:
+            kept = counted(t, strides, k, i, start, inside)
+        d = tl.where(kept, y.to(T) - mu, 0.0)  # log_prob is that of the rounded sample
         square += tile_sum(d * d)
     rows = steps * batch
     total = sum_all(square)

@@ -23,7 +23,7 @@ from .launch import (
 )
 from .paths import cut
 from .summation import halve, sum_all, sum_last
-from .transition import TILE, differences, load, step_coefficient, velocity
+from .transition import TILE, counted, differences, load, step_coefficient, velocity
 
 COMBINED = tl.constexpr(2048)  # partial sums that are added up at once
 
@@ -49,6 +49,10 @@ def tile_of(t, strides, table, table_strides, k, i, start, numel, guidance_scale
     if t.ref_model_output is not None:
         r = load(t.ref_model_output, strides.ref_model_output, k, i, start, inside, T)
         from_ref = v - r
+    if t.mask is not None:
+        kept = counted(t, strides, k, i, start, inside)
+        delta, e = tl.where(kept, delta, 0.0), tl.where(kept, e, 0.0)
+        from_ref = tl.where(kept, from_ref, 0.0)
     return delta, e, departure, from_ref, b
 
 

@@ -22,9 +22,9 @@ def group(name: str, fields: Iterable[str]) -> Any:
     return namedtuple(name, tuple(fields))
 
 
-# The latents and seed of a call: either pointers, None where absent, or the strides of each over K
-# and B.
-Operands = group("Operands", (*Latents._fields, "seed"))
+# The latents and seed of a call, and the counters that noise begins with if it is a shard's: either
+# pointers, None where absent, or the strides of each over K and B.
+Operands = group("Operands", (*Latents._fields, "seed", "counter"))
 
 
 @triton.jit
@@ -32,6 +32,13 @@ def load(pointer, strides, k, i, start, inside, T: tl.constexpr):
     """``[start, start + TILE)`` of latent (k, i); 0 unless ``inside``; k, i and start are int64."""
     base = k * strides[0] + i * strides[1] + start
     return tl.load(pointer + base + tl.arange(0, TILE), mask=inside, other=0.0).to(T)
+
+
+@triton.jit
+def counted(t, strides, k, i, start, inside):
+    """Which of a tile's elements the mask counts, bool; only where a mask is given."""
+    base = k * strides.mask[0] + i * strides.mask[1] + start
+    return tl.load(t.mask + base + tl.arange(0, TILE), mask=inside, other=0) != 0
 
 
 @triton.jit
@@ -78,6 +85,8 @@ def noise_of(t, strides, k, i, start, inside, T: tl.constexpr):
     """The noise of a tile, read, or regenerated from the seed."""
     if t.seed is not None:
         seed = t.seed + k * strides.seed[0] + i * strides.seed[1]
+        if t.counter is not None:
+            start += 4 * tl.load(t.counter + k * strides.counter[0] + i * strides.counter[1])
         noise = normals(tl.load(seed), tl.load(seed + 1), start, TILE, T)
     else:
         noise = load(t.noise, strides.noise, k, i, start, inside, T)

@@ -146,122 +146,124 @@ NUMBER = [
     ),
 ]
 
-# `mask` [K, B, *latent] of 0 and 1 says which elements count.
+# `weight` [K, B, *latent], of 0 and 1, multiplies each element's `delta`, `e` and gradient.
 OPERAND = [
     Edit(
         "guard_ops/transitions.py",
         "    noise: Tensor | None\n",
-        "    noise: Tensor | None\n    mask: Tensor | None\n",
+        "    noise: Tensor | None\n    weight: Tensor | None\n",
         "the list",
     ),
     Edit(
         "guard_ops/options.py",
         "    noise: Tensor | None  # [K, B, *latent]\n",
-        "    noise: Tensor | None  # [K, B, *latent]\n    mask: Tensor | None  # [K, B, *latent]\n",
+        "    noise: Tensor | None  # [K, B, *latent]\n"
+        "    weight: Tensor | None  # [K, B, *latent]\n",
         "the keyword argument",
     ),
     Edit(
         "guard_ops/backends/reference.py",
-        "    return delta, e\n",
-        "    if latents.mask is not None:\n"
-        "        delta, e = delta * wide(latents.mask), e * wide(latents.mask)\n"
-        "    return delta, e\n",
+        "    return _counted(t, delta), _counted(t, e)\n",
+        "    if latents.weight is not None:\n"
+        "        delta, e = delta * wide(latents.weight), e * wide(latents.weight)\n"
+        "    return _counted(t, delta), _counted(t, e)\n",
         "its read, and its role in the formulas",
     ),
     Edit(
         "csrc/transition.h",
         "X(noise, noise)",
-        "X(noise, noise) X(mask, mask)",
+        "X(noise, noise) X(weight, weight)",
         "the list",
     ),
     Edit(
         "csrc/cpu/kernels.cpp",
         "v_old[tile], ref[tile];",
-        "v_old[tile], ref[tile], mask[tile];",
+        "v_old[tile], ref[tile], weight[tile];",
         "room for a tile of it",
     ),
     Edit(
         "csrc/cpu/kernels.cpp",
         "  Source<R> v, x, y, m, v_old, noise, ref;",
-        "  Source<R> v, x, y, m, v_old, noise, ref, mask;",
+        "  Source<R> v, x, y, m, v_old, noise, ref, weight;",
         "a tile has it",
     ),
     Edit(
         "csrc/cpu/kernels.cpp",
         "  Tile<R> in;\n",
-        "  Tile<R> in;\n  if (t.mask) in.mask = stage(t.mask, at, j, n, buffers.mask);\n",
+        "  Tile<R> in;\n  if (t.weight) in.weight = stage(t.weight, at, j, n, buffers.weight);\n",
         "its read",
     ),
     Edit(
         "csrc/cpu/kernels.cpp",
-        "const Vector<R> d = delta<F>(step, x), e = residual<F>(step, x);\n",
-        "Vector<R> d = delta<F>(step, x), e = residual<F>(step, x);\n"
-        "      if (in.mask) d = where.any(in.mask) * d, e = where.any(in.mask) * e;\n",
+        "      Vector<R> d = delta<F>(step, x), e = residual<F>(step, x);\n",
+        "      Vector<R> d = delta<F>(step, x), e = residual<F>(step, x);\n"
+        "      if (in.weight) d = where.any(in.weight) * d, e = where.any(in.weight) * e;\n",
         "its role in the sums",
     ),
     Edit(
         "csrc/cpu/kernels.cpp",
         "where.put(to, step.b * departure<F>(step, x));",
-        "where.put(to, step.b * (in.mask ? e - d : departure<F>(step, x)));",
+        "where.put(to, step.b * (in.weight ? e - d : departure<F>(step, x)));",
         "its role in a gradient that the sums write",
     ),
     Edit(
         "csrc/cpu/kernels.cpp",
         "      if (with_ref) g = fma(factors.k3",
-        "      if (in.mask) g = where.any(in.mask) * g;\n      if (with_ref) g = fma(factors.k3",
+        "      if (in.weight) g = where.any(in.weight) * g;\n"
+        "      if (with_ref) g = fma(factors.k3",
         "its role in the gradient",
     ),
     Edit(
         "csrc/cuda/plan.h",
         "role_old, role_noise, roles };",
-        "role_old, role_noise, role_mask, roles };",
+        "role_old, role_noise, role_weight, roles };",
         "the role of a copy",
     ),
     Edit(
         "csrc/cuda/plan.h",
         "  Roles read = with_ref ? velocity | bit(role_ref) : 0;\n",
-        "  const Roles read = (with_ref ? velocity | bit(role_ref) : 0) | bit(role_mask);\n",
+        "  const Roles read = (with_ref ? velocity | bit(role_ref) : 0) | bit(role_weight);\n",
         "every gradient needs it",
     ),
     Edit(
         "csrc/cuda/plan.h",
         "t.m ? &t.m : &t.v_old, &t.noise};",
-        "t.m ? &t.m : &t.v_old, &t.noise, &t.mask};",
+        "t.m ? &t.m : &t.v_old, &t.noise, &t.weight};",
         "its read",
     ),
     Edit(
         "csrc/cuda/tile_math.h",
         "  float s1 = 0, s2 = 0;\n",
-        "  float s1 = 0, s2 = 0, mask[lane_elements];\n"
-        "  const bool masked = layout.has(role_mask);\n"
-        "  if (masked) read_role(layout, role_mask, slot, mask);\n",
+        "  float s1 = 0, s2 = 0, weight[lane_elements];\n"
+        "  const bool weighted = layout.has(role_weight);\n"
+        "  if (weighted) read_role(layout, role_weight, slot, weight);\n",
         "its read",
     ),
     Edit(
         "csrc/cuda/tile_math.h",
         "    if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);\n"
         "    s2 = fma(d, d, s2);\n",
-        "    const float w = masked ? mask[e] * d : d;\n"
+        "    const float w = weighted ? weight[e] * d : d;\n"
         "    if constexpr (F != Form::log_prob) s1 = fma(w, residual<F>(row.step, x), s1);\n"
         "    s2 = fma(w, d, s2);\n",
         "its role in the sums",
     ),
     Edit(
         "csrc/cuda/tile_math.h",
-        "  if (!layout.has(role_ref) || !gradient.with_ref) return;\n",
-        "  if (layout.has(role_mask)) {\n"
-        "    float mask[lane_elements];\n"
-        "    read_role(layout, role_mask, slot, mask);\n"
-        "    for (uint32_t e = 0; e < lane_elements; ++e) g[e] *= mask[e];\n"
+        "  if (layout.has(role_ref) && gradient.with_ref) {\n",
+        "  if (layout.has(role_weight)) {\n"
+        "    float weight[lane_elements];\n"
+        "    read_role(layout, role_weight, slot, weight);\n"
+        "    for (uint32_t e = 0; e < lane_elements; ++e) g[e] *= weight[e];\n"
         "  }\n"
-        "  if (!layout.has(role_ref) || !gradient.with_ref) return;\n",
+        "  if (layout.has(role_ref) && gradient.with_ref) {\n",
         "its read, and its role in the gradient",
     ),
     Edit(
         "kernels/transition.py",
         "    return delta, e, departure\n",
-        "    if t.mask is not None:\n"
-        "        kept = load(t.mask, strides.mask, k, i, start, inside, T)\n"
+        "    if t.weight is not None:\n"
+        "        kept = load(t.weight, strides.weight, k, i, start, inside, T)\n"
         "        delta, e, departure = delta * kept, e * kept, departure * kept\n"
         "    return delta, e, departure\n",
         "its read, and its role in the formulas",

@@ -140,7 +140,7 @@ def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
         os.environ["GUARD_OPS_TRITON_PATH"] = path
         loss, metrics = torch.zeros(()), torch.zeros(10, 2)
         per_row = rows(4, torch.float32)
-        numbers = Rows(rows(1)[0], None, None, None)
+        numbers = Rows(rows(1)[0], None, None, None, None)
         results = loss, per_row, metrics, rows(3)
         guard_loss.guard_loss(t, numbers, objective_of(config, True), latents(), None, *results)
 

@@ -45,6 +45,7 @@ PUBLIC = {
 }
 FORM = ["sample", "prev_sample", "old_mean", "old_model_output", "noise", "seed", "old_log_prob"]
 GUIDANCE = ["model_output_uncond", "guidance_scale"]
+SHARD = ["latent_group", "latent_offset"]
 LOSS = [
     "model_output",
     "advantages",
@@ -53,6 +54,8 @@ LOSS = [
     *FORM,
     "ref_model_output",
     *GUIDANCE,
+    "mask",
+    *SHARD,
     "step_weights",
     "statistics",
     "process_group",
@@ -68,12 +71,22 @@ SIGNATURES = {
         "noise",
         "seed",
         *GUIDANCE,
+        "mask",
+        *SHARD,
         "reduction",
     ],
     "guard_loss": LOSS,
     "guard_loss_and_grad": LOSS,
-    "log_ratio": ["model_output", "coeffs", *FORM, *GUIDANCE, "reduction"],
-    "log_prob": ["model_output", "sample", "prev_sample", "coeffs", "reduction"],
+    "log_ratio": ["model_output", "coeffs", *FORM, *GUIDANCE, "mask", *SHARD, "reduction"],
+    "log_prob": [
+        "model_output",
+        "sample",
+        "prev_sample",
+        "coeffs",
+        "mask",
+        "latent_group",
+        "reduction",
+    ],
     "ratio_norm": ["log_ratio", "config", "coeffs", "kl_old", "statistics"],
     "balance_weights": ["excess", "config", "coeffs"],
     "clipped_surrogate": ["excess", "advantages", "config"],

@@ -45,7 +45,7 @@ def test_opcheck_guard_loss(form, dtype):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     if form != "log-prob":
         checks = (*checks, "test_aot_dispatch_dynamic")
-    for more in ((old, None, None), (old, weights, statistics)):
+    for more in ((old, None, None, None), (old, weights, torch.full_like(weights, 9), statistics)):
         arguments = (*t, [advantages, *more], list(choices), list(numbers), True, guided)
         operator = torch.ops.guard_ops.guard_loss.default
         torch.library.opcheck(operator, arguments, test_utils=checks)
@@ -155,6 +155,8 @@ rarely = pytest.mark.slow_suite
 )
 def test_guard_loss_compiles_into_one_graph(form, config, dtype, backend):
     given = problem(form, latent=(9, 4), dtype=dtype)
+    if form == "seeded":
+        given |= {"mask": torch.arange(36).reshape(9, 4) % 5 != 0, "latent_offset": 8}
     compiled, eager = compiled_and_eager(given, config, "aot_eager")
     for got, expected in zip(compiled, eager, strict=True):
         assert got.dtype == expected.dtype

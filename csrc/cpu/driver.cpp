@@ -198,7 +198,7 @@ struct Call {
       : machine(machine), t(t), problem(problem), cond(cond), uncond(uncond) {
     sums.resize(t.steps * t.batch);
     const bool compute_type = cond.dtype == (t.wide ? DType::f64 : DType::f32);
-    if (cond && compute_type && !t.uncond && problem.config.kl_beta == 0) {
+    if (cond && compute_type && !t.uncond && !t.mask && problem.config.kl_beta == 0) {
       early = {cond, problem.config.gradient_kind()};
     }
   }

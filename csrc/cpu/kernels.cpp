@@ -18,12 +18,14 @@ struct TileBuffers {
   alignas(64) R v[tile], uncond[tile], x[tile], y[tile], m[tile], v_old[tile], ref[tile];
   alignas(64) R noise[tile + 4 * width<float>];
   alignas(64) R out[2][tile];
+  alignas(64) Bits<R> kept[tile];
 };
 
 // Where the operands of one stretch of a span are read.
 template <class R>
 struct Tile {
   Source<R> v, x, y, m, v_old, noise, ref;
+  const Bits<R>* kept = nullptr;  // all ones where an element counts, else 0; null where all do
 };
 
 // A span is processed in stretches. A stretch is a whole number of groups of `lanes` elements: a
@@ -41,7 +43,7 @@ int64_t stretch(const Span& at, int64_t from, bool in_place) {
   return most < lanes<R> ? most : most / lanes<R> * lanes<R>;
 }
 
-bool in_place(const Batch& t) { return !t.wide && !t.uncond && t.form != Form::seeded; }
+bool in_place(const Batch& t) { return !t.wide && !t.uncond && t.form != Form::seeded && !t.mask; }
 
 template <class R>
 void pad(R* buffer, DType dtype, int64_t n) {
@@ -93,9 +95,20 @@ template <class R>
 Source<R> stage_noise(const Batch& t, const Span& at, int64_t j, int64_t n,
                       TileBuffers<R>& buffers) {
   if (t.noise) return stage(t.noise, at, j, n, buffers.noise);
-  normals(t.seeds.word(at.k, at.i, 0), t.seeds.word(at.k, at.i, 1), j, n, buffers.noise);
+  const int64_t begin = t.seeds.offset(at.k, at.i) + j;
+  normals(t.seeds.word(at.k, at.i, 0), t.seeds.word(at.k, at.i, 1), begin, n, buffers.noise);
   pad(buffers.noise, Source<R>{}.dtype, n);
   return {buffers.noise};
+}
+
+// What a mask leaves of elements [j, j + n), which are at most a tile: see Tile.
+template <class R>
+const Bits<R>* stage_mask(const Batch& t, const Span& at, int64_t j, int64_t n, Bits<R>* buffer) {
+  if (!t.mask) return nullptr;
+  const uint8_t* const from = t.mask.row(at.k, at.i) + j;
+  for (int64_t e = 0; e < n; ++e) buffer[e] = from[e] ? ~Bits<R>(0) : 0;
+  for (int64_t e = n; e < padded<R>(n); ++e) buffer[e] = 0;
+  return buffer;
 }
 
 // Where the results of a stretch go: in place or, where they are padded, into `buffer`, from which
@@ -145,6 +158,7 @@ Tile<R> stage_tile(const Batch& t, const Span& at, int64_t j, int64_t n, TileBuf
     if constexpr (uses_old_velocity(F)) in.v_old = stage(t.v_old, at, j, n, buffers.v_old);
   }
   if constexpr (uses_noise(F)) in.noise = stage_noise(t, at, j, n, buffers);
+  in.kept = stage_mask<R>(t, at, j, n, buffers.kept);
   return in;
 }
 
@@ -194,6 +208,11 @@ struct VectorAt {
   GUARD_OPS_HD Vector<R> any(const Source<R>& from) const {
     return load(from, at);
   }
+  // x, and 0 where an element does not count, whatever x is there.
+  template <class R>
+  GUARD_OPS_HD Vector<R> keep(const Bits<R>* kept, Vector<R> x) const {
+    return masked(x, kept + at);
+  }
   template <class R>
   GUARD_OPS_HD void put(const Target<R>& to, Vector<R> x) const {
     store<typename D::latents>(to, at, x);
@@ -230,7 +249,8 @@ GUARD_OPS_HD Element<Vector<R>> element(const Tile<R>& in, Needs needs, VectorAt
 constexpr Needs everything{true, true, true};
 
 // What the pass that forms sums also writes: nothing, or b times the departure or the residual.
-enum class Written : int { nothing, departure, residual };
+// Or only some elements count; then it writes nothing.
+enum class Written : int { nothing, departure, residual, nothing_masked };
 
 template <Written W, Form F, class R, class D>
 void add_sums(const Step<Vector<R>>& step, const Tile<R>& in, int64_t n, const Target<R>& to,
@@ -239,7 +259,10 @@ void add_sums(const Step<Vector<R>>& step, const Tile<R>& in, int64_t n, const T
     Accumulator<R> s1, s2;
     for_each_vector<R, D>(begin, n - begin < tile ? n : begin + tile, [&](int q, auto where) {
       const Element<Vector<R>> x = element<F, R>(in, everything, where);
-      const Vector<R> d = delta<F>(step, x), e = residual<F>(step, x);
+      Vector<R> d = delta<F>(step, x), e = residual<F>(step, x);
+      if constexpr (W == Written::nothing_masked) {
+        d = where.template keep<R>(in.kept, d), e = where.template keep<R>(in.kept, e);
+      }
       if constexpr (F != Form::log_prob) s1.part[q] = fma(d, e, s1.part[q]);
       s2.part[q] = fma(d, d, s2.part[q]);
       if constexpr (W == Written::departure) where.put(to, step.b * departure<F>(step, x));
@@ -256,7 +279,8 @@ double reference_sum(const Step<Vector<R>>& step, const Tile<R>& in, int64_t n) 
   for (int64_t begin = 0; begin < n; begin += tile) {
     Accumulator<R> ref;
     for_each_vector<R, D>(begin, n - begin < tile ? n : begin + tile, [&](int q, auto where) {
-      const Vector<R> d = step.b * (where(in.v) - where.any(in.ref));
+      Vector<R> d = step.b * (where(in.v) - where.any(in.ref));
+      if (in.kept) d = where.template keep<R>(in.kept, d);
       ref.part[q] = fma(d, d, ref.part[q]);
     });
     total += ref.total();
@@ -273,7 +297,9 @@ Sums sums_of(const Batch& t, const Step<double>& step, const Span& at, const Ear
     n = stretch<R>(at, j, in_place(t));
     const int64_t whole = padded<R>(n);
     const Tile<R> in = stage_tile<F>(t, at, j, n, buffers, everything);
-    if (!early.to) {
+    if (in.kept) {
+      add_sums<Written::nothing_masked, F, R, D>(coefficients, in, whole, {}, &out);
+    } else if (!early.to) {
       add_sums<Written::nothing, F, R, D>(coefficients, in, whole, {}, &out);
     } else {
       const Output<R> to(early.to, at, j, n, buffers.out[0]);
@@ -296,7 +322,8 @@ void write_zeros(const Operand& to, const Span& at) {
 }
 
 // `of`: a GradientKind, or the constant of one. `cond_only`: a constant that is true where cond is
-// the only gradient to write and no reference model enters; then the loop has no branches for them.
+// the only gradient to write, and neither reference model nor mask enters; then the loop has no
+// branches for them.
 template <Form F, class R, class D, class KindOf, class CondOnly>
 void gradient_as(KindOf of, CondOnly cond_only, const Batch& t, const Step<double>& step,
                  const Coefficients& c, const Span& at, const Operand& cond,
@@ -325,6 +352,7 @@ void gradient_as(KindOf of, CondOnly cond_only, const Batch& t, const Step<doubl
         g = factor * (b * (with_v ? departure<F>(coefficients, x) : residual<F>(coefficients, x)));
       }
       if (with_ref) g = fma(factors.k3, x.v - where.any(in.ref), g);
+      if (!cond_only && in.kept) g = where.template keep<R>(in.kept, g);
       if (cond_only || cond) where.put(to.target, !cond_only && t.uncond ? scale * g : g);
       if (!cond_only && uncond) where.put(to_uncond.target, rest * g);
     });
@@ -347,7 +375,7 @@ void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c
   };
   const GradientKind kind = gradient_kind_of(c.c1, c.c2);
   const std::true_type cond_only;
-  if (!cond || t.uncond || (c.c3 != 0 && t.ref)) {
+  if (!cond || t.uncond || t.mask || (c.c3 != 0 && t.ref)) {
     run(kind, std::false_type{});
   } else if (kind == GradientKind::departure) {
     run(std::integral_constant<GradientKind, GradientKind::departure>{}, cond_only);
@@ -394,6 +422,7 @@ double step_of(const Batch& t, const Step<double>& step, const Span& at, const O
     const Source<R> v = stage_velocity(t, at, j, n, buffers), x = stage(t.x, at, j, n, buffers.x);
     const Source<R> noise = stage_noise(t, at, j, n, buffers);
     const Output<R> y(prev_sample, at, j, n, buffers.out[0]), m(mean_out, at, j, n, buffers.out[1]);
+    const Bits<R>* const kept = stage_mask<R>(t, at, j, n, buffers.kept);
     Accumulator<R> square;
     for_each_vector<R, DTypes<Any, Any>>(0, padded<R>(n), [&](int q, auto where) {
       const Vector<R> mu = mean(coefficients, where(x), where(v));
@@ -401,7 +430,8 @@ double step_of(const Batch& t, const Step<double>& step, const Span& at, const O
       where.put(m.target, mu);
       where.put(y.target, sampled);
       // square enters log_prob, which is that of the sample as it is stored
-      const Vector<R> d = rounded<R>(sampled, prev_sample.dtype) - mu;
+      Vector<R> d = rounded<R>(sampled, prev_sample.dtype) - mu;
+      if (kept) d = where.template keep<R>(kept, d);
       square.part[q] = fma(d, d, square.part[q]);
     });
     y.finish();

@@ -17,7 +17,7 @@ struct Span {
 };
 
 // Where sums may already write the gradient up to the factor c1, which is known only when all sums
-// are: b times the departure, or b times the residual.
+// are: b times the departure, or b times the residual. Where a mask is given, sums write none.
 struct EarlyGradient {
   Operand to;  // of v's dtype, which has to be the compute type; or absent
   GradientKind kind = GradientKind::departure;

@@ -136,6 +136,29 @@ GUARD_OPS_HD void store(R* p, Vector<R> x) {
   std::memcpy(p, &x, sizeof x);
 }
 
+// The bits of a number.
+template <class R>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  typedef uint32_t type;
+};
+template <>
+struct BitsOf<double> {
+  typedef uint64_t type;
+};
+template <class R>
+using Bits = typename BitsOf<R>::type;
+
+// x where the bits at `kept` are all ones, and 0 where they are 0.
+template <class V, class B>
+GUARD_OPS_HD V masked(V x, const B* kept) {
+  typedef B bits __attribute__((vector_size(GUARD_OPS_VECTOR)));
+  bits which;
+  std::memcpy(&which, kept, sizeof which);
+  return (V)((bits)x & which);
+}
+
 // ---- storage types ------------------------------------------------------------------------------
 
 // What arithmetic in R reads from and writes to: memory of type R; float32 arithmetic also reads

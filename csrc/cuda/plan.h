@@ -69,11 +69,12 @@ struct Divisor {
 
 // What is known of a batch when its kernels are compiled, where it is one of those below: the form,
 // the dtype of the latents and that of the old mean, rows that all begin on 16 bytes and end with a
-// whole tile, and neither guidance nor a reference. A warp then has no question to ask a tile. The
-// slot is that of `Plan`.
+// whole tile, and neither guidance, reference nor mask, and no shard. A warp then has no question
+// to ask a tile. The slot is that of `Plan`.
 template <Form F, DType T, DType Old>
 struct FixedLayout {
   static constexpr Form form = F;
+  static constexpr bool fixed = true;
   static constexpr Roles present = bit(role_v) | (uses_sample(F) ? bit(role_x) | bit(role_y) : 0) |
                                    (F == Form::log_prob ? 0 : bit(role_old)) |
                                    (F == Form::noise ? bit(role_noise) : 0);
@@ -132,6 +133,7 @@ struct Plan {
   Seeds seeds;
   float guidance_scale, uncond_scale;  // uncond_scale: 1 - guidance_scale
   Doubles table[3];                    // a, b, s
+  Mask mask;
 };
 
 // Calls call(layout) with the plan's FixedLayout and returns true, or false if it has none. The
@@ -228,7 +230,8 @@ inline Plan plan_of(const Batch& t, const Doubles* table, bool with_mean = false
   p.guidance_scale = float(t.guidance_scale);
   p.uncond_scale = float(1 - t.guidance_scale);
   for (int n = 0; n < 3; ++n) p.table[n] = table[n];
-  p.layout = with_mean ? 0 : layout_of(p);
+  p.mask = t.mask;
+  p.layout = with_mean || t.mask || t.seeds.of_shard ? 0 : layout_of(p);
   return p;
 }
 

@@ -23,7 +23,7 @@ __device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& 
   read_velocity(p, slot, v);
   read(slot + p.offset[role_x], stored, x);
   if constexpr (seeded) {
-    normals(row, at, noise);
+    normals(row, in_whole_latent(p, at), noise);
   } else {
     read(slot + p.offset[role_noise], p.operand[role_noise].dtype, noise);
   }
@@ -35,9 +35,11 @@ __device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& 
   write(slot + p.mean_offset, DType::f32, v);
   write(slot + p.offset[role_x], stored, sampled);
   read(slot + p.offset[role_x], stored, sampled);  // log_prob is that of the sample as it is stored
+  const uint32_t counted = mask_bits(p, at);
   float square = 0;
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
+    if (!(counted >> e & 1)) continue;
     const float d = sampled[e] - v[e];
     if (!seeded || place_of(e) < at.count)
       square = fma(d, d, square);  // noise that is read is 0 there

@@ -56,10 +56,38 @@ __device__ __forceinline__ void normals(const RowNumbers& row, const TileAt& at,
   }
 }
 
+// Which of a lane's elements the mask counts, a bit each. The mask is read where it lies: one byte
+// an element is little beside the operands.
+__device__ __forceinline__ uint32_t mask_bits(const Plan& p, const TileAt& at) {
+  if (!p.mask) return (1u << lane_elements) - 1;
+  const uint8_t* const row = p.mask.row(at.k, at.i) + at.begin;
+  uint32_t bits = 0;
+#pragma unroll
+  for (uint32_t e = 0; e < lane_elements; ++e) {
+    const uint32_t place = place_of(e);
+    if (place < at.count && row[place] != 0) bits |= 1u << e;
+  }
+  return bits;
+}
+
+// The same where a layout may have a mask, else nothing.
+template <class Layout>
+__device__ __forceinline__ uint32_t counted_of(const Layout&, const Plan& p, const TileAt& at) {
+  if constexpr (!Layout::fixed) return mask_bits(p, at);
+  return 0;
+}
+
+// The same place in the whole latent, of which the rows may be a part.
+__device__ __forceinline__ TileAt in_whole_latent(const Plan& p, TileAt at) {
+  at.begin += p.seeds.offset(at.k, at.i);
+  return at;
+}
+
 // The layout of a slot of any plan whose form is F.
 template <Form F>
 struct AnyLayout {
   static constexpr Form form = F;
+  static constexpr bool fixed = false;
   const Plan& p;
 
   __device__ __forceinline__ bool has(Role r) const { return bool(p.operand[r]); }
@@ -101,7 +129,9 @@ __device__ __forceinline__ Elements<Layout::form> read_tile(const Layout& layout
   }
   if constexpr (F != Form::log_prob) read_role(layout, role_old, slot, in.old);
   if constexpr (F == Form::noise) read_role(layout, role_noise, slot, in.noise);
-  if constexpr (F == Form::seeded) normals(row, at, in.noise);
+  if constexpr (F == Form::seeded) {
+    normals(row, Layout::fixed ? at : in_whole_latent(p, at), in.noise);
+  }
   return in;
 }
 
@@ -130,10 +160,12 @@ __device__ __forceinline__ void add_sums_of(const Layout& layout, const Plan& p,
                                             const char* slot, Sums& total) {
   constexpr Form F = Layout::form;
   const Elements<F> in = read_tile(layout, p, row, at, slot);
+  const uint32_t counted = counted_of(layout, p, at);
   float s1 = 0, s2 = 0;
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
     const Element<float> x = in.at(e);
+    if (!Layout::fixed && !(counted >> e & 1)) continue;
     const float d = delta<F>(row.step, x);
     if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);
     s2 = fma(d, d, s2);
@@ -145,6 +177,7 @@ __device__ __forceinline__ void add_sums_of(const Layout& layout, const Plan& p,
   read_role(layout, role_ref, slot, ref);
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
+    if (!Layout::fixed && !(counted >> e & 1)) continue;
     const float d = row.step.b * (in.v[e] - ref[e]);
     drift = fma(d, d, drift);
   }
@@ -201,12 +234,18 @@ __device__ __forceinline__ void gradient_of_tile(const Layout& layout, const Pla
   } else {
     each([&](const Element<float>& x) { return velocity_gradient<F>(gradient.k, row.step, x); });
   }
-  if (!layout.has(role_ref) || !gradient.with_ref) return;
-  float v[lane_elements], ref[lane_elements];
-  read_velocity(layout, p, slot, v);
-  read_role(layout, role_ref, slot, ref);
+  if (layout.has(role_ref) && gradient.with_ref) {
+    float v[lane_elements], ref[lane_elements];
+    read_velocity(layout, p, slot, v);
+    read_role(layout, role_ref, slot, ref);
 #pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) g[e] = fma(gradient.k.k3, v[e] - ref[e], g[e]);
+    for (uint32_t e = 0; e < lane_elements; ++e) g[e] = fma(gradient.k.k3, v[e] - ref[e], g[e]);
+  }
+  if constexpr (!Layout::fixed) {
+    const uint32_t counted = counted_of(layout, p, at);
+#pragma unroll
+    for (uint32_t e = 0; e < lane_elements; ++e) g[e] = counted >> e & 1 ? g[e] : 0;
+  }
 }
 
 // Writes the gradient of a tile into its slot, in place of v, and of uncond.

@@ -41,9 +41,10 @@ def philox(key: Tensor, transition: Tensor, counter: Tensor) -> list[Tensor]:
 
 
 def normals(seed: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """Standard normals [K, B, numel] of ``seed`` [K, B, 2] int64."""
-    counter = torch.arange((numel + 3) // 4, device=seed.device)
-    words = philox(seed[..., :1], seed[..., 1:], counter)
+    """Standard normals [K, B, numel] of ``seed`` [K, B, 2] int64, or [K, B, 3] with a counter."""
+    counter = seed[..., 2:].sum(-1, keepdim=True)  # of the first element: 0 if it is not given
+    counter = counter + torch.arange((numel + 3) // 4, device=seed.device)
+    words = philox(seed[..., :1], seed[..., 1:2], counter)
     pairs = [_box_muller(words[0], words[2], dtype), _box_muller(words[1], words[3], dtype)]
     return torch.stack([z for pair in pairs for z in pair], -1).flatten(2)[..., :numel]
 

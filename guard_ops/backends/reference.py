@@ -55,7 +55,12 @@ def _delta_e(t: Transitions, v: Tensor) -> tuple[Tensor, Tensor]:
             delta, e = _mean(a, b, x, v) - m, y - m
         else:
             delta, e = _mean(a, b, x, v) - y, torch.zeros_like(y)
-    return delta, e
+    return _counted(t, delta), _counted(t, e)
+
+
+def _counted(t: Transitions, x: Tensor) -> Tensor:
+    """``x`` [K, B, D], 0 where the mask says that an element does not count."""
+    return x if t.latents.mask is None else torch.where(t.latents.mask, x, 0.0)
 
 
 def sums(t: Transitions) -> Tensor:
@@ -71,9 +76,8 @@ def sums(t: Transitions) -> Tensor:
     ]
     if t.latents.ref_model_output is None:
         return torch.stack([*out, torch.zeros_like(out[0])])
-    drift = t.coefficients[1].to(v.dtype).unsqueeze(-1) * (
-        v - t.latents.ref_model_output.to(v.dtype)
-    )
+    from_ref = _counted(t, v - t.latents.ref_model_output.to(v.dtype))
+    drift = t.coefficients[1].to(v.dtype).unsqueeze(-1) * from_ref
     return torch.stack([*out, (drift * drift).sum(-1, dtype=torch.float64)])
 
 
@@ -85,7 +89,8 @@ def gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``d loss / d v = b (c1 e + 2 c2 delta) + 2 c3 b^2 (v - v_ref)`` for both guidance branches.
 
-    A transition whose three coefficients are 0 gets 0, whatever its operands hold.
+    A transition whose three coefficients are 0 gets 0, whatever its operands hold, as does an
+    element that does not count.
     """
     v = _velocity(t)
     delta, e = _delta_e(t, v)
@@ -94,6 +99,7 @@ def gradient(
     g = b * (c1 * e + 2 * c2 * delta)
     if t.latents.ref_model_output is not None:
         g = g + 2 * c3 * b**2 * (v - t.latents.ref_model_output.to(v.dtype))
+    g = _counted(t, g)
     unused = (c == 0).all(0).unsqueeze(-1) & ~torch.isfinite(g).all(-1, keepdim=True)
     g = torch.where(unused, 0.0, g)
     latents = t.latents
@@ -107,7 +113,7 @@ def gradient(
 
 
 def sde_step(t: Transitions) -> tuple[Tensor, Tensor, Tensor]:
-    """``mean = a x + b v``, ``y = mean + s noise``, ``sum((y - mean)^2)``.
+    """``mean = a x + b v``, ``y = mean + s noise``, ``sum((y - mean)^2)`` over what counts.
 
     ``t`` has the latents of ``transitions.STEP_LATENTS`` and noise or a seed. ``y`` has the dtype
     of ``x``, the mean is at least float32, the sum [K, B] is float64.
@@ -121,4 +127,5 @@ def sde_step(t: Transitions) -> tuple[Tensor, Tensor, Tensor]:
         noise = normals(t.seed, v.shape[-1], dtype)
     mean = _mean(a, b, x.to(dtype), v)
     y = (mean + s * noise.to(dtype)).to(x.dtype)
-    return y, mean, ((y.to(dtype) - mean) ** 2).sum(-1, dtype=torch.float64)
+    square = _counted(t, y.to(dtype) - mean) ** 2
+    return y, mean, square.sum(-1, dtype=torch.float64)

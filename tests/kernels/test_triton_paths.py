@@ -121,7 +121,8 @@ def calls(steps, batch, offset):
     factor = numbers(1, dtype=torch.float32)[0]
     def fused(path, norm, clip=0.2 + offset):
         os.environ["GUARD_OPS_TRITON_PATH"] = path
-        rows = Rows(numbers(steps, batch, dtype=torch.float32), None, numbers(steps, batch), None)
+        advantages, weights = numbers(steps, batch, dtype=torch.float32), numbers(steps, batch)
+        rows = Rows(advantages, None, weights, None, None)
         objective = objective_of(GuardConfig(norm, clip_low=clip), True)
         out = torch.zeros((4, steps, batch)), torch.zeros(10, steps)
         guard_loss.guard_loss(t, rows, objective, latents(), None, torch.zeros(()), *out,
