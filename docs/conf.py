@@ -56,7 +56,7 @@ MENU = {
     "Use it": ("docs/writing-a-loop", "docs/swap-in", "docs/trainer", "docs/rewards",
                "docs/monitor", "docs/report", "docs/scale", "docs/api", "docs/reference",
                "examples/minimal_grpo"),
-    "Understand it": ("docs/math", "docs/reliability", "docs/demo", "docs/benchmarks"),
+    "Understand it": ("docs/math", "docs/reliability", "docs/demo", "docs/study", "docs/benchmarks"),
     "Build it": ("docs/building", "docs/gpu", "docs/cuda", "docs/kernels"),
     "Change it": ("CONTRIBUTING", "docs/life-of-a-call", "docs/backends", "tests/data/README",
                   "SECURITY", "CHANGELOG"),

@@ -12,9 +12,10 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
-from .runs import Spec, finished, perform, specs
+from .runs import FIRST_SEED, Spec, finished, perform, specs
 from .tasks import TASKS, Task
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study", help="of the runs")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0; default: 5")
+    parser.add_argument("--seeds", type=int, default=5, help="how many; default: 5")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only-runs", action="store_true", help="write no page")
     parser.add_argument("--check", action="store_true", help="only say whether the page is current")
@@ -40,16 +41,17 @@ def main() -> int:
 
 def make_runs(out: Path, seeds: int, processes: int) -> None:
     """Make the runs that ``out`` does not have."""
-    wanted = [spec for spec in specs(range(seeds)) if not finished(spec, out)]
-    starts = list(dict.fromkeys((spec.task, spec.seed) for spec in wanted))
+    numbers = range(FIRST_SEED, FIRST_SEED + seeds)
+    wanted = [spec for spec in specs(numbers) if not finished(spec, out)]
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes, which are as many as there are cores
-    # The pretraining that the next runs need comes before them; those of later seeds wait.
     with ProcessPoolExecutor(processes) as pool:
-        for seed in sorted({seed for _, seed in starts}):
-            for done in [pool.submit(_pretrain, *x, out) for x in starts if x[1] == seed]:
+        for seed, group in groupby(wanted, key=lambda spec: spec.seed):
+            some = list(group)
+            tasks = dict.fromkeys(spec.task for spec in some)
+            for done in [pool.submit(_pretrain, task, seed, out) for task in tasks]:
                 done.result()
-        for spec, done in [(spec, pool.submit(_run, spec, out)) for spec in wanted]:
-            print(f"{spec.name}: {done.result():.0f} s", flush=True)
+            for spec, seconds in [(spec, pool.submit(_run, spec, out)) for spec in some]:
+                print(f"{spec.name}: {seconds.result():.0f} s", flush=True)
 
 
 def _pretrain(task: str, seed: int, out: Path) -> None:
@@ -57,10 +59,7 @@ def _pretrain(task: str, seed: int, out: Path) -> None:
 
 
 def _run(spec: Spec, out: Path) -> float:
-    import json
-
-    perform(spec, _task(spec.task), out / "pretrained", out)
-    return float(json.loads((out / f"{spec.name}.json").read_text())["cpu_seconds"])
+    return perform(spec, _task(spec.task), out / "pretrained", out)
 
 
 @cache

@@ -44,6 +44,7 @@ STEPS = (
     "ratio_bias", "ratio_std", "ratio_hat_bias", "ratio_hat_std", "clip_fraction",
     "clip_fraction_high", "clip_fraction_low",
 )  # fmt: skip
+FIRST_SEED = 3  # the monitor's thresholds were set on runs of seeds 0 to 2
 QUARTERS = 4  # of training, over which per-step numbers are averaged
 EVALUATION_SEED = 2**40  # no run has this seed; evaluation always samples from the same noise
 READ = 200  # samples whose gold is kept one by one: what the monitor has by default
@@ -109,8 +110,8 @@ def finished(spec: Spec, results: Path) -> bool:
     return path.exists() and json.loads(path.read_text())["settings"] == spec.settings()
 
 
-def perform(spec: Spec, task: Task, pretrained: Path, results: Path) -> None:
-    """Train one run and write its JSON file, whole or not at all."""
+def perform(spec: Spec, task: Task, pretrained: Path, results: Path) -> float:
+    """Train one run and write its JSON file, whole or not at all; returns its CPU seconds."""
     settings, started = spec.settings(), time.process_time()
     policy = task.policy(pretrained, spec.seed)
     sampler = SAMPLERS[spec.sampler]
@@ -170,11 +171,14 @@ def perform(spec: Spec, task: Task, pretrained: Path, results: Path) -> None:
         "steps": {name: _rounded(_quarters([x[name] for x in lines])) for name in STEPS},
         "cpu_seconds": round(time.process_time() - started, 1),
     }
-    if spec.seed == 0 and spec.objective in OBJECTIVES:
+    if spec.seed == FIRST_SEED and spec.objective in OBJECTIVES:
         ends = (samples[0], samples[-1])
-        result["samples"] = [_packed((x[:: task.per_prompt][:10].clamp(-1, 1) + 1) / 2) for x in ends]
+        result["samples"] = [
+            _packed((x[:: task.per_prompt][:10].clamp(-1, 1) + 1) / 2) for x in ends
+        ]
     results.mkdir(parents=True, exist_ok=True)
     write_whole(results / f"{spec.name}.json", json.dumps(result).encode() + b"\n")
+    return float(result["cpu_seconds"])
 
 
 def golds(run: dict[str, Any]) -> list[list[float]]:

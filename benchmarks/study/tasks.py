@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,36 +29,17 @@ class Judged(NamedTuple):
     frechet: float  # to real pictures
 
 
-class Task(Protocol):
-    """What a run needs to know of its task."""
-
-    prompts: Sequence[str]
-    per_prompt: int  # samples of an evaluation
-    pretrain_steps: int
-    training: dict[str, Any]  # of TrainConfig
-    clips: dict[str, float]  # of the objectives whose ratio is raw
-
-    def policy(self, folder: Path, seed: int) -> Any:
-        """The pretrained policy, kept in ``folder``."""
-
-    def reward(self, samples: Tensor, labels: Tensor) -> Tensor:
-        """The proxy of samples [B, *latent] of prompts [B]: [B]."""
-
-    def judge(self, samples: Tensor, labels: Tensor) -> Judged:
-        """Of samples [B, *latent] of prompts [B]."""
-
-
 class DigitsTask:
     """Handwritten digits: a classifier that sees the upper half, judged by one that sees all."""
 
     prompts = tuple(map(str, range(10)))
-    per_prompt = 60
+    per_prompt = 60  # samples of an evaluation
     pretrain_steps = 3000
     training = {  # noqa: RUF012
         "iterations": 100, "prompts_per_iteration": 10, "group_size": 16,
         "learning_rate": 4e-4, "evaluate_every": 10,
     }  # fmt: skip
-    clips = {"plain": 1e-3, "paper": 1e-4}  # noqa: RUF012
+    clips = {"plain": 1e-3, "paper": 1e-4}  # noqa: RUF012  # where they are of raw ratios
 
     def __init__(self) -> None:
         digits = load_digits()
@@ -115,7 +95,8 @@ class TextTask:
         return Judged(proxy, gold, float(torch.stack(within).mean()), distance)
 
 
-TASKS: dict[str, type[DigitsTask] | type[TextTask]] = {"digits": DigitsTask, "text": TextTask}
+Task: TypeAlias = DigitsTask | TextTask
+TASKS: dict[str, type[Task]] = {"digits": DigitsTask, "text": TextTask}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Text rendering at small scale: a flow that draws three-letter words, read by a real OCR engine."""
+"""Text rendering at small scale: a flow draws three-letter words, a real OCR engine reads them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from guard_ops.rewards.text_rendering import similarity
 from guard_ops.trainer.extras import require
 from guard_ops.trainer.policy import Condition, Schedule
 
-WORDS = tuple(
-    "CAT DOG SUN BOX RED FLY KEY JAM HUT PEN VAN WEB ZIP QUA OAK ICE GAS LIP MUD TOY".split()
-)
+WORDS = (
+    "CAT", "DOG", "SUN", "BOX", "RED", "FLY", "KEY", "JAM", "HUT", "PEN", "VAN", "WEB", "ZIP",
+    "QUA", "OAK", "ICE", "GAS", "LIP", "MUD", "TOY",
+)  # fmt: skip
 SHAPE = (1, 12, 36)
 _FINER = 4  # a word is drawn so much larger, then averaged over areas
-_SEED_REAL, _SEED_PROXY, _SEED_HELD_OUT = 777, 12345, 12346
+_SEED_PROXY, _SEED_HELD_OUT = 12345, 12346  # of pictures
 _LOWEST = 0.1  # sigma, of what is trained
 
 
@@ -132,7 +133,10 @@ def pretrain_words(seed: int, steps: int, batch: int = 128) -> WordPolicy:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-5)
     for _ in range(steps):
         rows = torch.randint(len(words.labels), (batch,), generator=dice)
-        image, sigma = words.images[rows], _LOWEST + (1 - _LOWEST) * torch.rand(batch, generator=dice)
+        image, sigma = (
+            words.images[rows],
+            _LOWEST + (1 - _LOWEST) * torch.rand(batch, generator=dice),
+        )
         noise, level = torch.randn(image.shape, generator=dice), sigma.reshape(-1, 1, 1, 1)
         condition = {"label": words.labels[rows]}
         velocity = policy.velocity((1 - level) * image + level * noise, sigma, condition)
@@ -145,7 +149,10 @@ def pretrain_words(seed: int, steps: int, batch: int = 128) -> WordPolicy:
 
 
 class WordProxy:
-    """The asked word's logit in a logistic regression on three pictures a word: made to be hacked."""
+    """The asked word's logit in a logistic regression fitted on three pictures of each word.
+
+    It is made to be hacked.
+    """
 
     def __init__(self) -> None:
         words, others = draw_words(3, _SEED_PROXY), draw_words(10, _SEED_HELD_OUT)
@@ -166,7 +173,7 @@ class WordProxy:
 
 
 class WordGold:
-    """What PP-OCR reads in a sample; beside it, how samples differ from each other and real ones."""
+    """What PP-OCR reads in a sample, compared with the word asked for."""
 
     def __init__(self) -> None:
         # every picture is as wide: padding would cost three quarters of the time
