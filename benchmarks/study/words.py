@@ -122,9 +122,9 @@ class WordPolicy(nn.Module):
         raise NotImplementedError("the word policy keeps no reference; `kl_beta` needs to be 0")
 
 
-def pretrain_words(seed: int, steps: int, batch: int = 128) -> WordPolicy:
-    """Flow matching on 4,000 pictures: AdamW 2e-3 to 1e-5, sigma in [0.1, 1], loss times sigma."""
-    words = draw_words(200, 0)
+def pretrain_words(seed: int, steps: int, batch: int = 128, per_word: int = 200) -> WordPolicy:
+    """Flow matching on drawn words: AdamW 2e-3 to 1e-5, sigma in [0.1, 1], loss times sigma."""
+    words = draw_words(per_word, 0)
     dice = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,6 +1,8 @@
 """The study: its tasks are what the page says, its arithmetic, and that the page is current."""
 
+import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,17 +39,22 @@ def test_the_kept_runs_are_three_seeds_or_more_of_everything():
         assert run["settings"] == spec.settings()
 
 
+@pytest.fixture(scope="module")
+def tasks():
+    """By name; their judges are fitted once."""
+    return functools.cache(lambda name: TASKS[name]())
+
+
 def test_drawn_words_are_read_and_the_proxy_is_weak():
     drawn = words.draw_words(1, 5)
     assert drawn.images.shape == (20, 1, 12, 36)
     assert words.draw_words(1, 5).images.equal(drawn.images)
-    gold = words.WordGold()
+    gold, proxy = words.WordGold(), words.WordProxy()
     right = gold(drawn.images, drawn.labels)
     assert right.mean() > 0.95
     assert gold(drawn.images, drawn.labels.roll(1)).mean() < 0.3
     noise = torch.randn(4, *words.SHAPE, generator=torch.Generator().manual_seed(0))
     assert gold(noise, torch.arange(4)).mean() < 0.3
-    proxy = words.WordProxy()
     assert 0.5 < proxy.accuracy < 0.9
     assert proxy(drawn.images, drawn.labels).shape == (20,)
     # pixels beyond black and white count as these
@@ -67,11 +74,32 @@ def test_the_word_policy_predicts_the_picture():
     assert policy.schedule(10).sigmas[0] == 1
 
 
+def test_pretraining_learns_to_denoise():
+    drawn = words.draw_words(2, 1)
+    sigma, level = torch.full((40,), 0.3), 0.3
+    noise = torch.randn(drawn.images.shape, generator=torch.Generator().manual_seed(0))
+    x = (1 - level) * drawn.images + level * noise
+
+    def error(policy):
+        with torch.no_grad():
+            velocity = policy.velocity(x, sigma, {"label": drawn.labels})
+        return float((x - level * velocity - drawn.images).square().mean())
+
+    before, after = (words.pretrain_words(0, steps, 32, per_word=4) for steps in (1, 40))
+    assert error(after) < 0.5 * error(before)
+
+
 @pytest.fixture
-def small(monkeypatch):
-    """Runs of two iterations."""
+def small(monkeypatch, tasks):
+    """Runs of two iterations, from weights that were hardly pretrained."""
+    monkeypatch.setattr(command, "_task", tasks)
+    monkeypatch.setattr(command, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(
+        "benchmarks.study.tasks.pretrain_words",
+        functools.partial(words.pretrain_words, batch=8, per_word=2),
+    )
     for task in (DigitsTask, TextTask):
-        few = {"iterations": 2, "evaluate_every": 1, "prompts_per_iteration": 2, "group_size": 4}
+        few = {"iterations": 2, "evaluate_every": 2, "prompts_per_iteration": 2, "group_size": 4}
         monkeypatch.setattr(task, "training", {**task.training, **few})
         monkeypatch.setattr(task, "pretrain_steps", 3)
     monkeypatch.setattr(runs, "READ", 20)
@@ -80,18 +108,19 @@ def small(monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("task", list(TASKS))
-def test_a_run_is_kept_whole_and_made_once(task, tmp_path, monkeypatch):
-    made = TASKS[task]()
+@pytest.mark.parametrize("task", ["digits", pytest.param("text", marks=pytest.mark.slow_suite)])
+def test_a_run_is_kept_whole_and_made_once(task, tasks, tmp_path, monkeypatch):
+    made = tasks(task)
     spec = Spec(task, "dance", "article", runs.FIRST_SEED)
     assert not runs.finished(spec, tmp_path)
     runs.perform(spec, made, tmp_path / "pretrained", tmp_path)
     (path,) = tmp_path.glob("*.json")
     assert path.stem == f"{task}-dance-article-s3"
     run = json.loads(path.read_text())
-    assert [e["iteration"] for e in run["evaluations"]] == [0, 1, 2]
+    assert [e["iteration"] for e in run["evaluations"]] == [0, 2]
     assert len(run["steps"]["ratio_std"][0]) == 9  # the last step is not trained
-    assert run["steps"]["ratio_hat_std"][-1] == pytest.approx([1.0] * 9, abs=0.51)
+    # standardized, but in each epoch's first update of the rollout's own ratio
+    assert min(run["steps"]["ratio_hat_std"][-1]) > 0.9
     for reading, gold in zip(run["evaluations"], runs.golds(run), strict=True):
         assert len(gold) == 20
         assert all(0 <= x <= 1 for x in gold)
@@ -105,12 +134,12 @@ def test_a_run_is_kept_whole_and_made_once(task, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-def test_runs_that_are_there_are_not_made_again(tmp_path, monkeypatch, capsys):
+def test_runs_that_are_there_are_not_made_again(tasks, tmp_path, monkeypatch, capsys):
     wanted = [Spec("digits", "flow", name, 3) for name in runs.OBJECTIVES]
     monkeypatch.setattr(command, "specs", lambda seeds: wanted)
     monkeypatch.setattr(runs, "OBJECTIVES", ())  # keeps no pictures
     done = wanted[0]
-    runs.perform(done, DigitsTask(), tmp_path / "pretrained", tmp_path)
+    runs.perform(done, tasks("digits"), tmp_path / "pretrained", tmp_path)
     before = (tmp_path / f"{done.name}.json").stat().st_mtime_ns
     command.make_runs(tmp_path, 1, 1)
     said = capsys.readouterr().out.splitlines()
