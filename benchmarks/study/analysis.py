@@ -31,14 +31,17 @@ class Interval(NamedTuple):
     mean: float
     half: float  # infinite for one seed
     n: int
+    above: int  # how many of the n are above 0,
+    below: int  # and below
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
         n = len(values)
+        signs = sum(x > 0 for x in values), sum(x < 0 for x in values)
         if n < 2:
-            return cls(fmean(values), math.inf, n)
+            return cls(fmean(values), math.inf, n, *signs)
         quantile = float(require("scipy.stats", "study").t.ppf(0.975, n - 1))
-        return cls(fmean(values), quantile * stdev(values) / math.sqrt(n), n)
+        return cls(fmean(values), quantile * stdev(values) / math.sqrt(n), n, *signs)
 
     @property
     def sign(self) -> int:

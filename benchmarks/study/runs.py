@@ -28,9 +28,9 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 OBJECTIVES = ("plain", "paper", "article")
 ABLATIONS: dict[str, dict[str, Any]] = {  # of digits with Flow-GRPO's sampler, one seed
-    "article, max_grad_norm 0.05": {"of": "article", "max_grad_norm": 0.05},
-    "article, target_std 0.01, clip 0.002": {
-        "of": "article", "target_std": 0.01, "clip_low": 0.002, "clip_high": 0.002,
+    "article, max_grad_norm 0.01": {"of": "article", "max_grad_norm": 0.01},
+    "article, target_std 0.001, clip 0.0002": {
+        "of": "article", "target_std": 0.001, "clip_low": 0.0002, "clip_high": 0.0002,
     },
     "article, RatioNorm alone": {"of": "article", "balance": "none"},
     "article, balancing alone": {
@@ -38,7 +38,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {  # of digits with Flow-GRPO's sampler, 
     },
     "article, detach_stats=False": {"of": "article", "detach_stats": False},
     "paper, RatioNorm alone": {"of": "paper", "balance": "none"},
-    "plain, max_grad_norm 0.05": {"of": "plain", "max_grad_norm": 0.05},
+    "plain, max_grad_norm 0.01": {"of": "plain", "max_grad_norm": 0.01},
 }  # fmt: skip
 STEPS = (
     "ratio_bias", "ratio_std", "ratio_hat_bias", "ratio_hat_std", "clip_fraction",

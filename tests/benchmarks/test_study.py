@@ -167,10 +167,10 @@ def test_an_ablation_changes_what_its_name_says():
     assert of("article, RatioNorm alone").guard() == GuardConfig.article(balance="none")
     balanced = of("article, balancing alone").guard()
     assert (balanced.ratio_norm, balanced.balance) == ("none", "inverse_ratio")
-    bounded = of("article, max_grad_norm 0.05")
+    bounded = of("article, max_grad_norm 0.01")
     assert bounded.guard() == article.guard()
     training = article.settings()["training"]
-    assert bounded.settings()["training"] == {**training, "max_grad_norm": 0.05}
+    assert bounded.settings()["training"] == {**training, "max_grad_norm": 0.01}
     assert not of("article, detach_stats=False").guard().detach_stats
 
 
