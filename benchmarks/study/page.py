@@ -106,7 +106,7 @@ def _head(runs: Sequence[Run], places: dict[tuple[str, str], Seeds]) -> str:
 
 What of GRPO-Guard's claims holds in our own measurements, where it does not, and what follows for
 a user. `make study` makes the runs, and writes this page: no number here is typed by hand. The runs
-are [kept as JSON](study/), {len(runs)} of them, {minutes:.0f} CPU minutes without pretraining.
+are kept as JSON in `docs/study`, {len(runs)} of them, {minutes:.0f} CPU minutes without pretraining.
 
 Two tasks, each with a reward that can be gamed and a judge that training never sees:
 
@@ -244,6 +244,8 @@ Less plain's, seed by seed: at the end, and where each of the two first reached 
 reached.
 
 {_table(("", "objective", "at", *_NAMES.values()), gains)}
+
+Mean over seeds, and each of them:
 
 ![proxy, gold, Fréchet and diversity over training](study/training.png)
 

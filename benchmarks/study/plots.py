@@ -30,7 +30,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write ``ratio.png``, ``clip.png``, ``training.png``, ``paid.png``, ``words.png``."""
     matplotlib = require("matplotlib", "study")
     matplotlib.use("agg")
-    pyplot = require("matplotlib.pyplot", "study")
+    pyplot, pillow = require("matplotlib.pyplot", "study"), require("PIL.Image", "study")
     places = {setting: found for setting in SETTINGS if (found := seeds_of(runs, *setting))}
     figures: dict[str, Callable[[], Any]] = {
         "ratio.png": lambda: _ratio(pyplot, places),
@@ -44,6 +44,9 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
             made = figure()
             made.savefig(folder / name, metadata={"Software": None})
             pyplot.close(made)
+            with pillow.open(folder / name) as picture:  # a quarter of the bytes
+                few = picture.convert("RGB").quantize(64)
+            few.save(folder / name, optimize=True)
     return [folder / name for name in figures]
 
 
@@ -69,6 +72,14 @@ def _band(ax: Any, objective: str, x: Sequence[float], rows: Sequence[Sequence[f
         ax.fill_between(x, low, high, color=COLOURS[objective], alpha=0.15, linewidth=0)
 
 
+def _lines(ax: Any, objective: str, x: Sequence[float], rows: Sequence[Sequence[float]]) -> None:
+    """Mean over seeds, and each of them."""
+    for row in rows:
+        ax.plot(x, row, color=COLOURS[objective], linewidth=0.7, alpha=0.5)
+    mean = [sum(column) / len(column) for column in zip(*rows, strict=True)]
+    ax.plot(x, mean, color=COLOURS[objective], label=objective, marker="o", markersize=3)
+
+
 def _ratio(pyplot: Any, places: dict[Any, Seeds]) -> Any:
     names = {
         "ratio_bias": "raw: mean - 1", "ratio_std": "raw: spread",
@@ -82,10 +93,7 @@ def _ratio(pyplot: Any, places: dict[Any, Seeds]) -> Any:
                 if name == "ratio_hat_std" and objective == "plain":
                     continue  # it has no RatioNorm
                 rows = [per_step(by[objective], name) for by in seeds.values()]
-                for values in rows:
-                    ax.plot(values, color=COLOURS[objective], linewidth=0.7, alpha=0.5)
-                mean = [sum(v) / len(v) for v in zip(*rows, strict=True)]
-                ax.plot(mean, color=COLOURS[objective], label=objective, marker="o", markersize=3)
+                _lines(ax, objective, range(len(rows[0])), rows)
             if row:
                 ax.set_yscale("log")
             else:
@@ -121,9 +129,9 @@ def _training(pyplot: Any, places: dict[Any, Seeds]) -> Any:
                 readings = [by[objective]["evaluations"] for by in seeds.values()]
                 x = [e["iteration"] for e in readings[0]]
                 rows = [[e[name] for e in run] for run in readings]
-                _band(axes[row, column], objective, x, rows)
+                _lines(axes[row, column], objective, x, rows)
         axes[-1, column].set_xlabel("iteration")
-    axes[0, 0].legend(loc="lower right")
+    axes[0, 0].legend(loc="upper left")
     return figure
 
 
