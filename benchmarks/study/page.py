@@ -105,8 +105,9 @@ def _head(runs: Sequence[Run], places: dict[tuple[str, str], Seeds]) -> str:
     return f"""# The study
 
 What of GRPO-Guard's claims holds in our own measurements, where it does not, and what follows for
-a user. `make study` makes the runs, and writes this page: no number here is typed by hand. The runs
-are kept as JSON in `docs/study`, {len(runs)} of them, {minutes:.0f} CPU minutes without pretraining.
+a user. `make study` makes the runs, and writes this page: no number here is typed by hand. The
+{len(runs)} runs are kept as JSON in `docs/study`; they took {minutes:.0f} CPU minutes, without
+pretraining.
 
 Two tasks, each with a reward that can be gamed and a judge that training never sees:
 

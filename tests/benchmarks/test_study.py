@@ -30,6 +30,16 @@ def test_the_page_is_what_the_kept_runs_say():
     assert page.save(None, DOCS, check=True) == 0
 
 
+def test_the_monitor_is_right_on_the_kept_runs():
+    """No alarm where gold ends where it began, one wherever it ends 5 standard errors below."""
+    found = analysis.alarms(analysis.load(DOCS / "study"))
+    steady, fallen = analysis.false_alarms(found), analysis.missed(found)
+    assert len(steady.runs) >= 5
+    assert len(fallen.runs) >= 5
+    assert steady.wrong == []
+    assert fallen.wrong == []
+
+
 def test_the_kept_runs_are_three_seeds_or_more_of_everything():
     kept = analysis.load(DOCS / "study")
     for setting in analysis.SETTINGS:
