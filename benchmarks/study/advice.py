@@ -26,7 +26,8 @@ others, and the proxy stalls. Both cures give the proxy back: a `max_grad_norm` 
 update's norm, and a `target_std` of the ratio's own size with the clip made narrower by as much
 (the same samples are clipped). On this seed the second gains as much proxy as plain and keeps far
 more gold; the first gains less than plain. RatioNorm is what keeps gold: alone it gains more proxy
-than with balancing. Balancing alone does as plain does here."""
+than with balancing. Balancing alone does as plain does here. `detach_stats=False` gains proxy too,
+and loses gold for it."""
 
 ADVICE = """\
 - **Where the reward is a stand-in for what is wanted**, begin with `GuardConfig.article()`: on both
@@ -38,10 +39,10 @@ ADVICE = """\
   ratio's spread, with `clip_low` and `clip_high` a fifth of it. That is one seed's evidence, and
   with a faster reward comes over-optimization again: watch gold.
 - **Where the reward has to rise fast**, `GuardConfig.paper()`: it keeps up with plain or nearly so,
-  and pays no more for it in gold by what these runs can tell. Its clip is on a scale of the latent's
-  size, and has to be chosen by the clip shares.
-- **Keep [the monitor](monitor.md) on, and export the best checkpoint**, with any objective: every
-  one of them over-optimizes if it is trained long enough at a rate that moves it.
+  and pays no more for it in gold by what these runs can tell. Its clip is on a scale of the
+  latent's size, and has to be chosen by the clip shares.
+- **Keep [the monitor](monitor.md) on, and export the best checkpoint**, with any objective: each of
+  them has runs here in which it raised its alarm.
 - **Do not judge an objective at equal iterations.** Compare at equal reward, over seeds."""
 
 CAVEATS = """\
