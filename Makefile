@@ -123,7 +123,7 @@ bench: $(VENV)/development
 	$(BIN)/python -m pytest benchmarks -q --save-results; status=$$?; \
 	  $(BIN)/python -m benchmarks.report && exit $$status
 
-# The study: what of the article's claims holds on two small tasks, five seeds (docs/study.md). It
+# The study: which of the article's claims hold on two small tasks, five seeds (docs/study.md). It
 # takes 40 minutes of two cores, goes on where it was stopped, and writes the page and its figures.
 study: $(VENV)/development
 	$(BIN)/python -m benchmarks.study
