@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt s
 
 .PHONY: demo test test-all test-cpp test-arm test-arm-bits test-slow test-triton test-emulated \
   emulated-extension fuzz sanitize gpu-check gpu-scale lint format bench docs sdist wheels wheel-check \
-  test-versions kill-test audit clean
+  test-versions kill-test study audit clean
 
 # Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
 export PIP_NO_COMPILE = 1
@@ -122,6 +122,11 @@ format: $(VENV)/development
 bench: $(VENV)/development
 	$(BIN)/python -m pytest benchmarks -q --save-results; status=$$?; \
 	  $(BIN)/python -m benchmarks.report && exit $$status
+
+# The study: which of the article's claims hold on two small tasks, five seeds (docs/study.md). It
+# takes 40 minutes of two cores, goes on where it was stopped, and writes the page and its figures.
+study: $(VENV)/development
+	$(BIN)/python -m benchmarks.study
 
 # The documents as a site, build/site; any warning is an error. The build asks no network.
 docs: $(VENV)/docs

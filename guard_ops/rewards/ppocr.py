@@ -71,10 +71,10 @@ class _Model:
 
 
 class Recognizer:
-    """Reads a line of text."""
+    """Reads a line of text; one that is narrower than ``narrowest`` pixels at 48 high is padded."""
 
-    def __init__(self, path: Path, threads: int = 1) -> None:
-        self._model = _Model(path, threads)
+    def __init__(self, path: Path, threads: int = 1, narrowest: int = _NARROWEST) -> None:
+        self._model, self._narrowest = _Model(path, threads), narrowest
         known = self._model.session.get_modelmeta().custom_metadata_map
         if "character" not in known:
             raise ValueError(f"{path} has no alphabet in its metadata; it is no PP-OCR recognizer")
@@ -86,7 +86,7 @@ class Recognizer:
         line = F.interpolate(
             image[None].float().cpu(), (_HEIGHT, width), mode="bilinear", antialias=True
         )[0]
-        line = F.pad(2 * line.clamp(0, 1) - 1, (0, max(0, _NARROWEST - width)))
+        line = F.pad(2 * line.clamp(0, 1) - 1, (0, max(0, self._narrowest - width)))
         return decoded(self._model(line).argmax(-1).tolist(), self._alphabet)
 
 
