@@ -287,8 +287,8 @@ class Dispatched(TorchDispatchMode):
 
 
 # What a tail computes besides the loss, its backward included: what its script logs. The originals
-# compute 101 to 143. Then what it dispatches more than guard_loss on the same timestep: that, views,
-# and a timestep of what guard_loss has no use for.
+# compute 101 to 143. Then what it dispatches more than guard_loss on the same timestep: that,
+# views, and a timestep of what guard_loss has no use for.
 COMPUTED = {
     "flow_grpo": (3, 6),
     "flow_grpo, GRPO-Guard": (29, 29),  # two passes, and between them its coupled ratios
