@@ -128,7 +128,7 @@ norm 1, no KL term. Samples are judged with the sampler that training uses.
 
 Seeds: {numbers}.
 A seed is other weights from the start, and other noise. Intervals are 95 % t intervals over seeds,
- of the paired difference to plain where two objectives are compared. A claim
+of the paired difference to plain where two objectives are compared. A claim
 **holds** where all of the interval is on its side, **fails** where all of it is on the other, and
 is **open** where 0 is inside; then in brackets how many seeds are on its side. Flat is within a
 tenth, from the smallest to the largest."""
