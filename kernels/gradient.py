@@ -60,23 +60,9 @@ def put_resident_gradient(
     """:func:`put_gradient` of a tile whose :func:`direction_of` is still in registers."""
     g = (b * c1).to(T) * direction
     put_gradient(
-        t,
-        strides,
-        grads,
-        grad_strides,
-        k,
-        i,
-        start,
-        inside,
-        g,
-        from_ref,
-        b,
-        c1,
-        c2,
-        c3,
-        guidance_scale,
-        T,
-    )
+        t, strides, grads, grad_strides, k, i, start, inside, g, from_ref, b, c1, c2, c3,
+        guidance_scale, T,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -120,23 +106,9 @@ def write_gradient(
         r = load(t.ref_model_output, strides.ref_model_output, k, i, start, moving, T)
         from_ref = v - r
     put_gradient(
-        t,
-        strides,
-        grads,
-        grad_strides,
-        k,
-        i,
-        start,
-        whole,
-        g,
-        from_ref,
-        b,
-        c1,
-        c2,
-        c3,
-        guidance_scale,
-        T,
-    )
+        t, strides, grads, grad_strides, k, i, start, whole, g, from_ref, b, c1, c2, c3,
+        guidance_scale, T,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=POINTERS)
