@@ -8,6 +8,7 @@ from problems import FORMS, operands, problem, run, step_operands
 
 import guard_ops as go
 from guard_ops.config import objective_of
+from guard_ops.transitions import Rows
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1" or "triton" not in go.available_backends(),
@@ -26,7 +27,7 @@ def test_opcheck(form, guided):
     advantages = torch.randn(2, 2, dtype=torch.float64)
     old = torch.randn(2, 2, dtype=torch.float64) if form == "log-prob" else None
     objective = map(list, objective_of(go.GuardConfig.article(), True))
-    arguments = (*t, [advantages, old, None, None], *objective, True, guided)
+    arguments = (*t, [*Rows(advantages, old, None, None, None)], *objective, True, guided)
     torch.library.opcheck(ops.guard_loss.default, arguments, test_utils=checks)
 
 
