@@ -123,8 +123,9 @@ bench: $(VENV)/development
 	$(BIN)/python -m pytest benchmarks -q --save-results; status=$$?; \
 	  $(BIN)/python -m benchmarks.report && exit $$status
 
-# The study: which of the article's claims hold on two small tasks, five seeds (docs/study.md). It
-# takes 40 minutes of two cores, goes on where it was stopped, and writes the page and its figures.
+# The study: which of the article's claims hold on two small tasks (docs/study.md). Three seeds took
+# 32 CPU minutes besides pretraining, five take more in proportion; two runs are made at a time. It
+# goes on where it was stopped, and writes the page and its figures.
 study: $(VENV)/development
 	$(BIN)/python -m benchmarks.study
 

@@ -1,4 +1,4 @@
-"""The study's words: what follows from its tables. They are ours, and hold no number."""
+"""The study's words: what follows from its tables. They are ours, and hold no measured number."""
 
 SAID = """\
 - **What is said of the ratio holds.** With the raw ratio its mean is below 1 and its spread grows
@@ -13,7 +13,7 @@ SAID = """\
   proxy its gold, Fréchet and diversity are not told apart from plain's, or gold is a little lower.
   On text both guards pay less Fréchet for the same proxy with Flow-GRPO's sampler.
 - **Higher gold at equal proxy is open** almost everywhere: most seeds lean to the guards' side, and
-  three of them do not settle it.
+  they are too few to settle it.
 - **A higher proxy** is what the paper's objective gives on text, and not on digits; the article's
   proxy is nowhere higher for certain.
 - **Fréchet rises and diversity falls in every kind of run**, guarded or not; with the article's

@@ -1,4 +1,4 @@
-"""The study as a page: docs/study.md, whose every number comes from the JSON beside it."""
+"""The study as a page: docs/study.md, whose measured numbers come from the JSON beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from guard_ops.trainer.folder import write_whole
 from . import analysis, plots
 from .advice import ABLATIONS_SAY, ADVICE, CAVEATS, SAID
 from .analysis import GUARDS, SETTINGS, Alarm, Interval, Run, Seeds
-from .runs import ABLATIONS, OBJECTIVES, SAMPLERS
+from .runs import ABLATIONS, OBJECTIVES, READ, SAMPLERS
 from .tasks import TASKS
 
 Rows = list[list[str]]
@@ -105,7 +105,7 @@ def _head(runs: Sequence[Run], places: dict[tuple[str, str], Seeds]) -> str:
     return f"""# The study
 
 What of GRPO-Guard's claims holds in our own measurements, where it does not, and what follows for
-a user. `make study` makes the runs, and writes this page: no number here is typed by hand. The
+a user. `make study` makes the runs, and writes this page: nothing measured is typed by hand. The
 {len(runs)} runs are kept as JSON in `docs/study`; they took {minutes:.0f} CPU minutes, without
 pretraining.
 
@@ -288,8 +288,8 @@ The gradient's norm is the mean of an iteration's, before `max_grad_norm` scales
 def _monitor(runs: Sequence[Run]) -> str:
     return f"""## The monitor on these runs
 
-[The monitor](monitor.md) with its defaults, on 200 samples at every evaluation. Its thresholds were
-set on runs of other seeds and lengths.
+[The monitor](monitor.md) with its defaults, on {READ} samples at every evaluation. Its thresholds
+were set on runs of other seeds and lengths.
 
 {monitor_table(runs)}"""
 
