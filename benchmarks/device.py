@@ -47,9 +47,9 @@ CHAINED = ("bfloat16", "article")  # the dtype and the objective that these are 
 # The paths of each backend, and those that only objectives whose rows are independent can take.
 PATHS = {
     "triton": ("two_launches", "one_launch", "rows"),
-    "cuda": ("two_launches", "cooperative", "cluster", "in_turn"),
+    "cuda": ("two_launches", "cooperative", "cluster"),
 }
-INDEPENDENT = ("rows", "cluster", "in_turn")
+INDEPENDENT = ("rows", "cluster")
 REFUSED = {(LARGE.name, "cluster")}  # a row of it is more than a cluster's blocks hold
 COPY_BYTES = 2 << 30  # half of them read, half written
 # The most seconds that a job may take. What hangs once is not tried again by the same path.

@@ -157,8 +157,11 @@ TORCH_LIBRARY_IMPL(guard_ops, CUDA, m) {
 void define_cuda(pybind11::module_& m) {
   m.def(
       "force_cuda_path", [](const std::string& name) { forced = path_named(name); },
-      "How guard_loss reads the batch on CUDA from now on: automatic, cooperative, cluster, "
-      "in_turn or two_launches.");
+      "How guard_loss reads the batch on CUDA from now on: automatic, cooperative, cluster or "
+      "two_launches.");
+  m.def(
+      "leave_multiprocessors_free", cuda::leave_free,
+      "How many multiprocessors of every device the cooperative launches leave to other streams.");
   m.def(
       "last_cuda_path", [] { return std::string(cuda::name_of(last)); },
       "The path that the last guard_loss took.");

@@ -17,7 +17,10 @@ def cuda_unsupported(device: int) -> str:
     """Why this device cannot run the kernels of this build; empty where it can."""
 
 def force_cuda_path(name: str) -> None:
-    """How guard_loss reads the batch: automatic, cooperative, cluster, in_turn, two_launches."""
+    """How guard_loss reads the batch: automatic, cooperative, cluster, two_launches."""
+
+def leave_multiprocessors_free(multiprocessors: int) -> None:
+    """How many of every device the cooperative launches leave to other streams."""
 
 def last_cuda_path() -> str:
     """The path that the last guard_loss took."""

@@ -214,19 +214,19 @@ OPERAND = [
         "its role in the gradient",
     ),
     Edit(
-        "csrc/cuda/plan.h",
+        "csrc/cuda/tiles.h",
         "role_old, role_noise, roles };",
         "role_old, role_noise, role_weight, roles };",
         "the role of a copy",
     ),
     Edit(
-        "csrc/cuda/plan.h",
+        "csrc/cuda/tiles.h",
         "  Roles read = with_ref ? velocity | bit(role_ref) : 0;\n",
         "  const Roles read = (with_ref ? velocity | bit(role_ref) : 0) | bit(role_weight);\n",
         "every gradient needs it",
     ),
     Edit(
-        "csrc/cuda/plan.h",
+        "csrc/cuda/tiles.h",
         "t.m ? &t.m : &t.v_old, &t.noise};",
         "t.m ? &t.m : &t.v_old, &t.noise, &t.weight};",
         "its read",

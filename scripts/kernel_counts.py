@@ -32,7 +32,8 @@ BEGIN, END = "<!-- begin:counts -->", "<!-- end:counts -->"
 ARCHITECTURES = (80, 90, 100, 120)
 FORMS = ("mean", "velocity", "noise", "seeded", "log_prob")
 DTYPES = ("bfloat16", "float32")
-KERNELS = ("sums", "gradient")  # each a file, whose kernel is called <name>_of_chunks
+# The file of a kernel, which is called <name>_of_chunks.
+KERNELS = {"sums": "sums.cu", "gradient": "guard_loss.cu"}
 MODEL = """\
 **Predictions, which no GPU has confirmed.** Microseconds that a pass of `two_launches` takes at
 least, in the mean form in bfloat16: to issue these instructions without a stall on every
@@ -132,7 +133,7 @@ def machine_code(kernel: str, arch: int) -> MachineCode:
         cubin = Path(folder) / "kernel.cubin"
         subprocess.run(
             ["nvcc", "-cubin", f"-arch=sm_{arch}", "-O3", "-std=c++17", "-fmad=false", "-w",
-             "-o", cubin, ROOT / "csrc" / "cuda" / f"{kernel}.cu"],
+             "-o", cubin, ROOT / "csrc" / "cuda" / KERNELS[kernel]],
             check=True,
         )  # fmt: skip
         return read_machine_code(kernel, cubin, cuobjdump)
@@ -210,7 +211,7 @@ def table(counts: list[Count]) -> str:
         "| kernel | form | dtype | sm | chunks of 4 | of 1 | " + " | ".join(sass.KINDS) + " |",
         "|---|---|---|---|---:|---:|" + "---:|" * len(sass.KINDS),
     ]
-    order = sorted(counts, key=lambda c: (KERNELS.index(c.kernel), FORMS.index(c.form), c.dtype))
+    order = sorted(counts, key=lambda c: (list(KERNELS).index(c.kernel), FORMS.index(c.form), c.dtype))
     for c in order:
         numbers = (c.long, c.short, *(c.kinds[kind] for kind in sass.KINDS))
         cells = (c.kernel, c.form, c.dtype, c.arch, *(f"{n:.0f}" for n in numbers))

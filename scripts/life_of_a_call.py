@@ -24,7 +24,7 @@ from additions import ADDITIONS, Edit  # noqa: E402
 
 STARTS = {"CPU": "csrc/bindings.cpp", "CUDA": "csrc/bindings_cuda.cpp"}
 INTERFACE_OF = {
-    "csrc/cuda/kernels.h": ["csrc/cuda/guard_loss.cu", "csrc/cuda/gradient.cu"],
+    "csrc/cuda/kernels.h": ["csrc/cuda/guard_loss.cu"],
     "csrc/cpu/simd.h": ["csrc/cpu/simd_x86.h"],  # a processor's own part of it
 }
 ELSEWHERE = {

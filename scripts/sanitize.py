@@ -32,10 +32,10 @@ REFUSED = "Device not supported"  # what a tool says then, as on virtual machine
 SLOW = ("racecheck", "synccheck")  # get tiny latents, as they follow every shared memory access
 BACKENDS = ("cuda", "triton")
 PATHS = {
-    "cuda": ("two_launches", "cooperative", "cluster", "in_turn"),
+    "cuda": ("two_launches", "cooperative", "cluster"),
     "triton": ("two_launches", "one_launch", "rows"),
 }
-INDEPENDENT = ("cluster", "in_turn", "rows")  # only for objectives whose transitions need no other
+INDEPENDENT = ("cluster", "rows")  # only for objectives whose transitions need no other
 # A latent's elements and dtype. 601 is no multiple of a vector; 9000 take several tiles and chunks.
 SIZES = {"tiny": ((601, "float32"),), "small": ((601, "float32"), (9000, "bfloat16"))}
 FIRST_PORT, PORTS = 49152, 16

@@ -14,12 +14,11 @@ using Stream = void*;  // a cudaStream_t
 
 // How guard_loss reads the batch: docs/cuda.md has a table. `automatic` chooses by what the device
 // can run at once.
-enum class Path : int { automatic, cooperative, cluster, in_turn, two_launches };
-inline constexpr Path paths[] = {Path::automatic, Path::cooperative, Path::cluster, Path::in_turn,
+enum class Path : int { automatic, cooperative, cluster, two_launches };
+inline constexpr Path paths[] = {Path::automatic, Path::cooperative, Path::cluster,
                                  Path::two_launches};
 inline const char* name_of(Path path) {
-  constexpr const char* names[] = {"automatic", "cooperative", "cluster", "in_turn",
-                                   "two_launches"};
+  constexpr const char* names[] = {"automatic", "cooperative", "cluster", "two_launches"};
   return names[static_cast<int>(path)];
 }
 
@@ -71,6 +70,10 @@ Path guard_loss(const Batch&, const Problem&, const LossResult&, void* workspace
 // Writes prev_sample, mean (float32) and square [K, B] = sum((prev_sample - mean)^2).
 void sde_step(const Batch&, const Doubles table[5], const Operand& prev_sample, const Operand& mean,
               double* square, void* workspace, Stream);
+
+// How many multiprocessors of every device a cooperative launch leaves to other streams' kernels: 0
+// until this is called.
+void leave_free(int multiprocessors);
 
 // Why the current device cannot run what was compiled; empty where it can.
 std::string unsupported();

@@ -1,5 +1,6 @@
-// What launches need to know of the device, which is asked once and remembered; the workspace; and
-// the counters by which blocks find out who comes last.
+// What launches need to know of the device, which is asked once and remembered; the choice of a
+// path; the workspace; and the counters by which blocks find out who comes last.
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <string>
@@ -16,12 +17,15 @@ void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string("guard_ops: ") + what + ": " + cudaGetErrorString(status));
 }
 
-const Device& device() {
-  static std::mutex mutex;
+namespace {
+
+std::mutex devices_mutex;
+
+// The current device in what is known of all of them. The caller has the mutex.
+Device& known_device() {
   static std::map<int, Device> known;
   int number = 0;
   check(cudaGetDevice(&number), "cudaGetDevice");
-  const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(number);
   if (found != known.end()) return found->second;
   const auto attribute = [&](cudaDeviceAttr a) {
@@ -29,21 +33,30 @@ const Device& device() {
     check(cudaDeviceGetAttribute(&value, a, number), "cudaDeviceGetAttribute");
     return value;
   };
-  const Device d{number,
-                 attribute(cudaDevAttrMultiProcessorCount),
+  const Device d{number, attribute(cudaDevAttrMultiProcessorCount),
                  attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                  attribute(cudaDevAttrCooperativeLaunch) != 0,
-                 attribute(cudaDevAttrClusterLaunch) != 0,
-                 attribute(cudaDevAttrL2CacheSize),
-                 attribute(cudaDevAttrMaxRegistersPerMultiprocessor)};
+                 attribute(cudaDevAttrClusterLaunch) != 0};
   return known.emplace(number, d).first->second;
+}
+
+}  // namespace
+
+Device device() {
+  const std::lock_guard<std::mutex> lock(devices_mutex);
+  return known_device();
+}
+
+void refused_launch(Path path) {
+  const std::lock_guard<std::mutex> lock(devices_mutex);
+  (path == Path::cluster ? known_device().clusters : known_device().cooperative) = false;
 }
 
 // One kernel stands for all of them, as they were compiled for the same devices. An error that says
 // nothing about that (a device without memory left) is thrown, so that no caller remembers it.
 std::string unsupported() {
   cudaFuncAttributes attributes{};
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, gradient_kernel());
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel_of(Path::two_launches));
   switch (status) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
@@ -66,40 +79,25 @@ bool refused(cudaError_t status) {
          status == cudaErrorLaunchOutOfResources || status == cudaErrorCooperativeLaunchTooLarge;
 }
 
-namespace {
-
-// The code by which the current device runs a kernel.
-struct Code {
-  bool sm_90;     // see runs_as_sm_90
-  int registers;  // of a thread, rounded up, as a device hands them out by eights
-};
-
-Code code_of(const void* kernel) {
+bool runs_as_sm_90(const void* kernel) {
   static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, Code> known;
-  const Device& d = device();
+  static std::map<std::pair<int, const void*>, bool> known;
+  const Device d = device();
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find({d.number, kernel});
   if (found != known.end()) return found->second;
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return known[{d.number, kernel}] = {d.clusters && attributes.ptxVersion >= 90,
-                                      (attributes.numRegs + 7) / 8 * 8};
-}
-
-}  // namespace
-
-bool runs_as_sm_90(const void* kernel) { return code_of(kernel).sm_90; }
-
-bool overlap(const void* first, int blocks, const void* second, int threads) {
-  const Code p = code_of(first), q = code_of(second);
-  return p.sm_90 && q.sm_90 && (blocks * p.registers + q.registers) * threads <= device().registers;
+  int clusters = 0;
+  check(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, d.number),
+        "cudaDeviceGetAttribute");
+  return known[{d.number, kernel}] = clusters != 0 && attributes.ptxVersion >= 90;
 }
 
 int at_once(const void* kernel, const Launch& launch) {
   static std::mutex mutex;
   static std::map<std::tuple<int, const void*, int, int, int>, int> known;
-  const Device& d = device();
+  const Device d = device();
   const std::lock_guard<std::mutex> lock(mutex);
   const auto key =
       std::make_tuple(d.number, kernel, launch.threads, launch.shared_bytes, launch.cluster);
@@ -117,7 +115,7 @@ int at_once(const void* kernel, const Launch& launch) {
     cudaGetLastError();  // it is a hint, and may fail
   }
   if (status == cudaSuccess && launch.cluster > 1) {
-    if (!code_of(kernel).sm_90) return known.emplace(key, 0).first->second;
+    if (!runs_as_sm_90(kernel)) return known.emplace(key, 0).first->second;
     if (launch.cluster > 8) {  // more than every device with clusters has to run
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
@@ -144,6 +142,131 @@ int at_once(const void* kernel, const Launch& launch) {
   }
   check(status, "occupancy");
   return known.emplace(key, count).first->second;
+}
+
+// ---- the choice of a path -----------------------------------------------------------------------
+
+namespace {
+
+constexpr int most_cluster = 16;  // blocks; every device with clusters runs 8, and some 16
+
+std::atomic<int> left_free{0};
+
+// How many tiles the busiest warp of a block has.
+uint32_t tiles_of(uint32_t chunks, int threads, const Plan& p) {
+  const uint32_t warps = threads / warp_size;
+  return (chunks + warps - 1) / warps * p.chunk_tiles;
+}
+
+// Makes room in a launch's shared memory, behind the slots, for evaluate()'s numbers and the rows'
+// sums, if at least `least` blocks, or clusters, still run at once. Returns how many do then.
+int make_room(const Machine& on, const Plan& p, int least, Choice& c) {
+  const int running = on.at_once(c.path, c.launch);
+  const int64_t at = (c.launch.shared_bytes + 15) / 16 * 16;
+  const int64_t end = at + scratch_bytes(p.rows, p.batch) + p.rows * sizeof(Sums);
+  if (running == 0 || end > on.shared_bytes) return running;
+  Launch larger = c.launch;
+  larger.shared_bytes = int(end);
+  const int still = on.at_once(c.path, larger);
+  if (still < std::min(least, running)) return running;
+  c.launch = larger;
+  c.scratch_offset = uint32_t(at);
+  return still;
+}
+
+// Clusters of so many blocks that hold a row each. Returns how many run at once; 0 where that is
+// impossible.
+int plan_clusters(const Machine& on, const Plan& p, int size, Choice& c) {
+  c.path = Path::cluster;
+  c.block_chunks = (p.row_chunks + size - 1) / size;
+  c.slots = tiles_of(c.block_chunks, on.cluster_threads, p);
+  // in 64 bits, as shared_bytes may overflow for a long row
+  const int64_t bytes = int64_t(c.slots) * p.slot_bytes * (on.cluster_threads / warp_size);
+  if (bytes > on.shared_bytes) return 0;
+  const int partials = int(partial_bytes(c.block_chunks));
+  c.launch = {int(p.rows) * size, on.cluster_threads,
+              shared_bytes(p, on.cluster_threads, c.slots) + partials};
+  c.launch.cluster = size;
+  return c.launch.shared_bytes > on.shared_bytes ? 0 : make_room(on, p, int(p.rows), c);
+}
+
+// The smallest clusters that hold a row; larger ones as long as multiprocessors would be without a
+// block and all clusters run at once; and larger ones that share a multiprocessor between two
+// blocks, where there are as many: while one waits for its cluster, the other works.
+bool choose_clusters(const Machine& on, const Plan& p, Choice* chosen) {
+  int resident = 0;  // blocks at once, by the choice so far
+  for (int size = 1; size <= (on.clusters ? most_cluster : 1); size *= 2) {
+    if (uint32_t(size) > p.row_chunks) break;  // there would be blocks without a chunk
+    Choice c;
+    const int running = plan_clusters(on, p, size, c);
+    if (running == 0) continue;
+    const bool filled = chosen->launch.blocks >= on.multiprocessors;
+    const int two_each = 2 * on.multiprocessors;
+    const bool better =
+        filled ? running * size >= two_each && c.launch.blocks >= two_each : running >= int(p.rows);
+    if (resident != 0 && !better) continue;
+    *chosen = c;
+    resident = running * size;
+    if (resident >= two_each && c.launch.blocks >= on.multiprocessors) break;
+  }
+  return resident != 0;
+}
+
+// One block a multiprocessor with all its shared memory, if that holds at least one `fraction`-th
+// of the batch; the rest is read twice. A fraction of 0 asks for nothing.
+bool choose_cooperative(const Machine& on, const Plan& p, uint32_t fraction, Choice* chosen) {
+  if (!on.cooperative) return false;
+  Choice c;
+  c.path = Path::cooperative;
+  c.launch = {on.multiprocessors, on.cooperative_threads, 0};
+  const uint32_t block_chunks = (p.chunks + c.launch.blocks - 1) / c.launch.blocks;
+  const uint32_t tiles = tiles_of(block_chunks, on.cooperative_threads, p);
+  c.slots = slots_a_warp(p, on.shared_bytes, on.cooperative_threads, tiles);
+  if (c.slots == 0) return false;
+  const uint32_t kept = tiles <= c.slots ? tiles : c.slots - ring_of(c.slots, true);
+  if (fraction != 0 && tiles > fraction * kept) return false;
+  c.launch.shared_bytes = shared_bytes(p, on.cooperative_threads, c.slots);
+  c.launch.cooperative = true;
+  const int running = std::min(make_room(on, p, c.launch.blocks, c), on.multiprocessors);
+  c.sums_in_shared = c.scratch_offset != 0 && !adds_up_by_row(p, on.cooperative_threads);
+  c.launch.blocks = std::min(running, int(p.chunks));
+  if (running == 0) return false;
+  *chosen = c;
+  return true;
+}
+
+}  // namespace
+
+void leave_free(int multiprocessors) {
+  if (multiprocessors < 0) {
+    throw std::invalid_argument("guard_ops: " + std::to_string(multiprocessors) +
+                                " multiprocessors cannot be left free");
+  }
+  left_free = multiprocessors;
+}
+
+Machine machine() {
+  const Device d = device();
+  return {std::max(d.multiprocessors - left_free, 1),
+          d.shared_bytes,
+          d.cooperative,
+          d.clusters,
+          cooperative_threads,
+          cluster_threads,
+          [](Path path, const Launch& launch) { return at_once(kernel_of(path), launch); }};
+}
+
+Choice choose(const Machine& on, const Plan& p, const Wish& wish) {
+  Choice chosen;
+  const auto may = [&](Path path) {
+    return wish.path == path || (wish.path == Path::automatic && wish.gradient);
+  };
+  if (may(Path::cluster) && wish.independent && choose_clusters(on, p, &chosen)) return chosen;
+  const uint32_t fraction = wish.path == Path::cooperative ? 0 : 8;
+  if (may(Path::cooperative) && choose_cooperative(on, p, fraction, &chosen)) return chosen;
+  if (wish.path == Path::automatic || wish.path == Path::two_launches) return chosen;
+  throw std::runtime_error(std::string("guard_ops: this device cannot run this loss by the path ") +
+                           name_of(wish.path) + "; unset it");
 }
 
 // ---- the workspace ------------------------------------------------------------------------------

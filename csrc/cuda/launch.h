@@ -1,5 +1,6 @@
-// How kernels are launched: what the current device can run, how many blocks with how much shared
-// memory a launch has, and the memory that several launches share.
+// How kernels are launched: what the current device can run, which path of guard_loss that makes
+// the best one, how many blocks with how much shared memory a launch has, and the memory that
+// several launches share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,13 +29,11 @@ void check(cudaError_t status, const char* what);
 
 struct Device {
   int number, multiprocessors;
-  int shared_bytes;  // the most that a block may have
-  bool cooperative, clusters;
-  int cache_bytes;  // of the second-level cache
-  int registers;    // of a multiprocessor
+  int shared_bytes;            // the most that a block may have
+  bool cooperative, clusters;  // whether it has not refused such a launch yet, see refused_launch
 };
 
-const Device& device();  // the current one
+Device device();  // the current one
 
 struct Launch {
   int blocks, threads, shared_bytes;
@@ -52,10 +51,6 @@ const void* address(Kernel* kernel) {
 // launch it so.
 int at_once(const void* kernel, const Launch&);
 
-// Whether blocks of the second kernel can begin while blocks of the first run: whether a
-// multiprocessor has registers for `blocks` of the first kernel's and one of the second's.
-bool overlap(const void* first, int blocks, const void* second, int threads);
-
 // Whether both the device and the kernel's code know clusters and chained launches. Code from PTX
 // for sm_80 does not, whatever the driver compiles it for: it would take each block for a cluster
 // of its own, and await_previous would not wait.
@@ -66,7 +61,7 @@ bool refused(cudaError_t status);
 
 // Launches a kernel. Returns false where the device refuses the way of the launch, although it said
 // that it could: it may have no room for blocks that have to run at once, under MPS or when it is
-// busy.
+// busy. A launch in no special way throws.
 template <class Argument>
 bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argument argument) {
   cudaLaunchConfig_t config{};
@@ -91,7 +86,7 @@ bool starts(void (*kernel)(Argument), const Launch& launch, void* stream, Argume
   config.attrs = &attribute;
   config.numAttrs = launch.cooperative || launch.cluster > 1 || chained ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, argument);
-  if (config.numAttrs > 0 && status != cudaErrorInvalidValue && refused(status)) {
+  if (config.numAttrs > 0 && refused(status)) {
     cudaGetLastError();
     return false;
   }
@@ -111,6 +106,11 @@ void start(void (*kernel)(Argument), const Launch& launch, void* stream, Argumen
 
 // ---- blocks and shared memory -------------------------------------------------------------------
 
+// How many bytes the sums of a block's chunks take, in a cluster.
+GUARD_OPS_HD uint32_t partial_bytes(uint32_t chunks) {
+  return uint32_t(chunks * sizeof(Sums) + 15) / 16 * 16;
+}
+
 inline int shared_bytes(const Plan& p, int threads, uint32_t slots_a_warp) {
   return block_header + int(threads / warp_size * slots_a_warp * p.slot_bytes);
 }
@@ -118,8 +118,8 @@ inline int shared_bytes(const Plan& p, int threads, uint32_t slots_a_warp) {
 // Whether the sums of the rows are too much work for the last block alone; then the block that
 // completes a row adds up that row's.
 constexpr uint32_t most_counted_rows = 4096;
-inline bool adds_up_by_row(uint32_t rows, const Plan& p, int threads) {
-  return rows <= most_counted_rows && rows * p.row_parts > 2 * uint32_t(threads) / warp_size;
+inline bool adds_up_by_row(const Plan& p, int threads) {
+  return p.rows <= most_counted_rows && p.rows * p.row_parts > 2 * uint32_t(threads) / warp_size;
 }
 
 inline void check_runs(int blocks) {
@@ -142,21 +142,22 @@ inline int useful_blocks(uint32_t chunks) {
   return int((chunks + warps - 1) / warps);
 }
 
-// How many slots a warp of a block of `threads` can have, up to `most`.
-inline uint32_t slots_a_warp(const Plan& p, int threads, uint32_t most) {
-  const uint32_t room = (device().shared_bytes - block_header) / (threads / warp_size);
+// How many slots a warp of a block of `threads` can have in `bytes` of shared memory, up to `most`.
+inline uint32_t slots_a_warp(const Plan& p, int bytes, int threads, uint32_t most) {
+  const uint32_t room = (bytes - block_header) / (threads / warp_size);
   return std::min(most, room / p.slot_bytes);
 }
 
-// A launch of blocks that walk through so many chunks: as many blocks as run at once or are of use.
+// A launch of blocks that walk through all chunks: as many blocks as run at once or are of use.
 // They have slots to copy far ahead, but not so many that only one block fits a multiprocessor:
 // while the warps of one block wait, those of another work.
 template <class Kernel>
-Launch streaming(const Plan& p, Kernel* kernel, uint32_t chunks, uint32_t* slots) {
+Launch streaming(const Plan& p, Kernel* kernel, uint32_t* slots) {
   Launch launch{0, stream_threads, 0};
   int most = 0;
-  for (uint32_t ring = ring_slots; ring > 0 && most < 2 * device().multiprocessors; ring /= 2) {
-    const uint32_t count = slots_a_warp(p, stream_threads, ring);
+  const Device d = device();
+  for (uint32_t ring = ring_slots; ring > 0 && most < 2 * d.multiprocessors; ring /= 2) {
+    const uint32_t count = slots_a_warp(p, d.shared_bytes, stream_threads, ring);
     const Launch candidate{0, stream_threads, shared_bytes(p, stream_threads, count)};
     const int blocks = count == 0 ? 0 : at_once(address(kernel), candidate);
     if (blocks <= most) continue;
@@ -165,24 +166,49 @@ Launch streaming(const Plan& p, Kernel* kernel, uint32_t chunks, uint32_t* slots
     *slots = count;
   }
   check_runs(most);
-  launch.blocks = std::min(most, useful_blocks(chunks));
+  launch.blocks = std::min(most, useful_blocks(p.chunks));
   return launch;
 }
 
-// The same for a launch beside which another kernel's blocks are to run: `blocks` of this one a
-// multiprocessor, each with at most `bytes` of shared memory, unless a slot a warp needs more.
-template <class Kernel>
-Launch beside_another(const Plan& p, Kernel* kernel, uint32_t chunks, int blocks, int bytes,
-                      uint32_t* slots) {
-  const uint32_t room =
-      uint32_t(bytes - block_header) / (stream_threads / warp_size * p.slot_bytes);
-  *slots = room >= ring_slots ? ring_slots : room >= 2 ? 2 : 1;
-  Launch launch{0, stream_threads, shared_bytes(p, stream_threads, *slots)};
-  const int most = std::min(at_once(address(kernel), launch), blocks * device().multiprocessors);
-  check_runs(most);
-  launch.blocks = std::min(most, useful_blocks(chunks));
-  return launch;
-}
+// ---- which path ---------------------------------------------------------------------------------
+
+// What the choice of a path depends on in a device.
+struct Machine {
+  int multiprocessors;  // those that a launch may fill all at once
+  int shared_bytes;     // the most that a block may have
+  bool cooperative, clusters;
+  int cooperative_threads, cluster_threads;  // of a block
+  // How many blocks of the path's kernel, or clusters of them, run at once on all its
+  // multiprocessors.
+  int (*at_once)(Path, const Launch&);
+};
+
+Machine machine();  // the current device
+
+struct Wish {
+  Path path;         // `automatic`, or the only one that will do
+  bool gradient;     // whether a gradient is wanted
+  bool independent;  // whether a row's gradient needs no other row
+};
+
+struct Choice {
+  Path path = Path::two_launches;
+  Launch launch{};  // that of the one launch; two_launches has what streaming() gives
+  uint32_t slots = 0;
+  uint32_t scratch_offset = 0;  // where shared memory has room for evaluate()'s numbers; else 0
+  bool sums_in_shared = false;  // whether the rows' sums are there too
+  uint32_t block_chunks = 0;    // chunks of a block, in a cluster
+};
+
+// The path of a call: docs/cuda.md has the rules. Throws where the only one that will do cannot
+// run.
+Choice choose(const Machine&, const Plan&, const Wish&);
+
+// Remembers that the current device has refused a launch of this path, although it said that it
+// could: no later call tries it again. A launch that fails costs time, and ends a capture.
+void refused_launch(Path);
+
+const void* kernel_of(Path);  // its first kernel
 
 // ---- what the kernels share ---------------------------------------------------------------------
 
@@ -196,15 +222,5 @@ struct Workspace {
 
 // Returns how many bytes a workspace has and, where `out` is given, lays one out at `base`.
 int64_t workspace_layout(const Plan& p, char* base, Workspace* out);
-
-const void* gradient_kernel();  // of gradient.cu, like the next
-
-// Launches the gradient of some chunks. The launch may begin while the one before it in the stream,
-// which forms the coefficients, still runs. `alone`: whether it has the whole device to itself.
-// `assumed` [K, B]: coefficients by which the gradient is there already; it is formed again only if
-// those of any row have changed.
-void gradient_after(const Plan&, const Doubles coefficients[3], const Operand& cond,
-                    const Operand& uncond, Range chunks, bool alone, const Coefficients* assumed,
-                    Stream);
 
 }  // namespace guard_ops::cuda

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(stream_threads, 2)
   double total = 0;
   const Plan& p = call.plan;
   walk.each(call.prev_sample, call.mean,
-            [&](const RowNumbers& row, const Cursor& here, char* slot, bool last) {
+            [&](const RowNumbers& row, const Cursor& here, char* slot, uint32_t t) {
               const uint32_t count = here.at.count;
               if (count != 0) {
                 total += double(step_in_place<seeded>(p, row, here.at, slot));
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(stream_threads, 2)
                            slot + p.offset[role_x], count);
                 store_tile(broadcast(here.lane_address, 1), true, slot + p.mean_offset, count);
               }
-              if (!last) return;
+              if (!walk.ends_chunk(t)) return;
               total = warp_total(total);
               if (lane() == 0) call.partials.put(here.at.chunk, {total, 0, 0});
               total = 0;
@@ -90,7 +90,7 @@ void sde_step(const Batch& t, const Doubles table[5], const Operand& prev_sample
   call.partials = {w.partials, call.plan.chunks, false};
   call.parts = w.parts;
   const auto kernel = t.seeds.data != nullptr ? step_chunks<true> : step_chunks<false>;
-  const Launch launch = streaming(call.plan, kernel, call.plan.chunks, &call.slots);
+  const Launch launch = streaming(call.plan, kernel, &call.slots);
   start(kernel, launch, stream, call);
   start(squares_of_rows, after_chunks(call.plan, squares_of_rows), stream, call);
 }

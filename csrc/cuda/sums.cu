@@ -41,7 +41,7 @@ void sums(const Batch& t, const Doubles table[5], double* out, void* workspace, 
   workspace_layout(call.plan, static_cast<char*>(workspace), &w);
   call.partials = {w.partials, call.plan.chunks, bool(t.ref)};
   call.parts = w.parts;
-  const Launch launch = streaming(call.plan, sums_of_chunks, call.plan.chunks, &call.slots);
+  const Launch launch = streaming(call.plan, sums_of_chunks, &call.slots);
   start(sums_of_chunks, launch, stream, call);
   start(sums_of_rows, after_chunks(call.plan, sums_of_rows), stream, call);
 }

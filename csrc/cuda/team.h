@@ -26,6 +26,13 @@ __device__ __forceinline__ char* shared_memory() {
   return memory;
 }
 
+// Gives x back, of which the compiler no longer knows what it is: what is computed from it is
+// computed here, instead of being kept in a register from before a loop.
+__device__ __forceinline__ uint32_t computed_anew(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ bool any_of_block(bool mine) { return __syncthreads_or(mine) != 0; }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
@@ -320,14 +327,5 @@ __device__ __forceinline__ bool completes(uint32_t* counter, uint32_t by, uint32
 __device__ __forceinline__ uint32_t share(uint32_t n, uint32_t block) {
   return uint32_t(uint64_t(n) * block / blocks());
 }
-
-// Some consecutive chunks, or rows, of the batch, or all of them.
-struct Range {
-  uint32_t first, count;
-
-  __device__ __forceinline__ uint32_t begin(uint32_t block) const {
-    return first + share(count, block);
-  }
-};
 
 }  // namespace guard_ops::cuda

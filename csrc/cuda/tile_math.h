@@ -159,8 +159,8 @@ __device__ __forceinline__ void add_sums_of(const Layout& layout, const Plan& p,
                                             const RowNumbers& row, const TileAt& at,
                                             const char* slot, Sums& total) {
   constexpr Form F = Layout::form;
+  const uint32_t counted = counted_of(layout, p, at);  // first: it needs registers of its own
   const Elements<F> in = read_tile(layout, p, row, at, slot);
-  const uint32_t counted = counted_of(layout, p, at);
   float s1 = 0, s2 = 0;
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {

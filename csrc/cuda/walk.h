@@ -2,9 +2,198 @@
 // rows' sums from those of their chunks.
 #pragma once
 
-#include "fixed.h"
+#include "tile_math.h"
 
 namespace guard_ops::cuda {
+
+// ---- tiles of a known layout --------------------------------------------------------------------
+//
+// The way of a warp where the layout was known when the kernel was compiled and every tile is
+// whole. It reads the same tiles as Walk does otherwise, and forms the same bits; but it asks
+// nothing of a tile, knows a row's addresses until the row changes, and stores a gradient from
+// registers.
+
+// What a warp walks through, and where it keeps its tiles: see Walk.
+struct Way {
+  uint32_t first;  // the first of its chunks, which are `warps()` apart
+  uint32_t tiles;  // how many all of them have
+  Slots slots;
+};
+
+// The position of one of a warp's tiles, which moves forwards or backwards by one tile.
+template <int direction>
+struct Position {
+  uint32_t row;
+  uint32_t in_row;  // the tile's number in the row
+  uint32_t sub;     // and in its chunk
+  uint32_t lost;    // 1 if `in_row` may lie behind the row's end; 0 if it does not
+
+  // Takes the place of the warp's first tile, or of its last one.
+  __device__ __forceinline__ Position(const Plan& p, const Way& way)
+      : row(0), in_row(way.first * p.chunk_tiles), sub(0), lost(1) {
+    if (direction > 0) return;
+    sub = p.chunk_tiles - 1;
+    in_row += (p.by_chunk_tiles.divide(way.tiles) - 1) * warps() * p.chunk_tiles + sub;
+  }
+
+  __device__ __forceinline__ void find_row(const Plan& p) {
+    const uint32_t rows = p.by_row_chunks.divide(p.by_chunk_tiles.divide(in_row));
+    row += rows;
+    in_row -= rows * (p.row_chunks * p.chunk_tiles);
+    lost = 0;
+  }
+
+  // Moves to the next tile.
+  __device__ __forceinline__ void move(const Plan& p) {
+    const uint32_t others = (warps() - 1) * p.chunk_tiles;  // tiles that other warps have
+    if (direction > 0) {
+      ++in_row;
+      if (++sub == p.chunk_tiles) sub = 0, in_row += others;
+      lost = in_row >= p.row_chunks * p.chunk_tiles;
+    } else {
+      --in_row;
+      if (sub-- == 0) sub = p.chunk_tiles - 1, in_row -= others;
+      lost = int32_t(in_row) < 0;
+      if (lost) in_row += row * (p.row_chunks * p.chunk_tiles), row = 0;
+    }
+  }
+
+  __device__ __forceinline__ TileAt tile_at(const Plan& p) const {
+    const uint32_t k = p.by_batch.divide(row);
+    return {int64_t(in_row) * tile, k, row - k * p.batch, row, 0, tile};
+  }
+};
+
+// Copies a warp's tiles into its slots, ahead of what is computed from them.
+template <class L, int direction>
+struct Feed {
+  const Plan& p;
+  const Roles wanted;
+  Position<direction> at;
+  uint32_t left;  // how many tiles are still to be copied
+  SharedRing ring;
+  const char* row[roles];  // where this lane's part of the row begins in each operand
+
+  // The first of `tiles` tiles goes to the slot that `ring` is at.
+  __device__ __forceinline__ Feed(const Plan& p, Roles wanted, const Way& way, uint32_t tiles,
+                                  SharedRing ring)
+      : p(p), wanted(wanted), at(p, way), left(tiles), ring(ring) {}
+
+  // Starts the copies of the next tile's wanted operands, if there is a tile left.
+  __device__ __forceinline__ void next() {
+    if (left != 0) {
+      --left;
+      if (at.lost) find_row();
+      if (at.in_row < p.row_tiles) copy();
+      at.move(p);
+      ring.move(L::slot_bytes());
+    }
+    commit_copies();
+  }
+
+ private:
+  __device__ __forceinline__ void find_row() {
+    at.find_row(p);
+    const TileAt tile = at.tile_at(p);
+#pragma unroll
+    for (uint32_t r = 0; r < roles; ++r) {
+      if (L::has(r)) row[r] = p.operand[r].row(tile.k, tile.i) + lane() * sizeof(Bytes16);
+    }
+  }
+
+  __device__ __forceinline__ void copy() const {
+    constexpr uint32_t round = warp_size * sizeof(Bytes16);
+    const SharedAddress to = ring.slot + lane() * sizeof(Bytes16);
+#pragma unroll
+    for (uint32_t r = 0; r < roles; ++r) {
+      if (!L::has(r) || !(wanted >> r & 1)) continue;
+      const char* const from = row[r] + uint64_t(at.in_row) * L::tile_bytes(r);
+      copy_async(to + L::offset(r), from);
+      if (L::wide(r)) copy_async(to + L::offset(r) + round, from + round);
+    }
+  }
+};
+
+// Forms the sums of every chunk. Calls done(chunk, n, sum) in one lane for each n, of S1 and S2.
+template <class L, class Done>
+__device__ __forceinline__ void sums_of(const Plan& p, const Way& way, Done done) {
+  const Slots& slots = way.slots;
+  const SharedAddress memory = same_for_warp(address_of(slots.memory));
+  // tiles take the slots one after another, and the last `ring` of them again and again
+  SharedRing read{memory + slots.resident * L::slot_bytes(),
+                  memory + (slots.resident + slots.ring) * L::slot_bytes(), memory};
+  Feed<L, 1> feed(p, every_role, way, way.tiles, read);
+#pragma unroll 1
+  for (uint32_t n = 0; n < slots.ahead(); ++n) feed.next();
+  Position<1> here(p, way);
+  RowNumbers row{};
+  Sums total{0, 0, 0};
+  uint32_t chunk = way.first;
+#pragma unroll 1
+  for (uint32_t left = way.tiles; left != 0; --left) {
+    slots.wait_before_next();
+    feed.next();  // into the slot that every lane has read before it came here
+    if (here.lost) {
+      here.find_row(p);
+      row = numbers_of(p, here.tile_at(p));
+    }
+    if (here.in_row < p.row_tiles) {
+      const TileAt at{int64_t(here.in_row) * tile, 0, 0, 0, 0, tile};
+      add_sums_of(L{}, p, row, at, pointer_of(read.slot), total);
+    }
+    read.move(L::slot_bytes());
+    here.move(p);
+    if (here.sub != 0) continue;
+    const double sum = warp_totals(total.s1, total.s2);
+    if (lane() % (warp_size / 2) == 0) done(chunk, lane() / (warp_size / 2), sum);
+    total = {0, 0, 0};
+    chunk += warps();
+  }
+  wait_copies<0>();
+  sync_warp();
+}
+
+// Writes the gradient of every tile, the last one first, into `out`; coefficients_of(at) are those
+// of a row.
+template <class L, class CoefficientsOf>
+__device__ __forceinline__ void gradient_of(const Plan& p, const Way& way, const Operand& out,
+                                            CoefficientsOf coefficients_of) {
+  constexpr uint32_t run_bytes = run * L::tile_bytes(role_v) / tile;
+  const Slots& slots = way.slots;
+  const SharedAddress memory = same_for_warp(address_of(slots.memory));
+  const SharedAddress ring = memory + slots.resident * L::slot_bytes();
+  SharedRing read{ring, ring + slots.ring * L::slot_bytes(), ring};
+  Feed<L, -1> feed(p, p.again, way, way.tiles - slots.resident, read);
+#pragma unroll 1
+  for (uint32_t n = 0; n < slots.ahead(); ++n) feed.next();
+  Position<-1> here(p, way);
+  RowNumbers row{};
+  RowGradient gradient{};
+  char* to_row = nullptr;  // where this lane's part of the row begins in `out`
+#pragma unroll 1
+  for (uint32_t left = way.tiles; left-- != 0;) {
+    slots.wait_before_next();
+    feed.next();
+    if (here.lost) {
+      here.find_row(p);
+      const TileAt at = here.tile_at(p);
+      row = numbers_of(p, at);
+      gradient = row_gradient_of(p, row, coefficients_of(at));
+      to_row = out.row(at.k, at.i) + lane() * run_bytes;
+    }
+    if (left < slots.resident) read.slot = memory + left * L::slot_bytes();
+    if (here.in_row < p.row_tiles) {
+      const TileAt at{int64_t(here.in_row) * tile, 0, 0, 0, 0, tile};
+      float g[lane_elements];
+      gradient_of_tile(L{}, p, row, gradient, at, pointer_of(read.slot), g);
+      store_lane(to_row + uint64_t(here.in_row) * L::tile_bytes(role_v), L::dtype(role_v), g);
+    }
+    read.move(L::slot_bytes());
+    here.move(p);
+  }
+  wait_copies<0>();
+  sync_warp();
+}
 
 // ---- the way through all tiles ------------------------------------------------------------------
 //
@@ -18,14 +207,10 @@ namespace guard_ops::cuda {
 // most of what a warp does.
 struct Cursor {
   TileAt at;
-  uint32_t number;  // the chunk's number among this warp's
-  uint32_t rest;    // elements from the chunk's begin to the row's end, at most those of 4 tiles
-  int64_t chunk_begin;
-  char* lane_chunk;             // where the chunk begins in this lane's operand
-  uint32_t lane_element_bytes;  // the size of that operand's elements
-  char* lane_address;           // where the tile begins in it
+  char* lane_chunk;    // where the chunk begins in this lane's operand
+  char* lane_address;  // where the tile begins in it
 
-  __device__ __forceinline__ Cursor() : number(~0u) {}
+  __device__ __forceinline__ Cursor() { at.chunk = ~0u; }
 };
 
 struct Walk {
@@ -46,28 +231,34 @@ struct Walk {
     slots.resident = !keep ? 0 : tiles <= slots_a_warp ? tiles : slots_a_warp - slots.ring;
   }
 
+  // Where the cursor's chunk begins in its row. To keep this would cost registers that are needed.
+  __device__ __forceinline__ int64_t begin_of(const Cursor& c) const {
+    return int64_t(c.at.chunk - c.at.row * p.row_chunks) * (p.chunk_tiles * tile);
+  }
+
   // Moves to tile t, and returns whether it is of another chunk. `operand`: the one of which this
   // lane computes the address; may be absent.
   __device__ __forceinline__ bool move(Cursor& c, uint32_t t, const Operand& operand) const {
     const uint32_t number = p.by_chunk_tiles.divide(t), sub = t - number * p.chunk_tiles;
-    const bool changed_chunk = number != c.number;
+    const uint32_t chunk = first + number * (computed_anew(threads()) / warp_size);
+    const bool changed_chunk = chunk != c.at.chunk;
     if (changed_chunk) {
-      c.number = number;
-      c.at.chunk = first + number * warps();
+      c.at.chunk = chunk;
       c.at.row = p.by_row_chunks.divide(c.at.chunk);
       c.at.k = p.by_batch.divide(c.at.row);
       c.at.i = c.at.row - c.at.k * p.batch;
-      c.chunk_begin = int64_t(c.at.chunk - c.at.row * p.row_chunks) * (p.chunk_tiles * tile);
-      const int64_t rest = p.numel - c.chunk_begin;
-      c.rest = rest < most_chunk_tiles * tile ? uint32_t(rest) : most_chunk_tiles * tile;
-      c.lane_element_bytes = uint32_t(size_of(operand.dtype));
-      c.lane_chunk = operand.row(c.at.k, c.at.i) + c.chunk_begin * c.lane_element_bytes;
+      c.lane_chunk = operand.row(c.at.k, c.at.i) + begin_of(c) * size_of(operand.dtype);
     }
     const uint32_t skipped = sub * tile;
-    c.at.begin = c.chunk_begin + skipped;
-    c.at.count = c.rest < skipped ? 0 : c.rest - skipped < tile ? c.rest - skipped : tile;
-    c.lane_address = c.lane_chunk + skipped * c.lane_element_bytes;
+    c.at.begin = begin_of(c) + skipped;
+    const int64_t rest = p.numel - c.at.begin;
+    c.at.count = rest <= 0 ? 0 : rest < tile ? uint32_t(rest) : tile;
+    c.lane_address = c.lane_chunk + skipped * uint32_t(size_of(operand.dtype));
     return changed_chunk;
+  }
+
+  __device__ __forceinline__ bool ends_chunk(uint32_t t) const {
+    return p.by_chunk_tiles.divide(t + 1) * p.chunk_tiles == t + 1;
   }
 
   __device__ __forceinline__ char* slot(uint32_t t) const {
@@ -81,8 +272,8 @@ struct Walk {
     if (c.at.count != 0) load_tile(p, wanted, slot, c.lane_address, c.at.count);
   }
 
-  // Calls body(row, cursor, slot, last) for every tile, in order; `last`: whether it is its chunk's
-  // last one. In the cursor lane 0 has the tile's address in `out`, and lane 1 in `more_out`.
+  // Calls body(row, cursor, slot, t) for every tile t, in order. In the cursor lane 0 has the
+  // tile's address in `out`, and lane 1 in `more_out`.
   template <class Body>
   __device__ __forceinline__ void each(const Operand& out, const Operand& more_out,
                                        Body body) const {
@@ -93,15 +284,12 @@ struct Walk {
     };
     for (uint32_t t = 0; t < slots.ahead(); ++t) start(t);
     RowNumbers row{};
-    uint32_t sub = 0;
     for (uint32_t t = 0; t < tiles; ++t) {
       start(t + slots.ahead());
       if (move(here, t, lane() == 0 ? out : more_out)) row = numbers_of(p, here.at);
       slots.wait();
-      const bool last = ++sub == p.chunk_tiles;
-      body(row, here, slot(t), last);
+      body(row, here, slot(t), t);
       sync_warp();  // every lane has read the slot before it is filled anew
-      if (last) sub = 0;
     }
     wait_copies<0>();
   }
@@ -116,9 +304,9 @@ struct Walk {
       return;
     }
     Sums total{0, 0, 0};
-    each({}, {}, [&](const RowNumbers& row, const Cursor& here, const char* slot, bool last) {
+    each({}, {}, [&](const RowNumbers& row, const Cursor& here, const char* slot, uint32_t t) {
       if (here.at.count != 0) add_sums(p, row, here.at, slot, total);
-      if (!last) return;
+      if (!ends_chunk(t)) return;
       total.s1 = warp_total(total.s1);
       total.s2 = warp_total(total.s2);
       if (p.operand[role_ref]) total.ref = warp_total(total.ref);

@@ -109,20 +109,28 @@ inline void check_counters(const Batch& t) {
   }
 }
 
+// A result that nothing has been written into.
+inline Result room_for(const Batch& t, bool is_aligned, bool wanted = true) {
+  const int64_t rows = t.steps * t.batch;
+  return {NAN,
+          std::vector<float>(4 * rows, NAN),
+          std::vector<float>(metric_count * t.steps, NAN),
+          std::vector<double>(3 * rows, NAN),
+          Output(wanted ? t.v : Operand{}, t, is_aligned),
+          Output(wanted ? t.uncond : Operand{}, t, is_aligned)};
+}
+
+inline cuda::LossResult written_to(Result& out) {
+  return {&out.loss,          out.per_row.data(),  out.metrics.data(), out.sum_grads.data(),
+          out.cond.operand(), out.uncond.operand()};
+}
+
 inline Result run(const Batch& t, const Problem& problem, Path path, bool is_aligned,
                   bool wanted = true) {
-  const int64_t rows = t.steps * t.batch;
-  Result out{NAN,
-             std::vector<float>(4 * rows, NAN),
-             std::vector<float>(metric_count * t.steps, NAN),
-             std::vector<double>(3 * rows, NAN),
-             Output(wanted ? t.v : Operand{}, t, is_aligned),
-             Output(wanted ? t.uncond : Operand{}, t, is_aligned)};
+  Result out = room_for(t, is_aligned, wanted);
   std::vector<char> workspace = workspace_for(t);
-  out.path = cuda::guard_loss(t, problem,
-                              {&out.loss, out.per_row.data(), out.metrics.data(),
-                               out.sum_grads.data(), out.cond.operand(), out.uncond.operand()},
-                              aligned(workspace), counters.data(), path, nullptr);
+  out.path = cuda::guard_loss(t, problem, written_to(out), aligned(workspace), counters.data(),
+                              path, nullptr);
   cuda::emulation::finish();
   check_counters(t);
   CHECK(path == Path::automatic || out.path == path);

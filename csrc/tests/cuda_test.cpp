@@ -1,6 +1,5 @@
 // The CUDA kernels, run on the host by emulate.h: every form, dtype and objective against the CPU's
-// kernels, every path of guard_loss against every other bit for bit, and what happens where a
-// device refuses a launch.
+// kernels, and every path of guard_loss against every other bit for bit.
 #include <cuda_runtime.h>
 
 #include "cuda_run.h"
@@ -9,10 +8,6 @@ namespace guard_ops::test {
 namespace {
 
 using cuda::emulation::become;
-using cuda::emulation::Machine;
-
-// A multiprocessor with so few cannot run blocks of two launches side by side.
-constexpr int few_registers = 7000;
 
 // Every path and amount of shared memory gives the bits of two launches.
 void check_paths(const Batch& t, const Problem& problem, bool independent, bool is_aligned) {
@@ -24,13 +19,7 @@ void check_paths(const Batch& t, const Problem& problem, bool independent, bool 
     const uint32_t slots = ((kibibytes << 10) - 256) / 3 / (6 * 1024);
     if (slots > 0) check_same(run(t, problem, Path::cooperative, is_aligned), expected, t);
   }
-  if (!independent) return;
-  check_same(run(t, problem, Path::cluster, is_aligned), expected, t);
-  for (const int kibibytes :
-       {1, 60}) {  // one row a turn, and some rows, of which the last turn has fewer
-    become({.cache_bytes = kibibytes << 10, .registers = kibibytes == 1 ? 1 << 16 : few_registers});
-    check_same(run(t, problem, Path::in_turn, is_aligned), expected, t);
-  }
+  if (independent) check_same(run(t, problem, Path::cluster, is_aligned), expected, t);
 }
 
 void test_guard_loss() {
@@ -92,10 +81,7 @@ void check_one_step(int64_t numel, int shared_bytes) {
     const Result expected = run(a.t, problem, Path::two_launches, true);
     check_against_cpu(expected, a.t, problem);
     check_same(run(a.t, problem, Path::cooperative, true), expected, a.t);
-    if (independent) {
-      check_same(run(a.t, problem, Path::cluster, true), expected, a.t);
-      check_same(run(a.t, problem, Path::in_turn, true), expected, a.t);
-    }
+    if (independent) check_same(run(a.t, problem, Path::cluster, true), expected, a.t);
     // a launch that is refused leaves nothing behind for the two that take its place
     become({.multiprocessors = 8, .shared_bytes = shared_bytes, .busy = true});
     check_same(run(a.t, problem, Path::automatic, true), expected, a.t);
@@ -133,141 +119,6 @@ void test_not_finite() {
       }
     });
   }
-}
-
-// Which path `automatic` takes depends on what the device says that it can do.
-void test_choice() {
-  Operands in(dtypes[1], steps, batch, 601, true);
-  const Batch t = in.of(Form::velocity, false, false);
-  const Config alone = config_of(RatioNorm::none, Balance::none);
-  const Problem independent = scalars.problem(alone, Form::velocity, 601);
-  const Problem joint = scalars.problem(config_of(RatioNorm::standardize, Balance::inverse_ratio),
-                                        Form::velocity, 601);
-  CONTEXT("choice");
-  become({});
-  CHECK(run(t, independent, Path::automatic, false).path == Path::cluster);
-  CHECK(run(t, joint, Path::automatic, false).path == Path::cooperative);
-  CHECK(run(t, joint, Path::automatic, false, false).path == Path::two_launches);
-  // This one runs one block at a time, which does not hold a row; its cache holds two or three
-  // rows, of 13 KB.
-  const Machine small{.multiprocessors = 1, .shared_bytes = 14 << 10, .cache_bytes = 40 << 10};
-  become(small);
-  CHECK(run(t, independent, Path::automatic, false).path == Path::in_turn);
-  CHECK(run(t, independent, Path::automatic, false, false).path == Path::two_launches);
-  const auto without = [&](auto change) {
-    Machine changed = small;
-    change(changed);
-    become(changed);
-    return run(t, independent, Path::automatic, false).path;
-  };
-  // A cache for less than two rows would lose a row before it is read again. The others do not
-  // overlap launches.
-  CHECK(without([](Machine& m) { m.cache_bytes = 20 << 10; }) == Path::two_launches);
-  CHECK(without([](Machine& m) { m.clusters = false; }) == Path::two_launches);
-  CHECK(without([](Machine& m) { m.architecture = 80; }) == Path::two_launches);
-  CHECK(without([](Machine& m) { m.registers = few_registers; }) == Path::two_launches);
-  const auto joined = [&](const Machine& machine) {
-    become(machine);
-    return run(t, joint, Path::automatic, false).path;
-  };
-  CHECK(joined({.cooperative = false}) == Path::two_launches);
-  CHECK(joined({.busy = true}) == Path::two_launches);
-  CHECK(joined({.shared_bytes = 10 << 10}) == Path::two_launches);  // too little for every warp
-  CHECK(joined({.architecture = 80}) == Path::cooperative);
-  become({});
-  for (const Path path : {Path::cluster, Path::in_turn}) {  // rows of `joint` need each other
-    bool refused = false;
-    try {
-      run(t, joint, path, false);
-    } catch (const std::runtime_error&) {
-      refused = true;
-    }
-    CHECK(refused);
-  }
-}
-
-// The calls on a stream share counters, a captured call has its own, and where there are none left
-// a call gets null.
-void test_counters() {
-  CONTEXT("counters");
-  const auto stream = [](uintptr_t n) { return reinterpret_cast<cuda::Stream>(n); };
-  const auto of = [&](int64_t count, uintptr_t n) { return cuda::counters_of(count, stream(n)); };
-  const auto captured = [&](int64_t count, uintptr_t n) {
-    cuda::emulation::being_captured = stream(n);
-    uint32_t* const found = of(count, n);
-    cuda::emulation::being_captured = nullptr;
-    return found;
-  };
-  become({.has_memory = false});
-  CHECK(of(100, 8) == nullptr);
-  become({});
-  CHECK(captured(100, 8) == nullptr);  // a capture cannot set any aside
-  uint32_t* const first = of(100, 8);
-  for (int n = 0; n < 100; ++n) CHECK(first[n] == 0);
-  CHECK(of(1024, 8) == first);
-  CHECK(of(100, 16) >= first + 1024);
-  CHECK(of(100, uintptr_t(cudaStreamPerThread)) == nullptr);
-  uint32_t *const one = captured(100, 8), *const another = captured(100, 8);
-  CHECK(one >= of(100, 16) + 1024);
-  CHECK(another >= one + 100);
-  CHECK((another - one) % cuda::counter_line == 0);
-  uint32_t* const larger = of(5000, 8);
-  CHECK(larger >= another + 100);
-  CHECK(of(100, 8) == larger);
-  CHECK(of(int64_t(1) << 20, 8) == nullptr);  // more than there are
-  CHECK(of(100, 8) == larger);
-  int64_t count = 0;
-  while (captured(4096, 8) != nullptr) CHECK(++count < 256);
-  CHECK(of(2000, 16) == nullptr);
-  CHECK(of(1000, 16) == first + 1024);
-  CHECK(of(1000, 24) == nullptr);
-  become({});  // another device has its own
-  CHECK(of(100, 8) != larger);
-  become({});
-  cuda::emulation::being_captured = stream(24);  // another caller's capture is not disturbed
-  CHECK(of(100, 8) != nullptr);
-  cuda::emulation::being_captured = nullptr;
-  CHECK(cudaGetLastError() == cudaSuccess);
-}
-
-// Checks what happens to launches and questions that a device refuses.
-void test_refusals() {
-  CONTEXT("refusals");
-  become({.architecture = 0});
-  CHECK(!cuda::unsupported().empty());
-  become({});
-  CHECK(cuda::unsupported().empty());
-  Operands in(dtypes[1], steps, batch, 601, true);
-  const Batch t = in.of(Form::velocity, false, false);
-  const Problem problem =
-      scalars.problem(config_of(RatioNorm::none, Balance::none), Form::velocity, 601);
-  const auto says = [&](const Machine& machine, Path path) -> std::string {
-    become(machine);
-    try {
-      run(t, problem, path, false);
-    } catch (const std::runtime_error& error) {
-      cuda::emulation::finish();
-      std::fill(counters.begin(), counters.end(), 0);
-      return error.what();
-    }
-    return "";
-  };
-  const auto has = [](const std::string& text, const char* words) {
-    return text.find(words) != std::string::npos;
-  };
-  CHECK(says({.chains = false}, Path::two_launches).empty());  // then they are not chained
-  CHECK(says({.chains = false}, Path::in_turn).empty());
-  const Machine pinched{.shared_bytes = 1 << 10};
-  CHECK(has(says(pinched, Path::automatic), "the device runs no block"));
-  CHECK(has(says({.cooperative = false}, Path::cooperative), "by the path cooperative"));
-  Machine several{.multiprocessors = 8, .shared_bytes = 14 << 10};  // a row is two blocks
-  CHECK(says(several, Path::cluster).empty());
-  several.busy = true;
-  CHECK(has(says(several, Path::cluster), "by the path cluster"));
-  CHECK(has(says(pinched, Path::cluster), "by the path cluster"));
-  CHECK(has(says({.registers = 1000}, Path::cooperative), "by the path cooperative"));
-  CHECK(cudaGetLastError() ==
-        cudaSuccess);  // we reported it, so whoever asks next must not find it
 }
 
 void test_sums_and_gradient() {
@@ -383,7 +234,7 @@ void test_sde_step() {
   for (const int d : {1, 2, 3, 4}) {
     for (const int64_t numel : {5, 601}) {
       Operands in(dtypes[d], steps, batch, numel, true);
-      for (const auto [seeded, guided] : {std::pair{false, false}, {true, false}, {false, true}}) {
+      for (const auto& [seeded, guided] : {std::pair{false, false}, {true, false}, {false, true}}) {
         CONTEXT("sde_step D=%ld %s seeded %d guided %d", long(numel), dtypes[d].name, seeded,
                 guided);
         Batch t = in.of(seeded ? Form::seeded : Form::noise, guided, false);
@@ -429,9 +280,6 @@ int main() {
   test(test_sums_and_gradient, false);
   test(test_unread_operands, true);
   test(test_sde_step, false);
-  test(test_choice, true);
-  test(test_counters, false);
-  test(test_refusals, true);
   test(test_not_finite, true);
   test(test_long_rows, false);
   test(test_chunks_of_tiles, true);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -67,13 +68,15 @@ struct Grid {
   Grid* previous = nullptr;  // the one that it is chained to, until that has ended
   size_t left = 0;           // threads that still run
   size_t holding = 0;        // threads that have neither ended nor called let_next_start
+  size_t first_stack = 0;    // of its threads' stacks
 };
+using Chain = std::deque<std::unique_ptr<Grid>>;
 
 std::vector<std::unique_ptr<char[]>> stacks;  // kept, as fresh memory costs a page fault a page
 ucontext_t scheduler;
 Place back;
 Fiber* current;
-std::deque<std::unique_ptr<Grid>> chain;
+std::map<const void*, Chain> streams;  // what each of them has to run
 
 void let_go(Fiber& fiber) {
   if (!std::exchange(fiber.lets_next_start, true)) --fiber.grid->holding;
@@ -176,8 +179,13 @@ void complete(size_t pending) {
   }
 }
 
+namespace {
+void finish(const std::vector<Chain*>& together);
+}
+
 void enqueue(const GridShape& launch, std::function<void()> thread) {
-  if (!launch.chained) finish();
+  Chain& chain = streams[launch.stream];
+  if (!launch.chained) finish({&chain});
   auto grid = std::make_unique<Grid>();
   grid->thread = std::move(thread);
   grid->blocks.resize(launch.blocks);
@@ -231,36 +239,55 @@ __attribute__((noinline)) bool turn(Fiber& fiber, char* stack) {
 
 // Gives every thread of a grid that can go on one turn, beginning with the first thread and the
 // next time with the last. Returns whether any could.
-bool step(Grid& grid, size_t first_stack) {
+bool step(Grid& grid) {
   bool moved = false;
   static bool backwards = false;
   backwards = !backwards;
   for (size_t m = 0; m < grid.fibers.size(); ++m) {
     const size_t n = backwards ? grid.fibers.size() - 1 - m : m;
-    while (stacks.size() <= first_stack + n) stacks.emplace_back(new char[stack_bytes]);
-    moved |= turn(*grid.fibers[n], stacks[first_stack + n].get());
+    while (stacks.size() <= grid.first_stack + n) stacks.emplace_back(new char[stack_bytes]);
+    moved |= turn(*grid.fibers[n], stacks[grid.first_stack + n].get());
   }
   return moved;
+}
+
+// Gives the newest grid of a chain that can go on a turn; false where all of them have ended.
+bool advance(Chain& chain) {
+  size_t ended = 0;  // how many grids at the chain's beginning have ended
+  while (ended < chain.size() && chain[ended]->left == 0) ++ended;
+  if (ended == chain.size()) return false;
+  size_t started = ended + 1;
+  while (started < chain.size() && chain[started - 1]->holding == 0) ++started;
+  bool moved = false;
+  for (size_t n = started; n-- > ended && !moved;) moved = step(*chain[n]);
+  if (!moved) std::abort();  // it is a deadlock
+  for (size_t n = ended; n + 1 < chain.size(); ++n) {
+    if (chain[n]->left == 0) chain[n + 1]->previous = nullptr;
+  }
+  return true;
+}
+
+void finish(const std::vector<Chain*>& together) {
+  size_t stack = 0;
+  for (Chain* const chain : together) {
+    for (const auto& grid : *chain) {
+      grid->first_stack = stack;
+      stack += grid->fibers.size();
+    }
+  }
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (Chain* const chain : together) moved |= advance(*chain);
+  }
+  for (Chain* const chain : together) chain->clear();
 }
 
 }  // namespace
 
 void finish() {
-  size_t ended = 0;  // how many grids at the chain's beginning have ended
-  while (ended < chain.size()) {
-    size_t started = ended + 1;
-    while (started < chain.size() && chain[started - 1]->holding == 0) ++started;
-    std::vector<size_t> stack(1, 0);
-    for (const auto& grid : chain) stack.push_back(stack.back() + grid->fibers.size());
-    bool moved = false;  // only the newest grid that can go on gets a turn
-    for (size_t n = started; n-- > ended && !moved;) moved = step(*chain[n], stack[n]);
-    if (!moved) std::abort();  // it is a deadlock
-    for (size_t n = ended; n + 1 < chain.size(); ++n) {
-      if (chain[n]->left == 0) chain[n + 1]->previous = nullptr;
-    }
-    while (ended < chain.size() && chain[ended]->left == 0) ++ended;
-  }
-  chain.clear();
+  std::vector<Chain*> all;
+  for (auto& [stream, chain] : streams) all.push_back(&chain);
+  finish(all);
 }
 
 }  // namespace guard_ops::cuda::emulation

@@ -58,6 +58,7 @@ inline uint32_t block() { return emulation::position().block; }
 inline uint32_t blocks() { return emulation::position().blocks; }
 inline char* shared_memory() { return emulation::position().shared; }
 
+inline uint32_t computed_anew(uint32_t x) { return x; }
 inline void sync_block() { emulation::arrive_and_wait(emulation::block_barrier()); }
 inline bool any_of_block(bool mine) { return emulation::any_of_block(mine); }
 inline void sync_warp() { emulation::arrive_and_wait(emulation::warp_barrier()); }

@@ -9,6 +9,7 @@ struct GridShape {
   int blocks, threads, shared_bytes;
   int cluster = 1;
   bool chained = false;
+  const void* stream = nullptr;
 };
 
 void enqueue(const GridShape&, std::function<void()> thread);

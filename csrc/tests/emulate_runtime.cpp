@@ -13,7 +13,9 @@
 namespace guard_ops::cuda::emulation {
 
 bool synchronous = false;
-const void* being_captured = nullptr;
+int refusals = 0;
+std::vector<const void*> being_captured;
+std::vector<Node>* recording = nullptr;
 void (*recorder)(const void* argument, size_t bytes) = nullptr;
 
 namespace {
@@ -58,12 +60,18 @@ void become(const Machine& machine) {
   finish();
   now = machine;
   ++number;
+  refusals = 0;
   kernels.clear();
 }
 
-cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const void* argument,
-                   size_t bytes, std::function<void()> thread) {
-  GridShape shape{int(config.gridDim.x), int(config.blockDim.x), int(config.dynamicSmemBytes)};
+void replay(const std::vector<Node>& nodes) {
+  for (const Node& node : nodes) enqueue(node.shape, node.thread);
+}
+
+namespace {
+
+// Why the device does not launch this.
+cudaError_t refusal(const void* kernel, const cudaLaunchConfig_t& config, GridShape& shape) {
   bool cooperative = false;
   for (unsigned n = 0; n < config.numAttrs; ++n) {
     const cudaLaunchAttribute& a = config.attrs[n];
@@ -75,25 +83,43 @@ cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const v
       shape.chained = a.val.programmaticStreamSerializationAllowed;
     }
   }
-  if (now.architecture == 0) return said(cudaErrorNoKernelImageForDevice);
+  if (now.architecture == 0) return cudaErrorNoKernelImageForDevice;
   if (shape.blocks < 1 || shape.threads < 1 || shape.threads > most_threads) {
-    return said(cudaErrorInvalidConfiguration);
+    return cudaErrorInvalidConfiguration;
   }
   if (shape.threads % 32 != 0) std::abort();  // a device would run it, but emulated warps are whole
   const bool newer = now.clusters && now.architecture >= 90;
-  if (shape.chained && !(newer && now.chains)) return said(cudaErrorNotSupported);
+  if (shape.chained && !(newer && now.chains)) return cudaErrorNotSupported;
   const int running = blocks_a_multiprocessor(kernel, shape.threads, shape.shared_bytes);
-  if (shape.shared_bytes > kernels[kernel].shared_bytes) return said(cudaErrorInvalidValue);
-  if (running == 0) return said(cudaErrorLaunchOutOfResources);
-  if (const auto error = refusal(kernel, shape.cluster)) return said(error);
-  if (shape.blocks % shape.cluster != 0) return said(cudaErrorInvalidClusterSize);
-  if (cooperative && !now.cooperative) return said(cudaErrorNotSupported);
+  if (shape.shared_bytes > kernels[kernel].shared_bytes) return cudaErrorInvalidValue;
+  if (running == 0) return cudaErrorLaunchOutOfResources;
+  if (const auto error = refusal(kernel, shape.cluster)) return error;
+  if (shape.blocks % shape.cluster != 0) return cudaErrorInvalidClusterSize;
+  if (cooperative && !now.cooperative) return cudaErrorNotSupported;
+  if ((cooperative || shape.cluster > 1) && now.busy && now.vague) return cudaErrorInvalidValue;
   if (cooperative && (now.busy || shape.blocks > running * now.multiprocessors)) {
-    return said(cudaErrorCooperativeLaunchTooLarge);
+    return cudaErrorCooperativeLaunchTooLarge;
   }
-  if (shape.cluster > 1 && now.busy) return said(cudaErrorLaunchOutOfResources);
+  if (shape.cluster > 1 && now.busy) return cudaErrorLaunchOutOfResources;
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t launch(const void* kernel, const cudaLaunchConfig_t& config, const void* argument,
+                   size_t bytes, std::function<void()> thread) {
+  GridShape shape{int(config.gridDim.x), int(config.blockDim.x), int(config.dynamicSmemBytes)};
+  shape.stream = config.stream;
+  if (const auto error = refusal(kernel, config, shape)) {
+    ++refusals;
+    return said(error);
+  }
   if (recorder != nullptr) {
     recorder(argument, bytes);
+    return cudaSuccess;
+  }
+  if (recording != nullptr) {
+    recording->push_back({shape, std::move(thread)});
     return cudaSuccess;
   }
   enqueue(shape, std::move(thread));
@@ -130,19 +156,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrClusterLaunch:
       *value = now.clusters;
       break;
-    case cudaDevAttrL2CacheSize:
-      *value = now.cache_bytes;
-      break;
-    case cudaDevAttrMaxRegistersPerMultiprocessor:
-      *value = now.registers;
-      break;
   }
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   if (now.architecture == 0) return said(cudaErrorNoKernelImageForDevice);
-  *attributes = {registers_a_thread, now.architecture};
+  *attributes = {now.architecture};
   return cudaSuccess;
 }
 
@@ -174,7 +194,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
 }
 
 cudaError_t cudaMalloc(void** data, size_t bytes) {
-  if (being_captured != nullptr && capture_mode != cudaStreamCaptureModeRelaxed) {
+  if (!being_captured.empty() && capture_mode != cudaStreamCaptureModeRelaxed) {
     return said(cudaErrorStreamCaptureUnsupported);
   }
   if (!now.has_memory) return said(cudaErrorMemoryAllocation);
@@ -203,7 +223,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
-  const bool captured = stream != nullptr && stream == being_captured;
+  const auto& all = being_captured;
+  const bool captured = std::find(all.begin(), all.end(), stream) != all.end();
   *status = captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }

@@ -24,15 +24,22 @@ if torch.cuda.device_count() == 0:  # this asks NVML, so that the process may st
 
 NAME = "cuda"
 
-if _path := os.environ.get("GUARD_OPS_CUDA_PATH"):
-    try:
-        _C.force_cuda_path(_path)
-    except ValueError as error:
-        warnings.warn(
-            f"guard_ops: GUARD_OPS_CUDA_PATH: {error}; choosing by size and device",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+# variable -> what it sets, and what is done where it cannot be
+_SETTINGS = {
+    "GUARD_OPS_CUDA_PATH": (_C.force_cuda_path, "choosing by size and device"),
+    "GUARD_OPS_CUDA_FREE_MULTIPROCESSORS": (
+        lambda text: _C.leave_multiprocessors_free(int(text)),
+        "leaving none free",
+    ),
+}
+for _name, (_set, _instead) in _SETTINGS.items():
+    if _given := os.environ.get(_name):
+        try:
+            _set(_given)
+        except (ValueError, TypeError) as error:
+            warnings.warn(
+                f"guard_ops: {_name}: {error}; {_instead}", RuntimeWarning, stacklevel=2
+            )
 
 _unsupported: dict[int, str] = {}  # by device: why it cannot run the kernels, empty if it can
 

@@ -113,8 +113,7 @@ def test_what_decides_most_is_measured_first():
     paths = {(job.contender, job.objective, job.path) for job in todo}
     assert ("triton", "article", "one_launch") in paths
     assert ("cuda", "paper", "cluster") in paths
-    assert ("cuda", "paper", "in_turn") in paths
-    alone = {("triton", "rows"), ("cuda", "cluster"), ("cuda", "in_turn")}
+    alone = {("triton", "rows"), ("cuda", "cluster")}
     assert not paths & {(backend, "article", path) for backend, path in alone}
 
 
@@ -171,20 +170,20 @@ def test_a_contender_that_only_fails_does_not_stop_the_others():
 
 def test_what_hangs_once_is_not_tried_again():
     todo = device.jobs(["cuda", "triton"])
-    worker = FakeWorker(["in_turn"])
+    worker = FakeWorker(["rows"])
     got = dict(device.measure_all(todo, worker, deadline=float("inf")))
-    hung = [answer for job, answer in got.items() if job.path == "in_turn"]
+    hung = [answer for job, answer in got.items() if job.path == "rows"]
     assert len(hung) == 4
     assert hung[0]["error"] == "no result within 20 s"
-    assert all(a["error"] == "not tried: cuda hung by the path in_turn" for a in hung[1:])
-    assert [job.path for job in worker.asked].count("in_turn") == 1
-    assert all("error" not in answer for job, answer in got.items() if job.path != "in_turn")
+    assert all(a["error"] == "not tried: cuda hung by the path rows" for a in hung[1:])
+    assert [job.path for job in worker.asked].count("rows") == 1
+    assert all("error" not in answer for job, answer in got.items() if job.path != "rows")
 
 
 def test_what_the_deadline_cut_off_has_not_hung():
-    todo = [job for job in device.jobs(["cuda"]) if job.path == "in_turn"][:2]
+    todo = [job for job in device.jobs(["cuda"]) if job.path == "rows"][:2]
     deadline = device.time.monotonic() + 5
-    answers = [a["error"] for _, a in device.measure_all(todo, FakeWorker(["in_turn"]), deadline)]
+    answers = [a["error"] for _, a in device.measure_all(todo, FakeWorker(["rows"]), deadline)]
     assert answers == ["no result within 5 s"] * 2
 
 

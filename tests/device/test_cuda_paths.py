@@ -75,8 +75,7 @@ def paths(name, latent):
         capable = torch.cuda.get_device_capability() >= (9, 0)
         room = torch.cuda.get_device_properties().shared_memory_per_block_optin
     fits = math.prod(latent) * 16 <= 8 * (room - 4096)  # four float32 operands, in eight blocks
-    alone = ["in_turn", *(["cluster"] if capable and fits else [])]
-    return ["cooperative", *(alone if name in INDEPENDENT else [])]
+    return ["cooperative", *(["cluster"] if capable and fits and name in INDEPENDENT else [])]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_paths_give_the_same_bits(name, latent, dtype, cuda):
 
 def config_for(path, latent):
     """An objective that the path can take; skips where the device cannot."""
-    name = "flow_grpo" if path in ("cluster", "in_turn") else "article"
+    name = "flow_grpo" if path == "cluster" else "article"
     if path not in ["two_launches", *paths(name, latent)]:
         pytest.skip("needs clusters of blocks")
     return CONFIGS[name]
@@ -109,9 +108,7 @@ def config_for(path, latent):
 @pytest.mark.parametrize(
     "form, guided, path",
     pairs_first(
-        itertools.product(
-            FORMS, [False, True], ["two_launches", "cooperative", "cluster", "in_turn"]
-        )
+        itertools.product(FORMS, [False, True], ["two_launches", "cooperative", "cluster"])
     ),
 )
 def test_every_form_by_every_path(form, guided, path, cuda):
@@ -126,7 +123,7 @@ def test_every_form_by_every_path(form, guided, path, cuda):
 
 
 @needs_gpu
-@pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster", "in_turn"])
+@pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster"])
 def test_every_path_is_captured_and_replayed(path, cuda):
     given, config = on_device(made(latent=(16, 64, 64))), config_for(path, (16, 64, 64))
     given["model_output"] = v = given["model_output"].detach()

@@ -29,8 +29,6 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrCooperativeLaunch,
   cudaDevAttrClusterLaunch,
-  cudaDevAttrL2CacheSize,
-  cudaDevAttrMaxRegistersPerMultiprocessor,
 };
 
 enum cudaFuncAttribute {
@@ -41,7 +39,7 @@ enum cudaFuncAttribute {
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
 
 struct cudaFuncAttributes {
-  int numRegs, ptxVersion;
+  int ptxVersion;
 };
 
 struct dim3 {
