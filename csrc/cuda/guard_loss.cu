@@ -25,8 +25,8 @@ struct LossCall {
   Partials partials;
   Counters counters;
   bool by_row;  // whether each row is added up by the block that completes it
-  uint32_t slots;
-  uint32_t scratch_offset;  // see Choice
+  Room room;    // this and the next: see Choice
+  uint32_t scratch_offset;
   bool sums_in_shared;
 };
 
@@ -101,16 +101,17 @@ __device__ __forceinline__ Coefficients assume(const LossCall& call, uint32_t ro
 }
 
 // The way through a block's share of all chunks.
-__device__ __forceinline__ Walk walk_of(const Plan& p, uint32_t slots, bool keep) {
-  return Walk(p, slot_memory(), slots, share(p.chunks, block()), share(p.chunks, block() + 1),
-              keep);
+template <bool keeps>
+__device__ __forceinline__ Walk<keeps> walk_of(const Plan& p, const Room& room) {
+  return Walk<keeps>(p, slot_memory(), room, share(p.chunks, block()),
+                     share(p.chunks, block() + 1));
 }
 
 // The first of two launches: it forms all sums, and its last block computes what follows from them.
 __global__ void __launch_bounds__(stream_threads, sums_blocks)
     loss_of_chunks(const __grid_constant__ LossCall call) {
   let_next_start();
-  walk_of(call.plan, call.slots, false).sums([&](uint32_t chunk, uint32_t n, double sum) {
+  walk_of<false>(call.plan, call.room).sums([&](uint32_t chunk, uint32_t n, double sum) {
     call.partials.put(chunk, n, sum);
   });
   if (summed_by_last(call)) evaluate_all(call);
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(stream_threads, sums_blocks)
 __global__ void __launch_bounds__(cooperative_threads, 1)
     loss_cooperatively(const __grid_constant__ LossCall call) {
   const uint32_t before = thread() == 0 ? flag_now(call.counters.evaluated) : 0;
-  const Walk walk = walk_of(call.plan, call.slots, true);
+  const auto walk = walk_of<true>(call.plan, call.room);
   walk.sums([&](uint32_t chunk, uint32_t n, double sum) { call.partials.put(chunk, n, sum); });
   if (summed_by_last(call)) {
     evaluate_all(call);  // ends with a barrier, so what all threads wrote is released by the flag
@@ -150,8 +151,8 @@ __global__ void __launch_bounds__(cluster_threads, 1)
   // the sums of this block's chunks lie behind the header
   Sums* const partials = reinterpret_cast<Sums*>(slot_memory());
   const uint32_t base = row * p.row_chunks;
-  const Walk walk(p, slot_memory() + partial_bytes(call.block_chunks), call.slots,
-                  base + (begin < end ? begin : end), base + end, true);
+  const Walk<true> walk(p, slot_memory() + partial_bytes(call.block_chunks), call.room,
+                        base + (begin < end ? begin : end), base + end);
   walk.sums([&](uint32_t chunk, uint32_t n, double sum) {
     (&partials[chunk - base - begin].s1)[n] = sum;
   });
@@ -191,7 +192,7 @@ struct GradientCall {
   Factor factor;
   bool unless_one;
   const Coefficients* assumed;  // [K, B] by which the gradient was already formed, or null
-  uint32_t slots;
+  Room room;
 };
 
 // A row's coefficients times `factor`.
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(stream_threads, gradient_blocks)
   }
   if (call.unless_one && factor == 1) return;
   if (call.assumed != nullptr && !changed(call)) return;
-  const Walk walk = walk_of(call.plan, call.slots, false);
+  const auto walk = walk_of<false>(call.plan, call.room);
   walk.gradient(call.cond, call.uncond,
                 [&](const TileAt& at) { return coefficients_of(call, at.k, at.i, factor); });
 }
@@ -236,7 +237,7 @@ __global__ void __launch_bounds__(stream_threads, gradient_blocks)
 // `chained`: the launch may begin while the one before it in the stream, which forms the
 // coefficients, still runs.
 void launch_gradient(GradientCall call, bool chained, Stream stream) {
-  Launch launch = streaming(call.plan, gradient_of_chunks, &call.slots);
+  Launch launch = streaming(call.plan, gradient_of_chunks, &call.room);
   launch.chained = chained;
   start(gradient_of_chunks, launch, stream, call);
 }
@@ -264,7 +265,7 @@ void gradient(const Batch& t, const Doubles table[5], const Doubles coefficients
                     factor,
                     unless_one,
                     nullptr,
-                    0};
+                    {}};
   expect(call.plan, kind, cond);
   launch_gradient(call, false, stream);
 }
@@ -293,13 +294,13 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
     Doubles c[3];
     for (int n = 0; n < 3; ++n) c[n] = {result.sum_grads + n * p.rows, t.batch, 1};
     if (any) {
-      launch_gradient({p, {c[0], c[1], c[2]}, call.cond, call.uncond, {}, false, assumed, 0}, true,
+      launch_gradient({p, {c[0], c[1], c[2]}, call.cond, call.uncond, {}, false, assumed, {}}, true,
                       stream);
     }
   };
   for (;;) {
     const Choice c = choose(machine(), p, {wanted, any, problem.rows_are_independent()});
-    call.slots = c.slots;
+    call.room = c.room;
     call.scratch_offset = c.scratch_offset;
     call.sums_in_shared = c.sums_in_shared;
     call.block_chunks = c.block_chunks;
@@ -315,7 +316,7 @@ Path guard_loss(const Batch& t, const Problem& problem, const LossResult& result
     } else if (c.path == Path::cooperative) {
       if (starts(loss_cooperatively, c.launch, stream, loss)) return c.path;
     } else {
-      const Launch launch = streaming(p, loss_of_chunks, &call.slots);
+      const Launch launch = streaming(p, loss_of_chunks, &call.room);
       start(loss_of_chunks, launch, stream, loss);
       gradient_after(nullptr);
       return c.path;

@@ -179,15 +179,14 @@ int make_room(const Machine& on, const Plan& p, int least, Choice& c) {
 int plan_clusters(const Machine& on, const Plan& p, int size, Choice& c) {
   c.path = Path::cluster;
   c.block_chunks = (p.row_chunks + size - 1) / size;
-  c.slots = tiles_of(c.block_chunks, on.cluster_threads, p);
-  // in 64 bits, as shared_bytes may overflow for a long row
-  const int64_t bytes = int64_t(c.slots) * p.slot_bytes * (on.cluster_threads / warp_size);
-  if (bytes > on.shared_bytes) return 0;
-  const int partials = int(partial_bytes(c.block_chunks));
+  const uint32_t tiles = tiles_of(c.block_chunks, on.cluster_threads, p);
+  const int64_t partials = partial_bytes(c.block_chunks);
+  c.room = room_to_keep(p, bytes_a_warp(on.shared_bytes - partials, on.cluster_threads), tiles);
+  if (c.room.slots == 0 || resident_of(c.room, tiles) < tiles) return 0;
   c.launch = {int(p.rows) * size, on.cluster_threads,
-              shared_bytes(p, on.cluster_threads, c.slots) + partials};
+              shared_bytes(p, on.cluster_threads, c.room) + int(partials)};
   c.launch.cluster = size;
-  return c.launch.shared_bytes > on.shared_bytes ? 0 : make_room(on, p, int(p.rows), c);
+  return make_room(on, p, int(p.rows), c);
 }
 
 // The smallest clusters that hold a row; larger ones as long as multiprocessors would be without a
@@ -221,11 +220,10 @@ bool choose_cooperative(const Machine& on, const Plan& p, uint32_t fraction, Cho
   c.launch = {on.multiprocessors, on.cooperative_threads, 0};
   const uint32_t block_chunks = (p.chunks + c.launch.blocks - 1) / c.launch.blocks;
   const uint32_t tiles = tiles_of(block_chunks, on.cooperative_threads, p);
-  c.slots = slots_a_warp(p, on.shared_bytes, on.cooperative_threads, tiles);
-  if (c.slots == 0) return false;
-  const uint32_t kept = tiles <= c.slots ? tiles : c.slots - ring_of(c.slots, true);
-  if (fraction != 0 && tiles > fraction * kept) return false;
-  c.launch.shared_bytes = shared_bytes(p, on.cooperative_threads, c.slots);
+  c.room = room_to_keep(p, bytes_a_warp(on.shared_bytes, on.cooperative_threads), tiles);
+  if (c.room.slots == 0) return false;
+  if (fraction != 0 && tiles > fraction * resident_of(c.room, tiles)) return false;
+  c.launch.shared_bytes = shared_bytes(p, on.cooperative_threads, c.room);
   c.launch.cooperative = true;
   const int running = std::min(make_room(on, p, c.launch.blocks, c), on.multiprocessors);
   c.sums_in_shared = c.scratch_offset != 0 && !adds_up_by_row(p, on.cooperative_threads);

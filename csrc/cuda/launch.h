@@ -111,8 +111,8 @@ GUARD_OPS_HD uint32_t partial_bytes(uint32_t chunks) {
   return uint32_t(chunks * sizeof(Sums) + 15) / 16 * 16;
 }
 
-inline int shared_bytes(const Plan& p, int threads, uint32_t slots_a_warp) {
-  return block_header + int(threads / warp_size * slots_a_warp * p.slot_bytes);
+inline int shared_bytes(const Plan& p, int threads, const Room& room) {
+  return block_header + int(threads / warp_size * bytes_of(p, room));
 }
 
 // Whether the sums of the rows are too much work for the last block alone; then the block that
@@ -142,28 +142,28 @@ inline int useful_blocks(uint32_t chunks) {
   return int((chunks + warps - 1) / warps);
 }
 
-// How many slots a warp of a block of `threads` can have in `bytes` of shared memory, up to `most`.
-inline uint32_t slots_a_warp(const Plan& p, int bytes, int threads, uint32_t most) {
-  const uint32_t room = (bytes - block_header) / (threads / warp_size);
-  return std::min(most, room / p.slot_bytes);
+// How many bytes a warp of a block of `threads` can have of the block's `bytes` of shared memory.
+inline int64_t bytes_a_warp(int64_t bytes, int threads) {
+  return std::max<int64_t>(bytes - block_header, 0) / (threads / warp_size);
 }
 
 // A launch of blocks that walk through all chunks: as many blocks as run at once or are of use.
 // They have slots to copy far ahead, but not so many that only one block fits a multiprocessor:
 // while the warps of one block wait, those of another work.
 template <class Kernel>
-Launch streaming(const Plan& p, Kernel* kernel, uint32_t* slots) {
+Launch streaming(const Plan& p, Kernel* kernel, Room* room) {
   Launch launch{0, stream_threads, 0};
   int most = 0;
   const Device d = device();
   for (uint32_t ring = ring_slots; ring > 0 && most < 2 * d.multiprocessors; ring /= 2) {
-    const uint32_t count = slots_a_warp(p, d.shared_bytes, stream_threads, ring);
-    const Launch candidate{0, stream_threads, shared_bytes(p, stream_threads, count)};
-    const int blocks = count == 0 ? 0 : at_once(address(kernel), candidate);
+    const int64_t fit = bytes_a_warp(d.shared_bytes, stream_threads) / p.slot_bytes;
+    const Room tried{uint32_t(std::min<int64_t>(ring, fit)), 0};
+    const Launch candidate{0, stream_threads, shared_bytes(p, stream_threads, tried)};
+    const int blocks = tried.slots == 0 ? 0 : at_once(address(kernel), candidate);
     if (blocks <= most) continue;
     most = blocks;
     launch = candidate;
-    *slots = count;
+    *room = tried;
   }
   check_runs(most);
   launch.blocks = std::min(most, useful_blocks(p.chunks));
@@ -193,8 +193,8 @@ struct Wish {
 
 struct Choice {
   Path path = Path::two_launches;
-  Launch launch{};  // that of the one launch; two_launches has what streaming() gives
-  uint32_t slots = 0;
+  Launch launch{};              // that of the one launch; two_launches has what streaming() gives
+  Room room{};                  // of a warp
   uint32_t scratch_offset = 0;  // where shared memory has room for evaluate()'s numbers; else 0
   bool sums_in_shared = false;  // whether the rows' sums are there too
   uint32_t block_chunks = 0;    // chunks of a block, in a cluster

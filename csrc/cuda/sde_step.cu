@@ -11,7 +11,7 @@ struct StepCall {
   Operand prev_sample, mean;
   Partials partials;
   Sums* parts;
-  uint32_t slots;
+  Room room;
   double* square;  // [K, B]
 };
 
@@ -51,8 +51,8 @@ template <bool seeded>
 __global__ void __launch_bounds__(stream_threads, 2)
     step_chunks(const __grid_constant__ StepCall call) {
   let_next_start();
-  const Walk walk(call.plan, shared_memory() + block_header, call.slots,
-                  share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
+  const Walk<false> walk(call.plan, shared_memory() + block_header, call.room,
+                         share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1));
   double total = 0;
   const Plan& p = call.plan;
   walk.each(call.prev_sample, call.mean,
@@ -84,13 +84,13 @@ __global__ void __launch_bounds__(stream_threads)
 
 void sde_step(const Batch& t, const Doubles table[5], const Operand& prev_sample,
               const Operand& mean, double* square, void* workspace, Stream stream) {
-  StepCall call{plan_of(t, table, true), prev_sample, mean, {}, {}, 0, square};
+  StepCall call{plan_of(t, table, true), prev_sample, mean, {}, {}, {}, square};
   Workspace w{};
   workspace_layout(call.plan, static_cast<char*>(workspace), &w);
   call.partials = {w.partials, call.plan.chunks, false};
   call.parts = w.parts;
   const auto kernel = t.seeds.data != nullptr ? step_chunks<true> : step_chunks<false>;
-  const Launch launch = streaming(call.plan, kernel, &call.slots);
+  const Launch launch = streaming(call.plan, kernel, &call.room);
   start(kernel, launch, stream, call);
   start(squares_of_rows, after_chunks(call.plan, squares_of_rows), stream, call);
 }

@@ -9,15 +9,15 @@ struct SumsCall {
   Plan plan;
   Partials partials;
   Sums* parts;
-  uint32_t slots;
+  Room room;
   double* out;  // [3, K, B]
 };
 
 __global__ void __launch_bounds__(stream_threads, sums_blocks)
     sums_of_chunks(const __grid_constant__ SumsCall call) {
   let_next_start();
-  const Walk walk(call.plan, shared_memory() + block_header, call.slots,
-                  share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1), false);
+  const Walk<false> walk(call.plan, shared_memory() + block_header, call.room,
+                         share(call.plan.chunks, block()), share(call.plan.chunks, block() + 1));
   walk.sums([&](uint32_t chunk, uint32_t n, double sum) { call.partials.put(chunk, n, sum); });
 }
 
@@ -36,12 +36,12 @@ __global__ void __launch_bounds__(stream_threads)
 }  // namespace
 
 void sums(const Batch& t, const Doubles table[5], double* out, void* workspace, Stream stream) {
-  SumsCall call{plan_of(t, table), {}, {}, 0, out};
+  SumsCall call{plan_of(t, table), {}, {}, {}, out};
   Workspace w{};
   workspace_layout(call.plan, static_cast<char*>(workspace), &w);
   call.partials = {w.partials, call.plan.chunks, bool(t.ref)};
   call.parts = w.parts;
-  const Launch launch = streaming(call.plan, sums_of_chunks, &call.slots);
+  const Launch launch = streaming(call.plan, sums_of_chunks, &call.room);
   start(sums_of_chunks, launch, stream, call);
   start(sums_of_rows, after_chunks(call.plan, sums_of_rows), stream, call);
 }

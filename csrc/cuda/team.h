@@ -71,8 +71,8 @@ using SharedAddress = uint32_t;
 __device__ __forceinline__ SharedAddress address_of(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
-__device__ __forceinline__ const char* pointer_of(SharedAddress shared) {
-  return static_cast<const char*>(__cvta_shared_to_generic(shared));
+__device__ __forceinline__ char* pointer_of(SharedAddress shared) {
+  return static_cast<char*>(__cvta_shared_to_generic(shared));
 }
 // Gives the address back, which is the same in every lane. The compiler would rather compute it
 // again, from the block's place in its cluster, wherever it is needed.

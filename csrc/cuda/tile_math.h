@@ -61,10 +61,11 @@ __device__ __forceinline__ void normals(const RowNumbers& row, const TileAt& at,
 __device__ __forceinline__ uint32_t mask_bits(const Plan& p, const TileAt& at) {
   if (!p.mask) return (1u << lane_elements) - 1;
   const uint8_t* const row = p.mask.row(at.k, at.i) + at.begin;
+  const uint32_t first = computed_anew(lane()) * run;  // place_of(0)
   uint32_t bits = 0;
 #pragma unroll
   for (uint32_t e = 0; e < lane_elements; ++e) {
-    const uint32_t place = place_of(e);
+    const uint32_t place = first + place_in_lane(e);
     if (place < at.count && row[place] != 0) bits |= 1u << e;
   }
   return bits;
@@ -152,12 +153,27 @@ GUARD_OPS_HD void by_form(Form form, Call call) {
   }
 }
 
+// The direction of a tile's gradient: what the coefficients of this kind multiply.
+template <Form F>
+__device__ __forceinline__ void direction_of(GradientKind kind, const RowNumbers& row,
+                                             const Elements<F>& in, float out[lane_elements]) {
+  const auto each = [&](auto value) {
+#pragma unroll
+    for (uint32_t e = 0; e < lane_elements; ++e) out[e] = value(in.at(e));
+  };
+  if (kind == GradientKind::departure) {
+    each([&](const Element<float>& x) { return departure<F>(row.step, x); });
+  } else {
+    each([&](const Element<float>& x) { return residual<F>(row.step, x); });
+  }
+}
+
 // Adds this lane's part of the tile's sums to `total`. It is summed in float32, and added in
-// float64.
-template <class Layout>
+// float64. Then calls keep(elements).
+template <class Layout, class Keep>
 __device__ __forceinline__ void add_sums_of(const Layout& layout, const Plan& p,
                                             const RowNumbers& row, const TileAt& at,
-                                            const char* slot, Sums& total) {
+                                            const char* slot, Sums& total, Keep keep) {
   constexpr Form F = Layout::form;
   const uint32_t counted = counted_of(layout, p, at);  // first: it needs registers of its own
   const Elements<F> in = read_tile(layout, p, row, at, slot);
@@ -172,6 +188,7 @@ __device__ __forceinline__ void add_sums_of(const Layout& layout, const Plan& p,
   }
   total.s1 += double(s1);
   total.s2 += double(s2);
+  keep(in);
   if (!layout.has(role_ref)) return;
   float ref[lane_elements], drift = 0;
   read_role(layout, role_ref, slot, ref);
@@ -187,7 +204,7 @@ __device__ __forceinline__ void add_sums_of(const Layout& layout, const Plan& p,
 __device__ __forceinline__ void add_sums(const Plan& p, const RowNumbers& row, const TileAt& at,
                                          const char* slot, Sums& total) {
   by_form(p.form, [&](auto form) {
-    add_sums_of(AnyLayout<decltype(form)::value>{p}, p, row, at, slot, total);
+    add_sums_of(AnyLayout<decltype(form)::value>{p}, p, row, at, slot, total, [](const auto&) {});
   });
 }
 
@@ -208,9 +225,27 @@ __device__ __forceinline__ RowGradient row_gradient_of(const Plan& p, const RowN
           p.operand[role_ref] && c.c3 != 0};
 }
 
-// Forms this lane's part of a tile's gradient, before guidance. Coefficients that are 0 give 0, and
-// NaN ones NaN, whatever the operands hold, as some may not have been read. What the gradient is
-// made of is asked once for 8 elements.
+// Coefficients that are 0 give 0, and NaN ones NaN, whatever the operands hold, as some may not
+// have been read. Returns whether this row's are.
+__device__ __forceinline__ bool same_everywhere(const RowGradient& gradient,
+                                                float g[lane_elements]) {
+  if (!gradient.silent && !gradient.nan) return false;
+#pragma unroll
+  for (uint32_t e = 0; e < lane_elements; ++e) g[e] = gradient.nan ? gradient.k.k1 : 0;
+  return true;
+}
+
+// Forms this lane's part of a tile's gradient from the direction that was kept of it.
+__device__ __forceinline__ void gradient_of_direction(const RowGradient& gradient, const char* kept,
+                                                      float g[lane_elements]) {
+  if (same_everywhere(gradient, g)) return;
+  read(kept, DType::f32, g);
+#pragma unroll
+  for (uint32_t e = 0; e < lane_elements; ++e) g[e] = gradient.k.k1 * g[e];
+}
+
+// Forms this lane's part of a tile's gradient, before guidance. What the gradient is made of is
+// asked once for 8 elements.
 template <class Layout>
 __device__ __forceinline__ void gradient_of_tile(const Layout& layout, const Plan& p,
                                                  const RowNumbers& row, const RowGradient& gradient,
@@ -223,10 +258,7 @@ __device__ __forceinline__ void gradient_of_tile(const Layout& layout, const Pla
     for (uint32_t e = 0; e < lane_elements; ++e) g[e] = value(in.at(e));
   };
   const float k1 = gradient.k.k1;
-  if (gradient.silent || gradient.nan) {
-    const float same = gradient.nan ? k1 : 0;
-#pragma unroll
-    for (uint32_t e = 0; e < lane_elements; ++e) g[e] = same;
+  if (same_everywhere(gradient, g)) {
   } else if (gradient.kind == GradientKind::departure) {
     each([&](const Element<float>& x) { return k1 * departure<F>(row.step, x); });
   } else if (gradient.kind == GradientKind::residual) {
@@ -279,9 +311,9 @@ __device__ __forceinline__ void gradient_in_place(const Plan& p, const RowNumber
 // The slots of a warp.
 struct Slots {
   char* memory;       // where this warp's slots begin
-  uint32_t count;     // how many it has
   uint32_t ring;      // how many of them are the ring: 1, 2 or 4
   uint32_t resident;  // how many tiles stay
+  bool directions;    // as directions, behind the ring
 
   __device__ __forceinline__ uint32_t ahead() const { return ring - 1; }
 

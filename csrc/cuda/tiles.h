@@ -181,6 +181,34 @@ GUARD_OPS_HD uint32_t ring_of(uint32_t slots, bool keeps) {
   return slots >= most ? most : slots >= 2 ? 2 : 1;
 }
 
+// The shared memory of a warp: slots, and, where a second pass comes and the layout is known, room
+// for the directions of tiles, all that the gradient needs of them: 4 bytes an element, where
+// operands are 6 to 20. Then all slots are the ring.
+struct Room {
+  uint32_t slots, directions;
+};
+constexpr uint32_t direction_bytes = tile * sizeof(float);
+
+GUARD_OPS_HD uint32_t bytes_of(const Plan& p, const Room& room) {
+  return room.slots * p.slot_bytes + room.directions * direction_bytes;
+}
+
+// How many of a warp's tiles stay for the second pass.
+GUARD_OPS_HD uint32_t resident_of(const Room& room, uint32_t tiles) {
+  if (room.directions != 0) return tiles < room.directions ? tiles : room.directions;
+  return tiles <= room.slots ? tiles : room.slots - ring_of(room.slots, true);
+}
+
+// The room of a warp in so many bytes that keeps most of `tiles` tiles.
+inline Room room_to_keep(const Plan& p, int64_t bytes, uint32_t tiles) {
+  const uint32_t slots = uint32_t(bytes / p.slot_bytes);
+  const bool known = p.layout != 0 && p.kind != GradientKind::general;
+  if (!known || slots < 2 || tiles <= slots) return {tiles < slots ? tiles : slots, 0};
+  const uint32_t ring = ring_of(slots, true);
+  const int64_t directions = (bytes - ring * p.slot_bytes) / direction_bytes;
+  return {ring, uint32_t(directions < tiles ? directions : tiles)};
+}
+
 // Whether all rows of an operand begin on 16 bytes.
 inline bool rows_are_aligned(const Operand& x, int64_t steps, int64_t batch) {
   const int64_t size = size_of(x.dtype);
@@ -260,9 +288,10 @@ struct TileAt {
 // The place in a tile of this lane's element `e`. A lane has two runs, so that a warp reads 512
 // consecutive bytes of float32, or 256 of a 16-bit type. If its eight elements were all adjacent,
 // lanes would want the same banks of shared memory.
-__device__ __forceinline__ uint32_t place_of(uint32_t e) {
-  return e / run * (run * warp_size) + lane() * run + e % run;
+__device__ __forceinline__ uint32_t place_in_lane(uint32_t e) {
+  return e / run * (run * warp_size) + e % run;
 }
+__device__ __forceinline__ uint32_t place_of(uint32_t e) { return place_in_lane(e) + lane() * run; }
 
 template <class T>
 __device__ __forceinline__ void copy_elements(char* to, const char* from, uint32_t first,

@@ -115,13 +115,14 @@ struct Feed {
 };
 
 // Forms the sums of every chunk. Calls done(chunk, n, sum) in one lane for each n, of S1 and S2.
-template <class L, class Done>
+// `keeps`: the directions of the first `resident` tiles stay behind the ring.
+template <class L, bool keeps, class Done>
 __device__ __forceinline__ void sums_of(const Plan& p, const Way& way, Done done) {
   const Slots& slots = way.slots;
   const SharedAddress memory = same_for_warp(address_of(slots.memory));
-  // tiles take the slots one after another, and the last `ring` of them again and again
-  SharedRing read{memory + slots.resident * L::slot_bytes(),
-                  memory + (slots.resident + slots.ring) * L::slot_bytes(), memory};
+  SharedRing read{memory, memory + slots.ring * L::slot_bytes(), memory};
+  SharedAddress kept = read.end;
+  uint32_t to_keep = slots.resident;
   Feed<L, 1> feed(p, every_role, way, way.tiles, read);
 #pragma unroll 1
   for (uint32_t n = 0; n < slots.ahead(); ++n) feed.next();
@@ -139,8 +140,14 @@ __device__ __forceinline__ void sums_of(const Plan& p, const Way& way, Done done
     }
     if (here.in_row < p.row_tiles) {
       const TileAt at{int64_t(here.in_row) * tile, 0, 0, 0, 0, tile};
-      add_sums_of(L{}, p, row, at, pointer_of(read.slot), total);
+      add_sums_of(L{}, p, row, at, pointer_of(read.slot), total, [&](const auto& in) {
+        if (!keeps || to_keep == 0) return;
+        float direction[lane_elements];
+        direction_of<L::form>(p.kind, row, in, direction);
+        write(pointer_of(kept), DType::f32, direction);
+      });
     }
+    if (keeps && to_keep != 0) --to_keep, kept += direction_bytes;
     read.move(L::slot_bytes());
     here.move(p);
     if (here.sub != 0) continue;
@@ -155,14 +162,13 @@ __device__ __forceinline__ void sums_of(const Plan& p, const Way& way, Done done
 
 // Writes the gradient of every tile, the last one first, into `out`; coefficients_of(at) are those
 // of a row.
-template <class L, class CoefficientsOf>
+template <class L, bool keeps, class CoefficientsOf>
 __device__ __forceinline__ void gradient_of(const Plan& p, const Way& way, const Operand& out,
                                             CoefficientsOf coefficients_of) {
   constexpr uint32_t run_bytes = run * L::tile_bytes(role_v) / tile;
   const Slots& slots = way.slots;
   const SharedAddress memory = same_for_warp(address_of(slots.memory));
-  const SharedAddress ring = memory + slots.resident * L::slot_bytes();
-  SharedRing read{ring, ring + slots.ring * L::slot_bytes(), ring};
+  SharedRing read{memory, memory + slots.ring * L::slot_bytes(), memory};
   Feed<L, -1> feed(p, p.again, way, way.tiles - slots.resident, read);
 #pragma unroll 1
   for (uint32_t n = 0; n < slots.ahead(); ++n) feed.next();
@@ -181,11 +187,14 @@ __device__ __forceinline__ void gradient_of(const Plan& p, const Way& way, const
       gradient = row_gradient_of(p, row, coefficients_of(at));
       to_row = out.row(at.k, at.i) + lane() * run_bytes;
     }
-    if (left < slots.resident) read.slot = memory + left * L::slot_bytes();
     if (here.in_row < p.row_tiles) {
       const TileAt at{int64_t(here.in_row) * tile, 0, 0, 0, 0, tile};
       float g[lane_elements];
-      gradient_of_tile(L{}, p, row, gradient, at, pointer_of(read.slot), g);
+      if (keeps && left < slots.resident) {
+        gradient_of_direction(gradient, pointer_of(read.end + left * direction_bytes), g);
+      } else {
+        gradient_of_tile(L{}, p, row, gradient, at, pointer_of(read.slot), g);
+      }
       store_lane(to_row + uint64_t(here.in_row) * L::tile_bytes(role_v), L::dtype(role_v), g);
     }
     read.move(L::slot_bytes());
@@ -197,9 +206,10 @@ __device__ __forceinline__ void gradient_of(const Plan& p, const Way& way, const
 
 // ---- the way through all tiles ------------------------------------------------------------------
 //
-// The warps of a block take its chunks in turn. The first tiles of a warp stay in their slots for
-// the second pass. What does not fit goes through a ring of slots and is read again, the last tile
-// first, as that is still in the L2 cache. Copies are started `ahead` tiles before their tile's
+// The warps of a block take its chunks in turn. The first tiles of a warp stay for the second pass:
+// in their slots, or, where the layout is known and not all of them fit, as directions. What does
+// not fit goes through a ring of slots and is read again, the last tile first, as that is still in
+// the L2 cache. Copies are started `ahead` tiles before their tile's
 // turn.
 
 // A position at one of a warp's tiles. What depends on row and chunk alone is computed when those
@@ -213,22 +223,23 @@ struct Cursor {
   __device__ __forceinline__ Cursor() { at.chunk = ~0u; }
 };
 
+// `keeps`: whether tiles are to stay, for a second pass.
+template <bool keeps>
 struct Walk {
   const Plan& p;
   uint32_t first;  // this warp's first chunk
   uint32_t tiles;  // how many all its chunks have
   Slots slots;
 
-  // The way through the chunks [begin, end) of a block. `keep`: whether tiles are to stay in their
-  // slots, for a second pass.
-  __device__ __forceinline__ Walk(const Plan& p, char* memory, uint32_t slots_a_warp,
-                                  uint32_t begin, uint32_t end, bool keep)
+  // The way through the chunks [begin, end) of a block.
+  __device__ __forceinline__ Walk(const Plan& p, char* memory, const Room& room, uint32_t begin,
+                                  uint32_t end)
       : p(p), first(begin + warp()) {
     tiles = first < end ? ((end - first - 1) / warps() + 1) * p.chunk_tiles : 0;
-    slots.count = slots_a_warp;
-    slots.memory = memory + warp() * slots_a_warp * p.slot_bytes;
-    slots.ring = ring_of(slots_a_warp, keep && tiles > slots_a_warp);
-    slots.resident = !keep ? 0 : tiles <= slots_a_warp ? tiles : slots_a_warp - slots.ring;
+    slots.memory = memory + warp() * bytes_of(p, room);
+    slots.directions = keeps && room.directions != 0;
+    slots.ring = slots.directions ? room.slots : ring_of(room.slots, keeps && tiles > room.slots);
+    slots.resident = keeps ? resident_of(room, tiles) : 0;
   }
 
   // Where the cursor's chunk begins in its row. To keep this would cost registers that are needed.
@@ -255,6 +266,12 @@ struct Walk {
     c.at.count = rest <= 0 ? 0 : rest < tile ? uint32_t(rest) : tile;
     c.lane_address = c.lane_chunk + skipped * uint32_t(size_of(operand.dtype));
     return changed_chunk;
+  }
+
+  // by_layout, where the layout decides the way: operands that stay are looked up.
+  template <class Call>
+  __device__ __forceinline__ bool by_known_layout(Call call) const {
+    return slots.ring > 1 && (!keeps || slots.directions) && by_layout(p, call);
   }
 
   __device__ __forceinline__ bool ends_chunk(uint32_t t) const {
@@ -299,8 +316,7 @@ struct Walk {
   template <class Done>
   __device__ __forceinline__ void sums(Done done) const {
     const Way way{first, tiles, slots};
-    if (slots.ring > 1 &&
-        by_layout(p, [&](auto layout) { sums_of<decltype(layout)>(p, way, done); })) {
+    if (by_known_layout([&](auto layout) { sums_of<decltype(layout), keeps>(p, way, done); })) {
       return;
     }
     Sums total{0, 0, 0};
@@ -325,8 +341,8 @@ struct Walk {
   __device__ __forceinline__ void gradient(const Operand& cond, const Operand& uncond,
                                            CoefficientsOf coefficients_of) const {
     const Way way{first, tiles, slots};
-    if (slots.ring > 1 && by_layout(p, [&](auto layout) {
-          gradient_of<decltype(layout)>(p, way, cond, coefficients_of);
+    if (by_known_layout([&](auto layout) {
+          gradient_of<decltype(layout), keeps>(p, way, cond, coefficients_of);
         })) {
       return;
     }

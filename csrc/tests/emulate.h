@@ -90,7 +90,7 @@ inline char* broadcast(char* pointer, uint32_t lane) {
 
 using SharedAddress = char*;
 inline SharedAddress address_of(char* shared) { return shared; }
-inline const char* pointer_of(SharedAddress shared) { return shared; }
+inline char* pointer_of(SharedAddress shared) { return shared; }
 inline SharedAddress same_for_warp(SharedAddress shared) { return shared; }
 inline void copy_async(SharedAddress shared, const void* global) {
   emulation::enqueue_copy(shared, global);

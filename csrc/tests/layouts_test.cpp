@@ -2,6 +2,7 @@
 // look it up, bit for bit: every such layout, path and kind of gradient.
 #include <cuda_runtime.h>
 
+#include "../cuda/launch.h"
 #include "cuda_run.h"
 
 namespace guard_ops::test {
@@ -42,6 +43,22 @@ void check_gradients(const Batch& fixed, const Batch& any, const Problem& proble
   }
 }
 
+// Shared memory for a block that holds a row's directions, but not its operands; 0 where these are
+// not more.
+int bytes_for_directions(const Batch& t, const Problem& problem) {
+  cuda::Plan p = cuda::plan_of(t, problem.table);
+  cuda::expect(p, problem.config.gradient_kind(), {});
+  const uint32_t warps = cuda::cluster_threads / cuda::warp_size;
+  const uint32_t tiles = (p.row_chunks + warps - 1) / warps * p.chunk_tiles;
+  const cuda::Room room{cuda::ring_slots, tiles};
+  if (bytes_of(p, room) >= tiles * p.slot_bytes) return 0;
+  const int bytes =
+      cuda::shared_bytes(p, cuda::cluster_threads, room) + int(cuda::partial_bytes(p.row_chunks));
+  become({.multiprocessors = 8, .shared_bytes = bytes, .clusters = false});
+  CHECK(cuda::choose(cuda::machine(), p, {Path::cluster, true, true}).room.directions == tiles);
+  return bytes;
+}
+
 void check_layout(const DTypes& d, Form form, int64_t numel, uint32_t* seen) {
   CONTEXT("layout of %s %s D=%ld", d.name, form_names[int(form)], long(numel));
   Operands in(d, 1, 2, numel, true);
@@ -71,6 +88,10 @@ void check_layout(const DTypes& d, Form form, int64_t numel, uint32_t* seen) {
     }
     become({.multiprocessors = 8, .shared_bytes = 1 << 20});
     check_same(run(aligned.t, problem, Path::cluster, true), expected, any);
+    if (const int bytes = bytes_for_directions(aligned.t, problem)) {
+      become({.multiprocessors = 8, .shared_bytes = bytes, .clusters = false});
+      check_same(run(aligned.t, problem, Path::cluster, true), expected, any);
+    }
     if (norm == RatioNorm::none) check_gradients(aligned.t, any, problem);
   }
 }
@@ -93,6 +114,7 @@ void test_layouts() {
 void test_chunks() {
   uint32_t seen = 0;
   check_layout(dtypes[2], Form::mean, 301 * cuda::tile, &seen);
+  check_layout(dtypes[2], Form::seeded, 40 * cuda::tile, &seen);
   check_layout(dtypes[1], Form::velocity, 770 * cuda::tile, &seen);
 }
 

@@ -52,7 +52,9 @@ cuda::Plan plan_of(int64_t steps, int64_t batch, int64_t numel, DType dtype) {
   t.v = t.x = t.y = {at, dtype, batch * numel, numel};
   t.m = {at, DType::f32, batch * numel, numel};
   const Doubles none[3] = {};
-  return cuda::plan_of(t, none);
+  cuda::Plan p = cuda::plan_of(t, none);
+  cuda::expect(p, GradientKind::departure, t.v);
+  return p;
 }
 
 Choice chosen(const cuda::Machine& on, const cuda::Plan& p, bool independent,
@@ -79,10 +81,12 @@ void test_devices() {
   CHECK(chosen(h100, images, true).path == Path::cluster);
   CHECK(chosen(h100, few, true).launch.cluster == 16);  // 64 blocks of 4 rows: no more are possible
   CHECK(chosen(h100, few, false).path == Path::cooperative);
-  CHECK(chosen(h100, small, false).path == Path::two_launches);  // less than an eighth fits
+  const Choice joint = chosen(h100, small, false);
+  CHECK(joint.path == Path::cooperative);
+  CHECK(joint.room.slots == 2 && joint.room.directions == 9);  // of 30 tiles; 3 as operands
   CHECK(chosen(h100, videos, false).path == Path::two_launches);
   CHECK(chosen(h100, videos, true).path == Path::two_launches);  // no cluster holds a row
-  CHECK(chosen(a100, small, true).path == Path::two_launches);   // no block holds a row
+  CHECK(chosen(a100, small, true).path == Path::cooperative);    // no block holds a row
   CHECK(chosen(a100, few, true).path == Path::cooperative);
   CHECK(chosen(rtx4090, small, false).path == Path::two_launches);
   CHECK(chosen(rtx4090, few, false).path == Path::cooperative);
@@ -97,7 +101,7 @@ void test_devices() {
               Path::two_launches);  // without a gradient nothing is read twice
         CHECK(chosen(*on, *p, independent, Path::two_launches).path == Path::two_launches);
         if (c.path == Path::two_launches) continue;
-        CHECK(c.slots > 0);
+        CHECK(c.room.slots > 0);
         const int running = on->at_once(c.path, c.launch);
         CHECK(running > 0);
         if (c.path == Path::cooperative) CHECK(c.launch.blocks <= running);

@@ -37,9 +37,7 @@ for _name, (_set, _instead) in _SETTINGS.items():
         try:
             _set(_given)
         except (ValueError, TypeError) as error:
-            warnings.warn(
-                f"guard_ops: {_name}: {error}; {_instead}", RuntimeWarning, stacklevel=2
-            )
+            warnings.warn(f"guard_ops: {_name}: {error}; {_instead}", RuntimeWarning, stacklevel=2)
 
 _unsupported: dict[int, str] = {}  # by device: why it cannot run the kernels, empty if it can
 
