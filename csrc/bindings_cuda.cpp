@@ -76,8 +76,9 @@ void gradient_into(const Call& call, const Tensor& grad, const Tensor& grad_unco
                 "guard_ops: factor needs one float32 or float64 on the device");
     by = {factor->const_data_ptr(), factor->scalar_type() == at::kDouble};
   }
-  cuda::gradient(call.batch, call.table, sum_grads_of(sum_grads).data(), gradient_operand(grad),
-                 gradient_operand(grad_uncond), by, factor.has_value(), stream());
+  cuda::gradient(call.batch, call.table, triple_of(sum_grads, "sum_grads").data(),
+                 gradient_operand(grad), gradient_operand(grad_uncond), by, factor.has_value(),
+                 stream());
 }
 
 std::tuple<Tensor, Tensor> gradient(const Tensor& sum_grads, GUARD_OPS_OPERANDS, bool cond,
