@@ -234,9 +234,9 @@ Tensor ratio_statistics(const Tensor& sums, GUARD_OPS_OPERANDS, GUARD_OPS_LOSS_O
   const Call call(GUARD_OPS_PASS);
   LossProblem loss(call, rows, choices, numbers);
   loss.problem.mean = nullptr;
+  const std::vector<Sums> of = listed(given_sums(sums, call), call.batch);
   Tensor out = at::empty({statistic_count, call.batch.steps}, sums.options());
-  cpu::ratio_statistics(loss.problem, listed(given_sums(sums, call), call.batch).data(),
-                        out.data_ptr<double>());
+  cpu::ratio_statistics(loss.problem, of.data(), out.data_ptr<double>());
   return out;
 }
 

@@ -53,7 +53,8 @@ def guard_loss(
     if groups.process is not None:
         found = backend.ratio_statistics(sums, t, rows, objective)
         rows = rows._replace(statistics=of_all_ranks(found, config, objective, groups.process))
-    elif rows.statistics is not None:  # whose floor depends on the latents' size
+    elif rows.statistics is not None and objective.named()["rounding"] != 0:
+        # their floor depends on the size of the whole latents
         _, _, _, square, count = backend.ratio_statistics(sums, t, rows, objective)
         floor = objectives.std_floor(square / count, config, objective.named()["rounding"])
         rows = rows._replace(statistics=torch.cat([rows.statistics[:2], floor.unsqueeze(0)]))
