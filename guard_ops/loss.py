@@ -209,7 +209,7 @@ def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
     tracing = torch.compiler.is_compiling()
     fused = None
     if backend.FUSED and shape.batch <= backends.max_batch(backend):
-        if not groups.given():
+        if groups.latent is None and groups.process is None:
             fused = backend.guard_loss
         elif not tracing:
             fused = functools.partial(over_ranks.guard_loss, backend, groups, config)

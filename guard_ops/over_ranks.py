@@ -27,10 +27,6 @@ class Groups(NamedTuple):
     latent: Any  # whose ranks have other parts of the same latents
     process: Any  # whose ranks have other samples; None for a norm without statistics
 
-    def given(self) -> bool:
-        """Whether there is any. (A named tuple that is traced has no property.)"""
-        return self.latent is not None or self.process is not None
-
 
 def guard_loss(
     backend: ModuleType,
