@@ -228,6 +228,26 @@ def test_both_outputs_of_guidance_have_a_gradient_over_ranks(fused_backend, alon
         assert relative(one, other) < 1e-6
 
 
+@pytest.mark.slow_suite  # some 500 operators are traced
+def test_a_traced_loss_over_ranks_is_the_eager_one(fused_backend, alone):
+    """It is composed, as torch.compile traces collectives and no buffers that outlive a call."""
+    given = problem("mean", steps=2, dtype=torch.float32, drift=0.3)
+    v, groups = given.pop("model_output"), {"process_group": alone, "latent_group": alone}
+
+    def step(v, given):
+        out = go.guard_loss(v, **given, config=ARTICLE, **groups)
+        return out.loss, out.excess
+
+    torch.compiler.reset()
+    results = []
+    for function in (torch.compile(step, backend="aot_eager"), step):
+        leaf = v.clone().requires_grad_()
+        loss, excess = function(leaf, given)
+        results.append((loss.detach(), excess, *torch.autograd.grad(loss, leaf)))
+    for got, expected in zip(*results, strict=True):
+        assert relative(got, expected) < 1e-6
+
+
 @pytest.mark.parametrize("form", ["mean", "velocity", "noise", "seeded"])
 def test_on_policy_the_ratio_is_exactly_one_over_ranks(form, fused_backend, alone):
     given = problem(form, steps=2, dtype=torch.float32, drift=0.0)
