@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import guard_ops as go
 from guard_ops import backends, objective
-from guard_ops.config import objective_of
+from guard_ops.config import objective_of, rounding_of
 from guard_ops.schedule import StepCoefficients
 from guard_ops.transitions import Latents, Rows, Transitions
 
@@ -75,9 +75,14 @@ def given_of(name, rank):
             mine["old_log_prob"] = given["old_log_prob"][:, part]
         if "mask" in given:
             mine["mask"] = given["mask"]
-    if "given" in name:
-        values = torch.linspace(-0.2, 0.3, 30).double().view(3, 10)
-        mine["statistics"] = go.RatioStatistics(3).update(values)
+    if "given" in name:  # not degenerate, which they would be by the floor of a part of 20 elements
+        table = StepCoefficients._of(coeffs.table, coeffs.gaussian, ())
+        square = objective.squared_gain(table, 30, config.reduction)
+        floor = objective.std_floor(square, config, rounding_of(config, (dtype,), 1.0))
+        count = torch.full((3,), 10.0).double()
+        state = {"count": count, "mean": 0.01 * count, "root_m2": 1.1 * floor * count.sqrt()}
+        mine["statistics"] = go.RatioStatistics(3)
+        mine["statistics"].load_state_dict(state)
     group = "latent_group" if shards else "process_group"
     return {**mine, "coeffs": coeffs, group: dist.group.WORLD}, config
 
