@@ -45,7 +45,7 @@ test-slow: $(VENV)/development emulated-extension $(ARM_BITS)
 
 # The Triton kernels on the CPU, by Triton's interpreter: their own tests, and some of the others'.
 INTERPRETED_TESTS := -k "triton or unusable or have_the_shape" tests/device tests/kernels \
-  $(patsubst %,tests/test_%.py,goldens sde_step std_floor torch_operators life_of_a_call masks shards)
+  $(patsubst %,tests/test_%.py,goldens sde_step std_floor torch_operators life_of_a_call masks over_ranks shards)
 test-triton: $(VENV)/development
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q $(INTERPRETED_TESTS)
 
@@ -53,7 +53,7 @@ test-triton: $(VENV)/development
 # the others' of the ops, but those in float64, which they have not.
 EMULATED_TESTS := tests/device/test_cuda_paths.py tests/device/test_device_loss.py \
   tests/test_nonfinite.py::test_many_bad_elements_and_chunks tests/test_statistics.py \
-  $(patsubst %,tests/test_%.py,autograd determinism goldens layouts masks numerics peers sde_step shards std_floor torch_operators)
+  $(patsubst %,tests/test_%.py,autograd determinism goldens layouts masks numerics over_ranks peers sde_step shards std_floor torch_operators)
 test-emulated: $(VENV)/development emulated-extension
 	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -k cuda $(EMULATED_TESTS)
 

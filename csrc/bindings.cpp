@@ -136,7 +136,7 @@ void fill(const Tensor& to, int64_t at, const double* from, int64_t n) {
 
 std::vector<Coefficients> coefficients_of(const Call& call, const Tensor& sum_grads,
                                           double factor) {
-  const std::array<Doubles, 3> c = sum_grads_of(sum_grads);
+  const std::array<Doubles, 3> c = triple_of(sum_grads, "sum_grads");
   std::vector<Coefficients> out;
   for (int64_t k = 0; k < call.batch.steps; ++k) {
     for (int64_t i = 0; i < call.batch.batch; ++i) {
@@ -178,18 +178,8 @@ void scaled_(Tensor grad, Tensor grad_uncond, const Tensor& factor, const Tensor
   if (uncond) grad_uncond.mul_(value);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(GUARD_OPS_OPERANDS,
-                                                                      GUARD_OPS_LOSS_OPERANDS,
-                                                                      bool cond, bool uncond) {
-  const Call call(GUARD_OPS_PASS);
-  const LossProblem loss(call, rows, choices, numbers);
-  const Tensor& v = call.model_output();
-  const LossTensors out(call, gradient_like(v, cond, v),
-                        gradient_like(call.tensors.model_output_uncond, uncond, v));
-  const cpu::Evaluation result =
-      cpu::guard_loss(machine(), call.batch, loss.problem, gradient_operand(out.grad),
-                      gradient_operand(out.grad_uncond));
-  const int64_t n = call.batch.steps * call.batch.batch;
+void put(const cpu::Evaluation& result, const LossTensors& out) {
+  const int64_t n = int64_t(result.coefficients.size());
   fill(out.loss, 0, &result.loss, 1);
   int64_t at = 0;
   for (const auto* x : {&result.log_ratio, &result.excess, &result.weights, &result.kl}) {
@@ -203,7 +193,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(GUARD_OPS_
     c[n + row] = result.coefficients[row].c2;
     c[2 * n + row] = result.coefficients[row].c3;
   }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(GUARD_OPS_OPERANDS,
+                                                                      GUARD_OPS_LOSS_OPERANDS,
+                                                                      bool cond, bool uncond) {
+  const Call call(GUARD_OPS_PASS);
+  const LossProblem loss(call, rows, choices, numbers);
+  const Tensor& v = call.model_output();
+  const LossTensors out(call, gradient_like(v, cond, v),
+                        gradient_like(call.tensors.model_output_uncond, uncond, v));
+  const cpu::Evaluation result =
+      cpu::guard_loss(machine(), call.batch, loss.problem, gradient_operand(out.grad),
+                      gradient_operand(out.grad_uncond));
+  put(result, out);
   return out.all();
+}
+
+std::vector<Sums> listed(const std::array<Doubles, 3>& sums, const Batch& t) {
+  std::vector<Sums> out;
+  for (int64_t k = 0; k < t.steps; ++k) {
+    for (int64_t i = 0; i < t.batch; ++i) {
+      out.push_back({*sums[0].at(k, i), *sums[1].at(k, i), *sums[2].at(k, i)});
+    }
+  }
+  return out;
+}
+
+// What guard_loss does with the sums that it forms, without the gradient.
+std::tuple<Tensor, Tensor, Tensor, Tensor> evaluate(const Tensor& sums, GUARD_OPS_OPERANDS,
+                                                    GUARD_OPS_LOSS_OPERANDS) {
+  const Call call(GUARD_OPS_PASS);
+  const LossProblem loss(call, rows, choices, numbers);
+  const LossTensors out(call, {}, {});
+  put(cpu::evaluate(loss.problem, listed(given_sums(sums, call), call.batch).data()), out);
+  return out.without_gradients();
+}
+
+Tensor ratio_statistics(const Tensor& sums, GUARD_OPS_OPERANDS, GUARD_OPS_LOSS_OPERANDS) {
+  const Call call(GUARD_OPS_PASS);
+  LossProblem loss(call, rows, choices, numbers);
+  loss.problem.mean = nullptr;
+  const std::vector<Sums> of = listed(given_sums(sums, call), call.batch);
+  Tensor out = at::empty({statistic_count, call.batch.steps}, sums.options());
+  cpu::ratio_statistics(loss.problem, of.data(), out.data_ptr<double>());
+  return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> sde_step(GUARD_OPS_OPERANDS) {
@@ -226,6 +260,9 @@ TORCH_LIBRARY(guard_ops, m) {
   m.def("guard_loss(" GUARD_OPS_SCHEMA ", " GUARD_OPS_LOSS_SCHEMA
         ", bool cond, bool uncond) -> (Tensor loss, Tensor grad, Tensor grad_uncond, "
         "Tensor per_row, Tensor metrics, Tensor sum_grads)");
+  m.def("evaluate(Tensor sums, " GUARD_OPS_SCHEMA ", " GUARD_OPS_LOSS_SCHEMA
+        ") -> (Tensor loss, Tensor per_row, Tensor metrics, Tensor sum_grads)");
+  m.def("ratio_statistics(Tensor sums, " GUARD_OPS_SCHEMA ", " GUARD_OPS_LOSS_SCHEMA ") -> Tensor");
   m.def(
       "scaled_(Tensor(a!) grad, Tensor(b!) grad_uncond, Tensor factor, Tensor "
       "sum_grads, " GUARD_OPS_SCHEMA ", bool cond, bool uncond) -> ()");
@@ -237,6 +274,8 @@ TORCH_LIBRARY_IMPL(guard_ops, CPU, m) {
   m.impl("gradient", gradient);
   m.impl("scaled_", scaled_);
   m.impl("guard_loss", guard_loss);
+  m.impl("evaluate", evaluate);
+  m.impl("ratio_statistics", ratio_statistics);
   m.impl("sde_step", sde_step);
 }
 

@@ -91,9 +91,9 @@ inline Reals reals_of(const MaybeTensor& t) {
   return {t->const_data_ptr(), t->stride(0), t->stride(1), wide};
 }
 
-// d loss / d sums [3, K, B].
-inline std::array<Doubles, 3> sum_grads_of(const Tensor& t) {
-  TORCH_CHECK(t.dim() == 3 && t.size(0) == 3, "guard_ops: sum_grads needs [3, K, B]");
+// Three numbers of each transition, [3, K, B]: its sums, or d loss / d sums.
+inline std::array<Doubles, 3> triple_of(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.dim() == 3 && t.size(0) == 3, "guard_ops: ", name, " needs [3, K, B]");
   return {doubles_of(t.select(0, 0)), doubles_of(t.select(0, 1)), doubles_of(t.select(0, 2))};
 }
 
@@ -252,6 +252,18 @@ struct LossTensors {
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> all() const {
     return {loss, grad, grad_uncond, per_row, metrics, sum_grads};
   }
+  std::tuple<Tensor, Tensor, Tensor, Tensor> without_gradients() const {
+    return {loss, per_row, metrics, sum_grads};
+  }
 };
+
+// The sums of a call's transitions, which it is given instead of forming them.
+inline std::array<Doubles, 3> given_sums(const Tensor& sums, const Call& call) {
+  const int64_t steps = call.batch.steps, batch = call.batch.batch;
+  TORCH_CHECK(sums.dim() == 3 && sums.size(1) == steps && sums.size(2) == batch &&
+                  sums.device() == call.model_output().device(),
+              "guard_ops: sums needs [3, K, B] on the device of the latents");
+  return triple_of(sums, "sums");
+}
 
 }  // namespace guard_ops

@@ -76,8 +76,9 @@ void gradient_into(const Call& call, const Tensor& grad, const Tensor& grad_unco
                 "guard_ops: factor needs one float32 or float64 on the device");
     by = {factor->const_data_ptr(), factor->scalar_type() == at::kDouble};
   }
-  cuda::gradient(call.batch, call.table, sum_grads_of(sum_grads).data(), gradient_operand(grad),
-                 gradient_operand(grad_uncond), by, factor.has_value(), stream());
+  cuda::gradient(call.batch, call.table, triple_of(sum_grads, "sum_grads").data(),
+                 gradient_operand(grad), gradient_operand(grad_uncond), by, factor.has_value(),
+                 stream());
 }
 
 std::tuple<Tensor, Tensor> gradient(const Tensor& sum_grads, GUARD_OPS_OPERANDS, bool cond,
@@ -130,6 +131,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> guard_loss(GUARD_OPS_
   return out.all();
 }
 
+Tensor workspace_for(const Problem& problem, const Tensor& sums) {
+  return at::empty({cuda::rows_workspace_bytes(problem)}, sums.options().dtype(at::kByte));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> evaluate(const Tensor& sums, GUARD_OPS_OPERANDS,
+                                                    GUARD_OPS_LOSS_OPERANDS) {
+  const c10::cuda::CUDAGuard guard(device_of(latents));
+  const Call call(GUARD_OPS_PASS);
+  checked(call, coefficients);
+  const LossProblem loss(call, rows, choices, numbers);
+  const std::array<Doubles, 3> of = given_sums(sums, call);
+  const LossTensors out(call, {}, {});
+  const Tensor workspace = workspace_for(loss.problem, sums);
+  const cuda::LossResult result{out.loss.data_ptr<float>(),
+                                out.per_row.data_ptr<float>(),
+                                out.metrics.data_ptr<float>(),
+                                out.sum_grads.data_ptr<double>(),
+                                {},
+                                {}};
+  cuda::evaluate(loss.problem, of.data(), result, workspace.data_ptr(), stream());
+  return out.without_gradients();
+}
+
+Tensor ratio_statistics(const Tensor& sums, GUARD_OPS_OPERANDS, GUARD_OPS_LOSS_OPERANDS) {
+  const c10::cuda::CUDAGuard guard(device_of(latents));
+  const Call call(GUARD_OPS_PASS);
+  const Batch& t = checked(call, coefficients).batch;
+  LossProblem loss(call, rows, choices, numbers);
+  loss.problem.mean = nullptr;
+  const std::array<Doubles, 3> of = given_sums(sums, call);
+  Tensor out = at::empty({statistic_count, t.steps}, sums.options());
+  const Tensor workspace = workspace_for(loss.problem, sums);
+  cuda::ratio_statistics(loss.problem, of.data(), out.data_ptr<double>(), workspace.data_ptr(),
+                         stream());
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> sde_step(GUARD_OPS_OPERANDS) {
   const c10::cuda::CUDAGuard guard(device_of(latents));
   const Call call = step_call(GUARD_OPS_PASS);
@@ -149,6 +187,8 @@ TORCH_LIBRARY_IMPL(guard_ops, CUDA, m) {
   m.impl("gradient", gradient);
   m.impl("scaled_", scaled_);
   m.impl("guard_loss", guard_loss);
+  m.impl("evaluate", evaluate);
+  m.impl("ratio_statistics", ratio_statistics);
   m.impl("sde_step", sde_step);
 }
 

@@ -1,7 +1,7 @@
 // The objective on [K, B] numbers, following guard_ops/objective.py: from the sums of each
 // transition to the loss, its diagnostics, and the coefficients d loss / d sums. First what is said
-// of one transition, then evaluate(), which is one algorithm for the host, where a team is one
-// thread, and for the device, where it is a block.
+// of one transition, then evaluate() and ratio_statistics(), which are one algorithm for the host,
+// where a team is one thread, and for the device, where it is a block.
 #pragma once
 
 #include <cmath>
@@ -391,6 +391,25 @@ GUARD_OPS_HD double metric_of(int metric, const Mean& over) {
   }
 }
 
+// Of a step: how many of its transitions are finite, mean and std of their u, and over all of its
+// transitions the sum of the squared gain.
+struct Spread {
+  double count, mean, std, square;
+};
+
+template <class Group>
+GUARD_OPS_HD Spread spread_of(const Group& group, const Problem& problem, const RowState* step,
+                              int64_t k) {
+  const FiniteMean<Group> over{group, step, problem.batch};
+  const auto u = [](const RowState& r) { return r.ratio.u; };
+  const double mean = over(u), std = over.std(u, mean);
+  const double square = group.sum(problem.batch, [&](int64_t i) {
+    const double gain = rounding_gain(problem.config, problem.scalars(k, i));
+    return gain * gain;
+  });
+  return {double(over.count), mean, std, square};
+}
+
 // A Team has each(n, f), which calls f(0) ... f(n - 1), groups(n, f), which calls f(group, 0) ...
 // f(group, n - 1), both finished by all before they return, and sum(n, f), which every thread may
 // call. A Group has each(n, f), sum(n, f), the same order of additions in every run, and leader().
@@ -415,15 +434,8 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
     RowState* const step = state + k * batch;
     Statistics of = problem.statistics(k);
     if (problem.mean == nullptr && c.needs_statistics()) {
-      const FiniteMean<std::decay_t<decltype(group)>> over{group, step, batch};
-      const auto u = [](const RowState& r) { return r.ratio.u; };
-      of.mean = over(u);
-      of.std = over.std(u, of.mean);
-      const double square = group.sum(batch, [&](int64_t i) {
-        const double gain = rounding_gain(c, problem.scalars(k, i));
-        return gain * gain;
-      });
-      of.floor = std_floor_of(c, square / double(batch));
+      const Spread found = spread_of(group, problem, step, k);
+      of = {found.mean, found.std, std_floor_of(c, found.square / double(batch))};
     }
     group.each(batch, [&](int64_t i) {
       RowState& r = step[i];
@@ -518,6 +530,32 @@ GUARD_OPS_HD void evaluate(const Team& team, const Problem& problem, const SumsO
       }
       out.row(k * batch + i, r, row);
     });
+  });
+}
+
+constexpr int statistic_count = 5;  // in the order of guard_ops.objective.ratio_statistics
+
+// What evaluate() needs to know of each step where its statistics go over more samples than the
+// problem has: writes count, mean and root_m2 = std sqrt(count) of the finite transitions' u, the
+// sum of the squared gain, and of how many transitions that is a sum, [statistic_count, K]. Which
+// are finite is decided as where statistics are not known.
+template <class Team, class SumsOf>
+GUARD_OPS_HD void ratio_statistics(const Team& team, const Problem& problem, const SumsOf& sums,
+                                   RowState* state, double* out) {
+  const int64_t steps = problem.steps, batch = problem.batch;
+  team.each(steps * batch, [&](int64_t n) {
+    const int64_t k = quotient(n, batch);
+    state[n].ratio = problem.ratio(k, n - k * batch, sums(n));
+  });
+  team.groups(steps, [&](const auto& group, int64_t k) {
+    const Spread found = spread_of(group, problem, state + k * batch, k);
+    if (!group.leader()) return;
+    const bool any = found.count > 0;
+    out[k] = found.count;
+    out[steps + k] = any ? found.mean : 0.0;
+    out[2 * steps + k] = any ? found.std * std::sqrt(found.count) : 0.0;
+    out[3 * steps + k] = found.square;
+    out[4 * steps + k] = double(batch);
   });
 }
 

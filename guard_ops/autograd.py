@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ranks
+from . import over_ranks
 from .config import Objective
 from .transitions import DIFFERENTIATED, Rows, Transitions, counted, flatten
 
@@ -102,10 +102,9 @@ class _OverShards(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, sums: Tensor, counted: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-        *whole, elements = ranks.total(torch.cat([sums, counted.unsqueeze(0)]), group).unbind(0)
-        elements = elements.clamp(min=1)
+        whole, elements = over_ranks.whole_latents(sums, counted, group)
         ctx.mark_non_differentiable(elements)
-        return torch.stack(whole), elements
+        return whole, elements
 
     @staticmethod
     @once_differentiable
@@ -132,6 +131,9 @@ def _scaled(
     return grads
 
 
+Fused = Callable[[Transitions, Rows, Objective, bool, bool], tuple[Tensor, ...]]
+
+
 class GuardLoss(torch.autograd.Function):
     """Fused loss and gradient: the forward computes both, the backward returns the gradient.
 
@@ -145,6 +147,7 @@ class GuardLoss(torch.autograd.Function):
     def forward(
         ctx: Context,
         backend: ModuleType,
+        fused: Fused,
         t: Transitions,  # its operands are detached
         rows: Rows,
         objective: Objective,
@@ -155,8 +158,7 @@ class GuardLoss(torch.autograd.Function):
         ctx.backend, ctx.wanted, ctx.guidance_scale = backend, wanted, t.guidance_scale
         ctx.set_materialize_grads(False)  # else torch makes zeros for the diagnostics
         now = (False, False) if model_output.dtype == torch.float16 else wanted
-        out = backend.guard_loss(t, rows, objective, *now)
-        loss, *buffers, per_row, metrics, ctx.sum_grads = out
+        loss, *buffers, per_row, metrics, ctx.sum_grads = fused(t, rows, objective, *now)
         ctx.buffers = buffers if any(now) else None
         given = t.latents._replace(
             model_output=model_output, model_output_uncond=model_output_uncond
@@ -170,7 +172,7 @@ class GuardLoss(torch.autograd.Function):
         # this raises if an operand was changed in place, even where no gradient is wanted
         t = Transitions.take(_saved(ctx), ctx.guidance_scale)
         if grad_output is None:
-            return (None,) * 7
+            return (None,) * 8
         outputs = (t.latents.model_output, t.latents.model_output_uncond)
 
         def transitions() -> Transitions:  # copies a latent that is not dense, so only if needed
@@ -195,7 +197,7 @@ class GuardLoss(torch.autograd.Function):
             else None
             for grad, output, wanted in zip(grads, outputs, ctx.wanted, strict=True)
         ]
-        return (None,) * 5 + tuple(handed)
+        return (None,) * 6 + tuple(handed)
 
 
 class TracedGuardLoss(torch.autograd.Function):
@@ -237,13 +239,14 @@ class TracedGuardLoss(torch.autograd.Function):
 
 def guard_loss(
     backend: ModuleType,
+    fused: Fused,  # its guard_loss, or that over ranks
     t: Transitions,  # its operands require no grad, unless torch.compile is tracing
     rows: Rows,
     objective: Objective,
     model_output: Tensor,  # [K, B, *latent] or [B, *latent]
     model_output_uncond: Tensor | None,  # the same shape
 ) -> Any:
-    """(loss [], per_row [4, K, B], metrics [10, K]) of a fused backend."""
+    """(loss [], per_row [4, K, B], metrics [11, K]) of a fused backend."""
     outputs = (model_output, model_output_uncond)
     cond, uncond = (x is not None and x.requires_grad and torch.is_grad_enabled() for x in outputs)
     if torch.compiler.is_compiling():
@@ -251,4 +254,4 @@ def guard_loss(
         return TracedGuardLoss.apply(
             backend, t.guidance_scale, values, (cond, uncond), *t.tensors(), *rows
         )
-    return GuardLoss.apply(backend, t, rows, objective, (cond, uncond), *outputs)
+    return GuardLoss.apply(backend, fused, t, rows, objective, (cond, uncond), *outputs)

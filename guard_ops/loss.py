@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, backends, callers, inference, ranks, transitions
+from . import autograd, backends, callers, inference, over_ranks, ranks, transitions
 from . import objective as objectives
 from .config import RATIO_NORMS, GuardConfig, Objective, objective_of
 from .objective import Metrics
 from .options import LossOptions, Names, takes
 from .schedule import StepCoefficients
-from .statistics import RatioStatistics, check_statistics
+from .statistics import check_statistics
 from .transitions import CallShape, Given, Rows, Transitions, check_tensor
 
 if TYPE_CHECKING:
@@ -102,9 +103,10 @@ def computed(model_output: Tensor, given: Given) -> tuple[CallShape, Tensor, Ten
         metrics [11, K] in the order of Metrics.
     """
     call = _check(model_output, given, history=True)
-    if call.fused:
+    if call.fused is not None:
         loss, per_row, metrics = autograd.guard_loss(
             call.backend,
+            call.fused,
             call.t,
             call.rows,
             call.objective,
@@ -112,7 +114,7 @@ def computed(model_output: Tensor, given: Given) -> tuple[CallShape, Tensor, Ten
             given.get("model_output_uncond"),
         )
     else:
-        loss, per_row, metrics = _composed(call, given)
+        loss, per_row, metrics = _composed(call)
     return call.shape, loss, per_row, metrics
 
 
@@ -134,13 +136,13 @@ def guard_loss_and_grad(model_output: Tensor, **options: Unpack[LossOptions]) ->
         with torch.enable_grad():  # a constant that requires grad is refused all the same
             call = _check(model_output, options, history=False)
     grads: tuple[Tensor, ...]
-    if call.fused:  # none of whose tensors requires grad by now
-        loss, grad, grad_uncond, per_row, metrics, _ = call.backend.guard_loss(
+    if call.fused is not None:  # none of whose tensors requires grad by now
+        loss, grad, grad_uncond, per_row, metrics, _ = call.fused(
             call.t, call.rows, call.objective, True, guided
         )
         grads = (grad, grad_uncond)
     else:
-        loss, per_row, metrics, grads = _differentiated(call, options)
+        loss, per_row, metrics, grads = _differentiated(call)
     grad, *more = (x.view(model_output.shape) for x in grads if x.numel())
     if guided:
         (grad_uncond,) = more
@@ -151,7 +153,7 @@ def guard_loss_and_grad(model_output: Tensor, **options: Unpack[LossOptions]) ->
 
 
 @inference.lasting  # where there is no autograd
-def _differentiated(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor, Any]:
+def _differentiated(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Any]:
     """What :func:`_composed` returns, and the gradients by the outputs that the call has."""
     latents = call.t.latents
     outputs = [latents.model_output, latents.model_output_uncond]
@@ -159,7 +161,7 @@ def _differentiated(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tenso
         leaves = [transitions.normal(x).detach().requires_grad_() for x in outputs if x is not None]
         of = dict(zip(transitions.DIFFERENTIATED, leaves))  # noqa: B905, one without guidance
         call = call._replace(t=call.t._replace(latents=latents._replace(**of)))
-        loss, per_row, metrics = _composed(call, given)
+        loss, per_row, metrics = _composed(call)
         return loss, per_row, metrics, torch.autograd.grad(loss, leaves)
 
 
@@ -180,7 +182,8 @@ class LossCall(NamedTuple):
     """A loss whose arguments are checked."""
 
     backend: ModuleType
-    fused: bool  # whether one call of the backend computes loss and gradient
+    fused: autograd.Fused | None  # computes loss and gradient; None where they are composed
+    groups: over_ranks.Groups
     shape: CallShape
     t: Transitions
     rows: Rows
@@ -199,13 +202,18 @@ def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
     coeffs: StepCoefficients = given["coeffs"]
     shape = transitions.check_shape(model_output, coeffs)
     backend = backends.select(model_output.device)
-    fused = (
-        backend.FUSED
-        and given.get("process_group") is None
-        and given.get("latent_group") is None
-        and shape.batch <= backends.max_batch(backend)
-    )
-    if not history or (fused and not torch.compiler.is_compiling()):
+    config = given.get("config")
+    config = _ARTICLE if config is None else config
+    transitions.check_config(config)
+    groups = _groups(config, given)
+    tracing = torch.compiler.is_compiling()
+    fused = None
+    if backend.FUSED and shape.batch <= backends.max_batch(backend):
+        if groups.latent is None and groups.process is None:
+            fused = backend.guard_loss
+        elif not tracing:
+            fused = functools.partial(over_ranks.guard_loss, backend, groups, config)
+    if not history or (fused is not None and not tracing):
         model_output, given = _without_history(model_output, given)
     t = transitions.gather(shape, model_output, given)
     device = model_output.device
@@ -215,40 +223,29 @@ def _check(model_output: Tensor, given: Given, *, history: bool) -> LossCall:
     step_weights = given.get("step_weights")
     if step_weights is not None:
         step_weights = transitions.per_transition("step_weights", step_weights, shape, device)
-    config = given.get("config")
-    config = _ARTICLE if config is None else config
     old = transitions.old_log_prob(shape, model_output, given)
     mean_std = _check_objective(config, shape, model_output, given)
     velocities = tuple([x.dtype for x in t.latents.velocities()])
-    make = objective_of.__wrapped__ if torch.compiler.is_compiling() else objective_of
+    make = objective_of.__wrapped__ if tracing else objective_of
     objective = make(config, coeffs.gaussian, velocities, t.guidance_scale)
-    elements, statistics = transitions.elements(t), None
+    # of the whole latents; where each rank has a part of them, _composed and over_ranks find these
+    elements, statistics = None if groups.latent is not None else transitions.elements(t), None
     if mean_std is not None:
         numel = transitions.numel_of(t, elements)
-        floor = _std_floor(t, numel, config, objective, coeffs.gaussian)
+        table = StepCoefficients._of(t.coefficients, coeffs.gaussian, ())
+        square = objectives.squared_gain(table, numel, config.reduction).mean(-1)
+        floor = objectives.std_floor(square, config, objective.named()["rounding"])
         statistics = torch.cat([mean_std, floor.unsqueeze(0)])
     rows = Rows(advantages, old, step_weights, elements, statistics)
-    return LossCall(backend, fused, shape, t, rows, config, objective, coeffs.gaussian)
+    return LossCall(backend, fused, groups, shape, t, rows, config, objective, coeffs.gaussian)
 
 
-def _std_floor(
-    t: Transitions,
-    numel: int | Tensor,  # D: of all transitions, or [K, B]
-    config: GuardConfig,
-    objective: Objective,
-    gaussian: bool,
-    group: Any = None,
-) -> Tensor:
-    """``objective.std_floor`` of the call, or of all ranks of the group, [K]."""
-    coeffs = StepCoefficients._of(t.coefficients, gaussian, ())
-    square = objectives.squared_gain(coeffs, numel, config.reduction)
-    mean = square.mean(-1)
-    if group is not None and config.std_floor == "auto":
-        count = torch.full_like(mean, square.shape[-1])
-        parts = ranks.gather(torch.stack([square.sum(-1), count]), group)
-        total, count = torch.stack(parts).sum(0).unbind(0)
-        mean = total / count
-    return objectives.std_floor(mean, config, objective.named()["rounding"])
+def _groups(config: GuardConfig, given: Given) -> over_ranks.Groups:
+    """The call's process groups, less one whose numbers its objective does not need."""
+    needed = RATIO_NORMS[config.ratio_norm].statistics
+    return over_ranks.Groups(
+        given.get("latent_group"), given.get("process_group") if needed else None
+    )
 
 
 def _without_history(model_output: Tensor, given: Given) -> tuple[Tensor, Given]:
@@ -268,7 +265,6 @@ def _check_objective(
 ) -> Tensor | None:
     """Checks that the call has what its objective needs; returns given statistics as [2, K]."""
     global _warned_single
-    transitions.check_config(config)
     if given.get("step_weights") is None:
         transitions.check_balance(config, shape.steps)
     statistics, process_group = given.get("statistics"), given.get("process_group")
@@ -323,21 +319,21 @@ def _check_objective(
 # ---- without a fused backend --------------------------------------------------------------------
 
 
-def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, per_row and metrics as a fused backend returns them, by its sums and objective.py."""
-    t, config, process_group = call.t, call.config, given.get("process_group")
+def _composed(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, per_row and metrics as a fused backend returns them, by its sums and objective.py.
+
+    It exchanges the same numbers with other ranks as :func:`over_ranks.guard_loss`.
+    """
+    t, config, groups = call.t, call.config, call.groups
     advantages, old_log_prob, step_weights, elements, statistics = (
         None if x is None else transitions.normal(x).double() for x in call.rows
     )
     assert advantages is not None
     sums = autograd.transition_sums(call.backend, t)
-    if given.get("latent_group") is not None:
-        sums, elements = autograd.over_shards(sums, t, given["latent_group"])
+    if groups.latent is not None:
+        sums, elements = autograd.over_shards(sums, t, groups.latent)
     numel = transitions.numel_of(t, elements)
     mean_std = None if statistics is None else (statistics[0], statistics[1])
-    alone = process_group is None or not RATIO_NORMS[config.ratio_norm].statistics
-    group = None if alone else process_group
-    floor = _std_floor(t, numel, config, call.objective, call.gaussian, group)
     coeffs = StepCoefficients._of(t.coefficients, call.gaussian, ())
     log_r, kl_old, kl = objectives.log_ratio_and_kl(
         sums,
@@ -346,9 +342,12 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
         config.reduction,
         old_log_prob,
     )
-    if not alone:
+    square = objectives.squared_gain(coeffs, numel, config.reduction)
+    if groups.process is None:
+        floor = objectives.std_floor(square.mean(-1), config, call.objective.named()["rounding"])
+    else:
         seen = log_r.detach()
-        whole = objectives.finite_transitions(
+        finite = objectives.finite_transitions(
             seen,
             kl_old.detach(),
             kl.detach(),
@@ -358,12 +357,11 @@ def _composed(call: LossCall, given: Given) -> tuple[Tensor, Tensor, Tensor]:
             step_weights,
             None,
             t.compute_dtype(),
-            floor,
+            0.0,  # a floor is for statistics that are known
         )
-        merged = RatioStatistics(log_r.shape[0], log_r.device)
-        merged.update(torch.where(whole, seen, float("nan")))
-        merged.all_reduce(process_group)
-        mean_std = merged.mean, merged.std
+        found = objectives.ratio_statistics(seen, finite, square)
+        mean, std, floor = over_ranks.of_all_ranks(found, config, call.objective, groups.process)
+        mean_std = mean, std
     result = objectives.evaluate(
         log_r,
         kl_old,

@@ -1,8 +1,8 @@
 """The objective on [K, B] numbers: the sums of each transition come in, the loss comes out.
 
 It is plain differentiable PyTorch in float64. Fused kernels follow it line by line and are tested
-against it; the ``reference`` backend and losses with statistics over ranks run it. Ratios are
-handled as differences from 1 throughout: ``u = expm1(log r)``, ``excess = r_hat - 1``.
+against it; the ``reference`` backend runs it. Ratios are handled as differences from 1 throughout:
+``u = expm1(log r)``, ``excess = r_hat - 1``.
 """
 
 from __future__ import annotations
@@ -98,6 +98,37 @@ def masked_std(x: Tensor, mask: Tensor) -> Tensor:
     """Standard deviation (correction 0) of ``x`` [K, B] over the batch where ``mask``."""
     variance, unit = _variance(x, masked_mean(x, mask), mask)
     return variance.sqrt() * unit
+
+
+def moments(u: Tensor, finite: Tensor) -> Tensor:
+    """Count, mean and ``root_m2 = std sqrt(count)`` of ``u`` [K, B] where ``finite``, [3, K].
+
+    0, 0 and 0 for a step without a finite sample, so that it adds nothing to another's.
+    """
+    count = finite.sum(-1).double()
+    mean = torch.where(count > 0, masked_mean(u, finite), 0.0)
+    std = torch.where(count > 0, masked_std(u, finite), 0.0)
+    return torch.stack([count, mean, std * count.sqrt()])
+
+
+def std_of(count: Tensor, root_m2: Tensor) -> Tensor:
+    """The standard deviation of :func:`moments`; 0 without samples."""
+    return root_m2 / count.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+
+
+def ratio_statistics(
+    log_ratio: Tensor,  # [K, B]
+    finite: Tensor,  # [K, B] bool
+    square: Tensor,  # [K, B] of :func:`squared_gain`
+) -> Tensor:
+    """What RatioNorm has to know of each step, to be merged with other ranks', [5, K] float64.
+
+    :func:`moments` of the finite ``u = expm1(log r)``; then the sum of the squared gain over all
+    the step's transitions, and of how many that is a sum.
+    """
+    u = torch.expm1(torch.where(finite, log_ratio, 0.0).double())
+    over_all = torch.stack([square.sum(-1), torch.full_like(square[:, 0], square.shape[-1])])
+    return torch.cat([moments(u, finite), over_all])
 
 
 def _variance(x: Tensor, mean: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

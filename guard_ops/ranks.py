@@ -35,26 +35,27 @@ def check_group(name: str, group: Any) -> None:
         )
 
 
-def gather(value: Tensor, group: ProcessGroup | None) -> list[Tensor]:
-    """Every rank's ``value``, which has the same shape on all of them, in the order of ranks."""
-    value = value.contiguous()
-    gathered = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, value, group=group)
+def gather(value: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Every rank's ``value``, which has one shape on all of them: [ranks, ...], in their order."""
+    gathered = value.new_empty((dist.get_world_size(group), *value.shape))
+    # some process groups take the result for a concatenation along the first dimension
+    part = value.contiguous().unsqueeze(0)
+    if hasattr(dist, "all_gather_single"):  # what newer versions of torch call it
+        dist.all_gather_single(gathered, part, group=group)
+    else:
+        dist.all_gather_into_tensor(gathered, part, group=group)
     return gathered
 
 
 def total(value: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum of every rank's ``value`` in the order of ranks: all of them hold the same bits."""
-    first, *others = gather(value, group)
-    for other in others:
-        first = first + other
-    return first
+    """The sum of every rank's ``value``, which all of them form alike and so to the same bits."""
+    return gather(value, group).sum(0)
 
 
 def gather_uneven(value: Tensor, group: ProcessGroup | None) -> list[Tensor]:
     """Every rank's ``value`` [n], where n differs between ranks; the host waits for their sizes."""
     size = torch.tensor([len(value)], device=value.device)
-    sizes = torch.cat(gather(size, group)).tolist()
+    sizes = gather(size, group).flatten().tolist()
     padded = value.new_zeros(max(sizes))
     padded[: len(value)] = value
     parts = zip(gather(padded, group), sizes, strict=True)
@@ -99,5 +100,5 @@ def rank_weight(
         raise ValueError(f"`samples` is {samples}; it needs 0 <= samples < 2**53")
     else:
         mine = torch.full((), samples, dtype=torch.float64, device=check_device("device", device))
-    everybody = torch.stack(gather(mine, process_group))
+    everybody = gather(mine, process_group)
     return mine * len(everybody) / everybody.sum().clamp(min=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from . import inference, ranks
 from .checks import check_device, check_number, describe
 from .config import RATIO_NORMS, GuardConfig
-from .objective import masked_mean, masked_std, representable_ratio
+from .objective import moments, representable_ratio, std_of
 from .transitions import check_tensor, normal
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class RatioStatistics:
     @property
     def std(self) -> Tensor:
         """Standard deviation with correction 0, [K]; 0 before any update."""
-        return self.root_m2 / self.count.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+        return std_of(self.count, self.root_m2)
 
     @inference.lasting
     @torch.no_grad()
@@ -82,10 +83,7 @@ class RatioStatistics:
         if log_ratio.shape[-1] == 0:
             return self
         u, finite = torch.expm1(log_ratio.double()), representable_ratio(log_ratio, log_ratio.dtype)
-        count = finite.sum(-1).double()
-        mean = torch.where(count > 0, masked_mean(u, finite), 0.0)
-        std = torch.where(count > 0, masked_std(u, finite), 0.0)
-        return self.merge(self._of(count, mean, std * count.sqrt()))
+        return self.merge(self._of(*moments(u, finite)))
 
     @classmethod
     def _of(cls, count: Tensor, mean: Tensor, root_m2: Tensor) -> RatioStatistics:
@@ -106,25 +104,20 @@ class RatioStatistics:
             )
         if other.count.device != self.count.device:
             raise ValueError(f"`other` is on {other.count.device} but this on {self.count.device}")
-        count = self.count + other.count
-        safe = count.clamp(min=torch.finfo(torch.float64).tiny)
-        delta = other.mean - self.mean
-        between = delta * (self.count * other.count / safe).sqrt()
-        self.root_m2 = self.root_m2.hypot(other.root_m2).hypot(between)
-        self.mean = self.mean + delta * (other.count / safe)
-        self.count = count
-        return self
+        return self._become(torch.stack([self._numbers(), other._numbers()]))
 
     @inference.lasting
     @torch.no_grad()
     def all_reduce(self, group: ProcessGroup | None = None) -> RatioStatistics:
         """Merge over the ranks of ``group`` in rank order, so every rank holds the same bits."""
         ranks.check_group("group", group)
-        mine = torch.stack([self.count, self.mean, self.root_m2])
-        first, *others = ranks.gather(mine, group)
-        self.count, self.mean, self.root_m2 = first.unbind(0)
-        for part in others:
-            self.merge(self._of(*part.unbind(0)))
+        return self._become(ranks.gather(self._numbers(), group))
+
+    def _numbers(self) -> Tensor:
+        return torch.stack([self.count, self.mean, self.root_m2])
+
+    def _become(self, parts: Tensor) -> RatioStatistics:  # [R, 3, K]
+        self.count, self.mean, self.root_m2 = merged(parts)
         return self
 
     @inference.lasting
@@ -168,6 +161,22 @@ class RatioStatistics:
                 )
         for name in self._STATE:
             setattr(self, name, normal(state[name]).to(self.count))
+
+
+def merged(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and root_m2 [K] of all ``parts`` [R, 3, K], each of which has these three.
+
+    The number of operators does not depend on how many parts there are. What is squared is at most
+    1, so that nothing overflows that a result can represent.
+    """
+    limits = torch.finfo(torch.float64)
+    counts, means, roots = parts.unbind(1)
+    count = counts.sum(0)
+    share = counts / count.clamp(min=limits.tiny)
+    mean = means[0] + (share * (means - means[0])).sum(0)  # exact where all are equal
+    apart = torch.cat([roots, (means - mean) * counts.sqrt()])
+    unit = torch.linalg.vector_norm(apart, math.inf, 0).clamp(limits.tiny, limits.max)
+    return count, mean, torch.linalg.vector_norm(apart / unit, dim=0) * unit
 
 
 def check_statistics(

@@ -26,7 +26,7 @@ INTERPRETED = not isinstance(halve, JITFunction)
 
 # A program holds one tile of 4096 elements. With 8 warps a thread has 16 of them: two 16-byte loads
 # of a 16-bit operand, four of a float32 one, all in flight at once.
-WARPS = {"sums": 8, "gradient": 8, "sde_step": 8, "rows": 8, "grid": 8}
+WARPS = {"sums": 8, "gradient": 8, "sde_step": 8, "rows": 8, "grid": 8, "given_sums": 8}
 CANDIDATES = (4, 8, 16)  # warps that GUARD_OPS_AUTOTUNE=1 tries, for kernels without a barrier
 _tuned: dict[tuple[object, ...], int] = {}
 

@@ -30,7 +30,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 DTYPES = (torch.float32, torch.bfloat16)
 # The most registers that a thread may take. A program has 256 threads, so a processor runs two with
 # up to 128 registers, else one. grid_kernel may take more: it holds its tile across the [K, B]
-# arithmetic, and has a processor to itself.
+# arithmetic, and has a processor to itself. So have the kernels that are one program.
 REGISTERS = {
     "sums_kernel": 128,
     "gradient_kernel": 128,
@@ -38,7 +38,10 @@ REGISTERS = {
     "sums_then_evaluate_kernel": 128,
     "rows_kernel": 128,
     "grid_kernel": 255,
+    "evaluate_kernel": 255,
+    "ratio_statistics_kernel": 255,
 }
+ONE_PROGRAM = ("evaluate_kernel", "ratio_statistics_kernel")  # which read no latent
 
 
 class Facts(NamedTuple):
@@ -64,6 +67,8 @@ class Facts(NamedTuple):
             out.append(f"{name} has {self.spills} spill instructions")
         if self.registers > bound:
             out.append(f"{name} needs {self.registers} registers, more than {bound}")
+        if self.kernel in ONE_PROGRAM:
+            return out
         if self.loads == 0:
             out.append(f"{name} has no 128-bit global load")
         if self.stores == 0 and self.kernel not in ("sums_kernel", "sums_then_evaluate_kernel"):
@@ -114,7 +119,7 @@ def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
     """Calls of every launcher, on a problem of ``form``: two steps of four latents of two tiles."""
     from guard_ops import GuardConfig
     from guard_ops.config import objective_of
-    from guard_ops.kernels import gradient, guard_loss, paths, sde_step, sums
+    from guard_ops.kernels import given_sums, gradient, guard_loss, paths, sde_step, sums
     from guard_ops.transitions import Latents, Rows, Transitions
 
     guard_loss.machine = lambda device: paths.Machine(132, 50 << 20, True)  # an H100's
@@ -138,7 +143,7 @@ def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
 
     def fused(path: str, config: GuardConfig) -> None:
         os.environ["GUARD_OPS_TRITON_PATH"] = path
-        loss, metrics = torch.zeros(()), torch.zeros(10, 2)
+        loss, metrics = torch.zeros(()), torch.zeros(11, 2)
         per_row = rows(4, torch.float32)
         numbers = Rows(rows(1)[0], None, None, None, None)
         results = loss, per_row, metrics, rows(3)
@@ -149,6 +154,15 @@ def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
         t = Transitions(of_step, seeds, table, 1.0)
         sde_step.sde_step(t, latents(), latents(torch.float32))
 
+    def one_program(launch: Callable[..., None], *out: torch.Tensor) -> None:
+        numbers = Rows(rows(1)[0], None, None, None, None)
+        launch(rows(3), t, numbers, objective_of(GuardConfig.article(), True), *out)
+
+    results = torch.zeros(()), rows(4, torch.float32), torch.zeros(11, 2), rows(3)
+    alone = [  # the same for every form and dtype but float64
+        lambda: one_program(given_sums.evaluate_sums, *results),
+        lambda: one_program(given_sums.ratio_statistics, torch.zeros(5, 2, dtype=torch.float64)),
+    ]
     return [
         lambda: sums.sums(t, rows(3)),
         lambda: gradient.gradient(t, rows(3), latents(), None),
@@ -156,6 +170,7 @@ def calls_of(form: str, dtype: torch.dtype) -> list[Callable[[], None]]:
         lambda: fused("one_launch", GuardConfig.article()),
         lambda: fused("rows", GuardConfig.paper()),
         *([] if mean else [step]),
+        *(alone if mean and dtype == torch.float32 else []),
     ]
 
 

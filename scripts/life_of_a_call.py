@@ -34,6 +34,7 @@ ELSEWHERE = {
     "csrc/cpu/philox.h": "noise from a seed: the seeded form alone",
     "csrc/cuda/normals.h": "the same",
     "csrc/cuda/sums.cu": "another operator",
+    "csrc/cuda/rows.cu": "another operator",
     "csrc/cuda/sde_step.cu": "another operator",
 }
 BEFORE = {  # the places and files that an addition took in version 0.1.0's first layout

@@ -272,9 +272,10 @@ def page() -> str:
         "",
         "## What RatioNorm sends",
         "",
-        "`standardize` needs each step's mean and spread over the whole batch: a count, a mean and "
-        "a sum of squares for each of K trained steps in float64, 24 K bytes a rank and update "
-        f"({24 * 9} bytes at K = 9), whatever the model, the batch and the number of samples. "
+        "`standardize` needs each step's mean and spread over the whole batch: a count, a mean, "
+        "the root of a sum of squares, and two numbers of which `std_floor` comes, for each of K "
+        "trained steps in float64, 40 K bytes a rank and update "
+        f"({40 * 9} bytes at K = 9), whatever the model, the batch and the number of samples. "
         "Advantages need the rewards of all ranks, 4 bytes a sample. `closed_form` and `none` "
         "send nothing. A LoRA's gradients, beside it, are "
         f"{4 * MODELS[0].lora / 2**20:.0f} MiB (SD3.5-M) to {4 * MODELS[-1].lora / GIB:.1f} GiB "

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow_suite
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda-kernels"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-SOURCES = ("guard_loss", "sde_step", "sums")
+SOURCES = ("guard_loss", "rows", "sde_step", "sums")
 # kernel -> threads of a block and blocks that __launch_bounds__ promises a multiprocessor
 LAUNCH_BOUNDS = {
     "sums_of_chunks": (256, 3),
@@ -31,6 +31,8 @@ LAUNCH_BOUNDS = {
     "loss_of_chunks": (256, 3),
     "loss_cooperatively": (512, 1),
     "loss_by_clusters": (256, 1),
+    "loss_of_rows": (512, 1),
+    "statistics_of_rows": (512, 1),
 }
 STREAMING = [name for name in LAUNCH_BOUNDS if not name.endswith("_of_rows")]
 

@@ -1,9 +1,8 @@
 """RatioNorm over the ranks of a process group: two gloo processes against one with the batch."""
 
 import math
-from pathlib import Path
 
-import fresh
+import forked_ranks
 import pytest
 import torch
 import torch.distributed as dist
@@ -38,11 +37,7 @@ def share(given, rank):
     }
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
+def worker(rank):
     results = {}
     for backend in go.available_backends():
         with go.use_backend(backend):
@@ -60,8 +55,7 @@ def worker(rank, folder):
         mine = share(mine, rank) | {"coeffs": coeffs(slice(3 * rank, 3 * rank + 3))}
         out, grad = run(mine, FLOORED, process_group=dist.group.WORLD)
         results["floor"] = (out.excess, out.metrics.degenerate, grad)
-    torch.save(results, f"{folder}/{rank}")
-    dist.destroy_process_group()
+    return results
 
 
 FLOORED = go.GuardConfig.article(clip_low=0.02, clip_high=0.02)
@@ -98,39 +92,10 @@ def uneven(rank):
 REWARDS = torch.tensor([1.0, 5.0, 3.0, 0.0, 10.0, 4.0], dtype=torch.float64)
 
 
-PROGRAM = """
-import os, signal, sys, traceback
-sys.path.insert(0, sys.argv[2])
-import test_distributed
-
-children = set()
-for rank in range(test_distributed.RANKS):
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            test_distributed.worker(rank, sys.argv[1])
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        os._exit(status)
-    children.add(child)
-while children:
-    child, status = os.wait()
-    children.remove(child)
-    if status:
-        for other in children:  # would wait for it
-            os.kill(other, signal.SIGKILL)
-        raise SystemExit(f"a rank ended with {status}")
-"""
-
-
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory):
     """What every rank got, from one start of the processes."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    fresh.run(PROGRAM, folder, str(Path(__file__).parent))
-    return [torch.load(f"{folder}/{rank}") for rank in range(RANKS)]
+    return forked_ranks.run(__name__, RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -220,7 +185,8 @@ def test_a_group_of_one_is_the_ordinary_call(backend, alone):
 def test_one_sample_per_rank_needs_no_warning(backend, alone, recwarn):
     given = problem("velocity", batch=1)
     run(given, go.GuardConfig(), process_group=alone)
-    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+    ours = [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+    assert not [w for w in ours if "guard_ops" in str(w.message)]  # Triton's interpreter may warn
 
 
 def test_statistics_over_ranks_are_constants(alone):

@@ -6,9 +6,7 @@ each pair has half of the samples, and ranks 0 and 2, 1 and 3 exchange them.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import fresh
+import forked_ranks
 import pytest
 import torch
 import torch.distributed as dist
@@ -59,11 +57,7 @@ def share(given, rank, samples):
     return part
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
+def worker(rank):
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     across = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
     shard = {"latent_group": pairs[rank // 2]}
@@ -93,8 +87,7 @@ def worker(rank, folder):
         with go.use_backend(backend):
             for masked in (False, True):
                 results[backend, masked] = rollout(rank, masked, shard)
-    torch.save(results, f"{folder}/{rank}")
-    dist.destroy_process_group()
+    return results
 
 
 def rollout(rank, masked, shard):
@@ -112,39 +105,10 @@ def rollout(rank, masked, shard):
     return step.prev_sample, step.log_prob, density
 
 
-PROGRAM = """
-import os, signal, sys, traceback
-sys.path.insert(0, sys.argv[2])
-import test_shards
-
-children = set()
-for rank in range(test_shards.RANKS):
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            test_shards.worker(rank, sys.argv[1])
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        os._exit(status)
-    children.add(child)
-while children:
-    child, status = os.wait()
-    children.remove(child)
-    if status:
-        for other in children:  # would wait for it
-            os.kill(other, signal.SIGKILL)
-        raise SystemExit(f"a rank ended with {status}")
-"""
-
-
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory):
     """What every rank got, from one start of the processes."""
-    folder = str(tmp_path_factory.mktemp("shards"))
-    fresh.run(PROGRAM, folder, str(Path(__file__).parent))
-    return [torch.load(f"{folder}/{rank}") for rank in range(RANKS)]
+    return forked_ranks.run(__name__, RANKS, tmp_path_factory.mktemp("shards"))
 
 
 def name_of(case):

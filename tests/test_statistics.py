@@ -7,6 +7,7 @@ import torch
 from problems import FORMS, problem, relative, run, without_advantages
 
 import guard_ops as go
+from guard_ops.statistics import merged
 
 # Float64 sums in another order, divided by a spread of some 1e-2.
 WIDE = 1e-10
@@ -78,6 +79,38 @@ def test_merging_parts_is_updating_with_the_whole():
         assert statistics.count.tolist() == [1000] * 3
         torch.testing.assert_close(statistics.mean, mean, rtol=1e-13, atol=1e-16)
         torch.testing.assert_close(statistics.std, std, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_many_parts_at_once_are_merged_as_one_after_another(parts):
+    """Also where some, or the first, are empty, and where squares overflow or underflow."""
+    generator = torch.Generator().manual_seed(parts)
+    count = torch.randint(0, 5, (parts, 6), generator=generator).double()
+    count[0, 1], count[:, 2] = 0, 0
+    mean = torch.randn(parts, 6, generator=generator, dtype=torch.float64) * (count > 0)
+    root = torch.rand(parts, 6, generator=generator, dtype=torch.float64) * (count > 0)
+    unit = torch.tensor([1.0, 1, 1, 1e300, 1e-300, 0.0], dtype=torch.float64)
+    together = torch.stack([count, mean * unit, root * unit], 1)
+    one = [[number.item() for number in step] for step in together[0].unbind(1)]
+    for part in together[1:]:
+        for step, (n, mu, rho) in enumerate(part.T.tolist()):
+            n0, mu0, rho0 = one[step]
+            total = n0 + n
+            if total:
+                between = (mu - mu0) * math.sqrt(n0 / total) * math.sqrt(n)
+                one[step] = [total, mu0 + (mu - mu0) * (n / total), math.hypot(rho0, rho, between)]
+    got = torch.stack(merged(together), 1)
+    expected = torch.tensor(one, dtype=torch.float64)
+    for step in range(6):  # whose units differ
+        atol = 1e-15 * unit[step].item()
+        torch.testing.assert_close(got[step], expected[step], rtol=1e-13, atol=atol)
+
+
+def test_what_cannot_be_represented_stays_infinite_when_merged():
+    parts = torch.tensor([[2.0, 0.5, math.inf], [1.0, 0.1, 0.2]], dtype=torch.float64)
+    count, mean, root = merged(parts)
+    assert (count, root) == (3.0, math.inf)
+    assert mean.item() == pytest.approx(1.1 / 3)
 
 
 def test_hand_computed_numbers():

@@ -34,7 +34,7 @@ def test_opcheck_sums_and_gradient(form, guided):
 @pytest.mark.parametrize(
     "form, dtype", values_first(itertools.product(FORMS, [torch.float64, torch.bfloat16]))
 )
-def test_opcheck_guard_loss(form, dtype):
+def test_opcheck_guard_loss_and_its_parts(form, dtype):
     guided = dtype == torch.bfloat16
     t = operands(problem_of(form, guided=guided, dtype=dtype))
     advantages = torch.randn(3, 4, dtype=torch.float64)
@@ -49,6 +49,10 @@ def test_opcheck_guard_loss(form, dtype):
         arguments = (*t, [advantages, *more], list(choices), list(numbers), True, guided)
         operator = torch.ops.guard_ops.guard_loss.default
         torch.library.opcheck(operator, arguments, test_utils=checks)
+        arguments = (torch.ops.guard_ops.sums(*t), *arguments[:-2])
+        for operator in ("evaluate", "ratio_statistics"):
+            operator = getattr(torch.ops.guard_ops, operator).default
+            torch.library.opcheck(operator, arguments, test_utils=checks[:3])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,8 @@ def test_every_registered_operator_is_checked_above():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("guard_ops::")
     }
-    assert names == {"sums", "gradient", "guard_loss", "scaled_", "sde_step"}
+    of_a_loss = {"sums", "evaluate", "ratio_statistics", "gradient", "guard_loss", "scaled_"}
+    assert names == of_a_loss | {"sde_step"}
 
 
 def compiled_and_eager(given, config, compiler, dynamic=None):

@@ -113,6 +113,12 @@ Evaluation evaluate(const Problem& problem, const Sums* sums) {
   return out;
 }
 
+void ratio_statistics(const Problem& problem, const Sums* sums, double* out) {
+  std::vector<RowState> state(problem.steps * problem.batch);
+  guard_ops::ratio_statistics(
+      Alone{}, problem, [=](int64_t n) { return sums[n]; }, state.data(), out);
+}
+
 // ---- whole batches ------------------------------------------------------------------------------
 
 namespace {

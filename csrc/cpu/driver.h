@@ -52,6 +52,9 @@ struct Evaluation {
 
 Evaluation evaluate(const Problem& problem, const Sums* sums);  // sums: [K, B]
 
+// Writes what guard_ops::ratio_statistics does, [statistic_count, K].
+void ratio_statistics(const Problem& problem, const Sums* sums, double* out);
+
 // Each row's sums [K, B] and, where `early` says so, its gradient up to a factor. The number of
 // threads does not change a bit.
 void sums(const Machine&, const Batch&, const Doubles table[5], Sums* out,

@@ -67,6 +67,16 @@ void gradient(const Batch&, const Doubles table[5], const Doubles coefficients[3
 Path guard_loss(const Batch&, const Problem&, const LossResult&, void* workspace,
                 uint32_t* counters, Path, Stream);
 
+// How many bytes of device memory, aligned to 16, the next two need as their workspace.
+int64_t rows_workspace_bytes(const Problem&);
+
+// What guard_loss makes of the sums [3, K, B] of its transitions, which are given: writes all of
+// the result but the gradients.
+void evaluate(const Problem&, const Doubles sums[3], const LossResult&, void* workspace, Stream);
+
+// Writes what guard_ops::ratio_statistics does, float64 [statistic_count, K].
+void ratio_statistics(const Problem&, const Doubles sums[3], double* out, void* workspace, Stream);
+
 // Writes prev_sample, mean (float32) and square [K, B] = sum((prev_sample - mean)^2).
 void sde_step(const Batch&, const Doubles table[5], const Operand& prev_sample, const Operand& mean,
               double* square, void* workspace, Stream);

@@ -322,6 +322,41 @@ void test_nonfinite_transitions() {
   });
 }
 
+// Statistics of the same samples, formed apart and given back, are those that evaluate() forms.
+void test_statistics_that_are_given_back() {
+  for_each_config([](Batch& at) {
+    spoil(at);
+    Problem problem = at.problem;
+    problem.config.rounding = 0.02;
+    problem.mean = problem.std = problem.floor = nullptr;
+    double found[statistic_count * steps];
+    cpu::ratio_statistics(problem, at.sums.data(), found);
+    const Evaluation base = cpu::evaluate(problem, at.sums.data());
+    for (int64_t k = 0; k < steps; ++k) {
+      CHECK(found[k] == batch - base.metrics[9 * steps + k]);
+      CHECK(found[4 * steps + k] == batch);
+      const double std = found[2 * steps + k] / std::sqrt(found[k]);
+      CHECK_CLOSE(found[steps + k], base.metrics[k], 0);
+      CHECK_CLOSE(std, base.metrics[steps + k], 1e-15 * std);
+      at.mean[k] = found[steps + k];
+      at.std[k] = std;
+      at.floor[k] = std_floor_of(problem.config, found[3 * steps + k] / found[4 * steps + k]);
+    }
+    if (!problem.config.needs_statistics() || !problem.config.detach_stats) return;
+    problem.mean = at.mean;
+    problem.std = at.std;
+    problem.floor = at.floor;
+    const Evaluation got = cpu::evaluate(problem, at.sums.data());
+    for (int64_t n = 0; n < rows; ++n) {
+      CHECK(std::isnan(got.excess[n]) == std::isnan(base.excess[n]));
+      if (std::isnan(base.excess[n])) continue;
+      CHECK_CLOSE(got.excess[n], base.excess[n], 1e-14 * std::fabs(base.excess[n]));
+      CHECK_CLOSE(got.coefficients[n].c1, base.coefficients[n].c1,
+                  1e-14 * std::fabs(base.coefficients[n].c1));
+    }
+  });
+}
+
 }  // namespace
 }  // namespace guard_ops::test
 
@@ -333,5 +368,6 @@ int main() {
   test::test_on_policy();
   test::test_single_sample_is_degenerate();
   test::test_nonfinite_transitions();
+  test::test_statistics_that_are_given_back();
   return test::finish();
 }

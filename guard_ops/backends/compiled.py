@@ -87,6 +87,25 @@ def guard_loss(
     return out
 
 
+def evaluate(sums: Tensor, t: Transitions, rows: Rows, objective: Objective) -> tuple[Tensor, ...]:
+    """What :func:`guard_loss` makes of sums [3, K, B] that it is given; no latent is read.
+
+    Returns:
+        loss, per_row, metrics and ``d loss / d sums``.
+    """
+    out: tuple[Tensor, ...] = _ops.evaluate(sums, *_as_lists(t), [*rows], *objective)
+    return out
+
+
+def ratio_statistics(sums: Tensor, t: Transitions, rows: Rows, objective: Objective) -> Tensor:
+    """``objective.ratio_statistics`` of sums [3, K, B], [5, K] float64; no latent is read.
+
+    A transition is finite or not as where ``rows.statistics`` is None, which may be given.
+    """
+    out: Tensor = _ops.ratio_statistics(sums, *_as_lists(t), [*rows], *objective)
+    return out
+
+
 def scaled(
     transitions: Callable[[], Transitions],
     sum_grads: Tensor,  # [3, K, B] float64: d loss / d sums
@@ -127,6 +146,16 @@ def _(_, latents, seed, coefficients, guidance_scale, cond, uncond):  # type: ig
 def _(latents, *rest):  # type: ignore[no-untyped-def]
     *_, cond, uncond = rest
     return results.loss(latents, cond, uncond)
+
+
+@torch.library.register_fake("guard_ops::evaluate")
+def _(_, latents, *rest):  # type: ignore[no-untyped-def]
+    return results.evaluation(latents)
+
+
+@torch.library.register_fake("guard_ops::ratio_statistics")
+def _(_, latents, *rest):  # type: ignore[no-untyped-def]
+    return results.statistics(latents)
 
 
 @torch.library.register_fake("guard_ops::sde_step")

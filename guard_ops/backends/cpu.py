@@ -9,9 +9,30 @@ import warnings
 import torch
 
 from .. import extension
-from .compiled import FUSED, build_info, gradient, guard_loss, scaled, sde_step, sums
+from .compiled import (
+    FUSED,
+    build_info,
+    evaluate,
+    gradient,
+    guard_loss,
+    ratio_statistics,
+    scaled,
+    sde_step,
+    sums,
+)
 
-__all__ = ["FUSED", "NAME", "gradient", "guard_loss", "scaled", "sde_step", "sums", "supports"]
+__all__ = [
+    "FUSED",
+    "NAME",
+    "evaluate",
+    "gradient",
+    "guard_loss",
+    "ratio_statistics",
+    "scaled",
+    "sde_step",
+    "sums",
+    "supports",
+]
 
 NAME = "cpu"
 

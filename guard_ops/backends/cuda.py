@@ -12,9 +12,29 @@ import warnings
 import torch
 
 from .. import extension
-from .compiled import FUSED, gradient, guard_loss, scaled, sde_step, sums
+from .compiled import (
+    FUSED,
+    evaluate,
+    gradient,
+    guard_loss,
+    ratio_statistics,
+    scaled,
+    sde_step,
+    sums,
+)
 
-__all__ = ["FUSED", "NAME", "gradient", "guard_loss", "scaled", "sde_step", "sums", "supports"]
+__all__ = [
+    "FUSED",
+    "NAME",
+    "evaluate",
+    "gradient",
+    "guard_loss",
+    "ratio_statistics",
+    "scaled",
+    "sde_step",
+    "sums",
+    "supports",
+]
 
 _C = extension.load()
 if _C.build_info()["cuda"] is None:

@@ -46,6 +46,18 @@ def loss(latents: Operands, cond: bool, uncond: bool) -> tuple[Tensor, ...]:
     )
 
 
+def evaluation(latents: Operands) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of :func:`loss`, all but the gradients."""
+    loss_, _, _, per_row, metrics, sum_grads = loss(latents, False, False)
+    return loss_, per_row, metrics, sum_grads
+
+
+def statistics(latents: Operands) -> Tensor:
+    """[5, K] float64."""
+    v = named(latents).model_output
+    return v.new_empty((5, v.shape[0]), dtype=torch.float64)
+
+
 def step(latents: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """prev_sample and mean [K, B, D], and sum((prev_sample - mean)^2) [K, B] float64."""
     x, wide = named(latents).sample, compute_dtype(*named(latents).present())

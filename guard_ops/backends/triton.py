@@ -12,9 +12,9 @@ from torch import Tensor
 if importlib.util.find_spec("triton") is None:
     raise ImportError("triton is not installed")
 from ..config import Objective
+from ..kernels import given_sums, launch
 from ..kernels import gradient as gradients
 from ..kernels import guard_loss as losses
-from ..kernels import launch
 from ..kernels import sde_step as steps
 from ..kernels import sums as summed
 from ..kernels.evaluate import MAX_BATCH as MAX_BATCH  # of guard_loss
@@ -67,6 +67,18 @@ def guard_loss(
     out: tuple[Tensor, ...] = _guard_loss(
         *_as_lists(t), list(rows), list(choices), list(numbers), cond, uncond
     )
+    return out
+
+
+def evaluate(sums: Tensor, t: Transitions, rows: Rows, objective: Objective) -> tuple[Tensor, ...]:
+    """As ``compiled.evaluate``, by one program."""
+    out: tuple[Tensor, ...] = _evaluate(sums, *_as_lists(t), list(rows), *map(list, objective))
+    return out
+
+
+def ratio_statistics(sums: Tensor, t: Transitions, rows: Rows, objective: Objective) -> Tensor:
+    """As ``compiled.ratio_statistics``, by one program."""
+    out: Tensor = _ratio_statistics(sums, *_as_lists(t), list(rows), *map(list, objective))
     return out
 
 
@@ -204,3 +216,67 @@ def _empty_loss(
 ) -> tuple[Tensor, ...]:
     launch.prepare(coefficients.device)
     return results.loss(latents, cond, uncond)
+
+
+@torch.library.custom_op("guard_ops_triton::evaluate", mutates_args=())
+def _evaluate(
+    sums: Tensor,
+    latents: list[Tensor | None],
+    seed: Tensor | None,
+    coefficients: Tensor,
+    guidance_scale: float,
+    rows: list[Tensor | None],
+    choices: list[int],
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    t = Transitions(results.named(latents), seed, coefficients, guidance_scale)
+    out = results.evaluation(latents)
+    objective = Objective(tuple(choices), tuple(numbers))
+    given_sums.evaluate_sums(sums, t, Rows(*rows), objective, *out)  # type: ignore[arg-type]
+    return out
+
+
+@_evaluate.register_fake
+def _empty_evaluation(
+    sums: Tensor,
+    latents: list[Tensor | None],
+    seed: Tensor | None,
+    coefficients: Tensor,
+    guidance_scale: float,
+    rows: list[Tensor | None],
+    choices: list[int],
+    numbers: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return results.evaluation(latents)
+
+
+@torch.library.custom_op("guard_ops_triton::ratio_statistics", mutates_args=())
+def _ratio_statistics(
+    sums: Tensor,
+    latents: list[Tensor | None],
+    seed: Tensor | None,
+    coefficients: Tensor,
+    guidance_scale: float,
+    rows: list[Tensor | None],
+    choices: list[int],
+    numbers: list[float],
+) -> Tensor:
+    t = Transitions(results.named(latents), seed, coefficients, guidance_scale)
+    out = results.statistics(latents)
+    objective = Objective(tuple(choices), tuple(numbers))
+    given_sums.ratio_statistics(sums, t, Rows(*rows), objective, out)  # type: ignore[arg-type]
+    return out
+
+
+@_ratio_statistics.register_fake
+def _empty_statistics(
+    sums: Tensor,
+    latents: list[Tensor | None],
+    seed: Tensor | None,
+    coefficients: Tensor,
+    guidance_scale: float,
+    rows: list[Tensor | None],
+    choices: list[int],
+    numbers: list[float],
+) -> Tensor:
+    return results.statistics(latents)

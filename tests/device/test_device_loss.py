@@ -12,9 +12,12 @@ import pytest
 import torch
 from combinations import pairs_first, values_first
 from on_device import moved, problem_on, rollout_on
-from problems import FORMS, largest, relative, run, truth, without_advantages
+from problems import FORMS, largest, operands, relative, run, truth, without_advantages
 
 import guard_ops as go
+from guard_ops.backends import select
+from guard_ops.config import objective_of
+from guard_ops.transitions import Latents, Rows, Transitions
 
 CUDA = torch.cuda.is_available()
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -280,3 +283,24 @@ def test_bad_input_is_refused_with_the_same_words(place):
     there["sample"] = there["sample"][..., :-1]
     with pytest.raises(ValueError, match=r"`sample` has shape \(3, 4, 6, 4\) but `model_output`"):
         run(there, MODES["article"])
+
+
+def test_a_loss_in_parts_has_the_same_bits(place):
+    """Ranks exchange numbers between them: sums, statistics, [K, B] arithmetic, gradient."""
+    _, there = problem_on(place.device, dtype=torch.float32, latent=(5, 9), drift=0.3)
+    latents, *rest = operands(there)
+    t = Transitions(Latents._make(latents), *rest)
+    advantages = torch.linspace(-2, 2, 12, dtype=torch.float64, device=place.device).view(3, 4)
+    arguments = t, Rows(advantages, None, None, None, None), objective_of(MODES["article"], True)
+    backend = select(place.device)
+    loss, grad, _, per_row, metrics, sum_grads = backend.guard_loss(*arguments, True, False)
+    sums = backend.sums(t)
+    got = backend.evaluate(sums, *arguments)
+    for part, whole in zip(got, (loss, per_row, metrics, sum_grads), strict=True):
+        assert torch.equal(part, whole)
+    assert relative(backend.gradient(t, got[-1])[0], grad) < 1e-6
+    count, mean, root_m2, square, samples = backend.ratio_statistics(sums, *arguments)
+    assert count.tolist() == samples.tolist() == [4.0] * 3
+    assert (square > 0).all()
+    assert torch.equal(mean.float(), metrics[0])
+    torch.testing.assert_close((root_m2 / 2).float(), metrics[1])

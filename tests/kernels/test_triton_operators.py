@@ -27,8 +27,10 @@ def test_opcheck(form, guided):
     advantages = torch.randn(2, 2, dtype=torch.float64)
     old = torch.randn(2, 2, dtype=torch.float64) if form == "log-prob" else None
     objective = map(list, objective_of(go.GuardConfig.article(), True))
-    arguments = (*t, [*Rows(advantages, old, None, None, None)], *objective, True, guided)
-    torch.library.opcheck(ops.guard_loss.default, arguments, test_utils=checks)
+    arguments = (*t, [*Rows(advantages, old, None, None, None)], *objective)
+    torch.library.opcheck(ops.guard_loss.default, (*arguments, True, guided), test_utils=checks)
+    for operator in (ops.evaluate.default, ops.ratio_statistics.default):
+        torch.library.opcheck(operator, (ops.sums(*t), *arguments), test_utils=checks)
 
 
 @pytest.mark.parametrize("source, guided", [("noise", True), ("seed", False)])

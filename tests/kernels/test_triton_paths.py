@@ -98,7 +98,7 @@ RECOMPILES = """
 import os, sys, torch
 sys.path.insert(0, "scripts")
 import kernel_table
-from guard_ops.kernels import gradient, guard_loss, paths, sde_step, sums
+from guard_ops.kernels import given_sums, gradient, guard_loss, paths, sde_step, sums
 from guard_ops import GuardConfig
 from guard_ops.config import objective_of
 from guard_ops.transitions import Latents, Rows, Transitions
@@ -127,16 +127,25 @@ def calls(steps, batch, offset):
         out = torch.zeros((4, steps, batch)), torch.zeros(10, steps)
         guard_loss.guard_loss(t, rows, objective, latents(), None, torch.zeros(()), *out,
                               torch.zeros((3, steps, batch), dtype=torch.float64))
+    def alone(launch, *out):
+        advantages, weights = numbers(steps, batch, dtype=torch.float32), numbers(steps, batch)
+        rows = Rows(advantages, None, weights, None, None)
+        objective = objective_of(GuardConfig(clip_low=0.2 + offset), True)
+        launch(numbers(3, steps, batch), t, rows, objective, *out)
+    per_row = torch.zeros((4, steps, batch)), torch.zeros(11, steps)
     c = numbers(3, steps, batch)
     step = Transitions(absent._replace(model_output=v, sample=x, noise=v), None, table, 1.0)
     return [*[lambda path=path: fused(*path) for path in PATHS],
             lambda: gradient.rescale(t, c, latents(), None, factor),
             lambda: sums.sums(t, torch.zeros((3, steps, batch), dtype=torch.float64)),
-            lambda: sde_step.sde_step(step, latents(), latents())]
+            lambda: sde_step.sde_step(step, latents(), latents()),
+            lambda: alone(given_sums.ratio_statistics, torch.zeros(5, steps).double()),
+            lambda: alone(given_sums.evaluate_sums, torch.zeros(()), *per_row,
+                          torch.zeros((3, steps, batch), dtype=torch.float64))]
 
 found = [{(k.metadata.name, k.hash) for k in kernel_table.compiled(90, calls(*of))}
          for of in ((3, 15, 0), (3, 15, 1), (4, 16, 0))]
-assert len({name for name, _ in found[0]}) == 7, found
+assert len({name for name, _ in found[0]}) == 9, found
 assert found[0] == found[1], "an offset, or a number of the objective, is compiled for"
 # Their number rounded up to a power of two is compiled for, and nothing else of a count.
 assert found[0] == found[2], "a count is compiled for"
