@@ -15,7 +15,6 @@ if emulated.EMULATED:
     emulated.prepare()
 
 import guard_ops as go
-from guard_ops.backends import select, use_backend
 
 pytest.register_assert_rewrite("goldens")
 DATA = Path(__file__).parent / "data"
@@ -26,22 +25,7 @@ if INTERPRETED:
 
     interpreter.prepare()
 
-
-def backends_for_cpu_tensors() -> tuple[str, ...]:
-    """What these tests run over; on the device, the kernels' own do (tests/kernels)."""
-
-    def runs(name: str) -> bool:
-        with use_backend(name):
-            try:
-                select(torch.device("cpu"))
-            except ValueError:
-                return False
-        return True
-
-    return tuple(name for name in go.available_backends() if runs(name))
-
-
-BACKENDS = backends_for_cpu_tensors()
+from runnable import BACKENDS  # noqa: E402
 
 
 class Goldens:
