@@ -170,20 +170,21 @@ def test_a_contender_that_only_fails_does_not_stop_the_others():
 
 def test_what_hangs_once_is_not_tried_again():
     todo = device.jobs(["cuda", "triton"])
-    worker = FakeWorker(["rows"])
+    worker = FakeWorker(["cooperative"])
     got = dict(device.measure_all(todo, worker, deadline=float("inf")))
-    hung = [answer for job, answer in got.items() if job.path == "rows"]
-    assert len(hung) == 4
+    hung = [answer for job, answer in got.items() if job.path == "cooperative"]
+    assert len(hung) == 8
     assert hung[0]["error"] == "no result within 20 s"
-    assert all(a["error"] == "not tried: cuda hung by the path rows" for a in hung[1:])
-    assert [job.path for job in worker.asked].count("rows") == 1
-    assert all("error" not in answer for job, answer in got.items() if job.path != "rows")
+    assert all(a["error"] == "not tried: cuda hung by the path cooperative" for a in hung[1:])
+    assert [job.path for job in worker.asked].count("cooperative") == 1
+    assert all("error" not in answer for job, answer in got.items() if job.path != "cooperative")
 
 
 def test_what_the_deadline_cut_off_has_not_hung():
-    todo = [job for job in device.jobs(["cuda"]) if job.path == "rows"][:2]
+    todo = [job for job in device.jobs(["cuda"]) if job.path == "cooperative"][:2]
     deadline = device.time.monotonic() + 5
-    answers = [a["error"] for _, a in device.measure_all(todo, FakeWorker(["rows"]), deadline)]
+    worker = FakeWorker(["cooperative"])
+    answers = [a["error"] for _, a in device.measure_all(todo, worker, deadline)]
     assert answers == ["no result within 5 s"] * 2
 
 
