@@ -7,6 +7,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <iterator>
+#include <memory>
 #include <vector>
 
 namespace guard_ops::cpu {
@@ -197,6 +198,7 @@ struct Call {
   const Problem& problem;
   const Operand &cond, &uncond;
   EarlyGradient early;  // absent where the sums' pass cannot write the gradient
+  bool may_keep;        // whether it could, into memory that is kept beside the gradient's
   std::vector<Sums> sums;
 
   Call(const Machine& machine, const Batch& t, const Problem& problem, const Operand& cond,
@@ -204,9 +206,15 @@ struct Call {
       : machine(machine), t(t), problem(problem), cond(cond), uncond(uncond) {
     sums.resize(t.steps * t.batch);
     const bool compute_type = cond.dtype == (t.wide ? DType::f64 : DType::f32);
-    if (cond && compute_type && !t.uncond && !t.mask && problem.config.kl_beta == 0) {
-      early = {cond, problem.config.gradient_kind()};
-    }
+    const bool factor_alone = cond && !t.uncond && !t.mask && problem.config.kl_beta == 0;
+    may_keep = factor_alone && !compute_type && !t.wide && t.form == Form::seeded;
+    if (factor_alone && compute_type) early = {cond, problem.config.gradient_kind()};
+  }
+
+  // Float32 memory for the gradient up to a factor, of rows that are `stride_b` elements apart.
+  EarlyGradient kept(float* memory, int64_t stride_b) const {
+    return {{reinterpret_cast<char*>(memory), DType::f32, t.batch * stride_b, stride_b},
+            problem.config.gradient_kind()};
   }
 
   Span span(int64_t row, int64_t begin) const {
@@ -218,7 +226,7 @@ struct Call {
   }
 
   // Forms one row's sums, and writes its early gradient if there is one.
-  Sums read(int64_t row) const {
+  Sums read(int64_t row, const EarlyGradient& early) const {
     Sums total = machine.kernels.sums(t, step(row), span(row, 0), early);
     for (int64_t begin = chunk; begin < t.numel; begin += chunk) {
       add(total, machine.kernels.sums(t, step(row), span(row, begin), early));
@@ -228,47 +236,49 @@ struct Call {
 
   // Finishes one row's gradient right after the row was read: backwards, as its end is still
   // cached.
-  void write(int64_t row, const Coefficients& c) const {
+  void write(int64_t row, const Coefficients& c, const EarlyGradient& early) const {
     for (int64_t begin = (t.numel - 1) / chunk * chunk; begin >= 0; begin -= chunk) {
       if (early.to) {
-        machine.kernels.scale(cond, c.c1, span(row, begin));
+        machine.kernels.scale(early.to, cond, c.c1, span(row, begin));
       } else {
         machine.kernels.gradient(t, step(row), c, span(row, begin), cond, uncond);
       }
     }
   }
 
-  template <class Body>
-  void for_each_row(Body body) const {
-    const int64_t grain = std::max<int64_t>(1, grain_elements / t.numel);
-    machine.parallel(int64_t(sums.size()), grain, [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) body(row);
-    });
-  }
-
   Evaluation one_pass() {
     std::vector<Coefficients> assumed(sums.size());
-    for_each_row([&](int64_t row) {
-      sums[row] = read(row);
-      assumed[row] = problem.assume(row / t.batch, row % t.batch, sums[row]);
-      write(row, assumed[row]);
+    const bool keeps = may_keep && row_bytes(t) + 4 * t.numel <= machine.cache_bytes;
+    const int64_t grain = std::max<int64_t>(1, grain_elements / t.numel);
+    machine.parallel(int64_t(sums.size()), grain, [&](int64_t first, int64_t last) {
+      const std::unique_ptr<float[]> memory(keeps ? new float[t.numel] : nullptr);
+      const EarlyGradient written = keeps ? kept(memory.get(), 0) : early;
+      for (int64_t row = first; row < last; ++row) {
+        sums[row] = read(row, written);
+        assumed[row] = problem.assume(row / t.batch, row % t.batch, sums[row]);
+        write(row, assumed[row], written);
+      }
     });
     Evaluation out = evaluate(problem, sums.data());
     for (size_t row = 0; row < sums.size(); ++row) {  // rare: another transition was not finite
       const Coefficients& c = out.coefficients[row];
       if (assumed[row] == c || std::isnan(c.c1)) continue;
-      if (early.to) read(row);
-      write(row, c);
+      if (early.to) read(row, early);
+      write(row, c, early);
     }
     return out;
   }
 
   Evaluation two_passes() {
-    cpu::sums(machine, t, problem.table, sums.data(), early);
+    const int64_t elements = t.steps * t.batch * t.numel;
+    const bool keeps = may_keep && 4 * elements <= machine.cache_bytes * machine.threads;
+    const std::unique_ptr<float[]> memory(keeps ? new float[elements] : nullptr);
+    const EarlyGradient written = keeps ? kept(memory.get(), t.numel) : early;
+    cpu::sums(machine, t, problem.table, sums.data(), written);
     Evaluation out = evaluate(problem, sums.data());
-    if (early.to) {
+    if (written.to) {
       for_each_chunk(machine, t, true, [&](int64_t, const Span& at) {
-        machine.kernels.scale(cond, out.coefficients[at.k * t.batch + at.i].c1, at);
+        machine.kernels.scale(written.to, cond, out.coefficients[at.k * t.batch + at.i].c1, at);
       });
     } else if (cond || uncond) {
       gradient(machine, t, problem.table, out.coefficients.data(), cond, uncond);

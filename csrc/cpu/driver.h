@@ -68,8 +68,9 @@ void gradient(const Machine&, const Batch&, const Doubles table[5],
 // Loss and gradient. Where the gradient is known up to a factor before the sums are
 // (EarlyGradient), the pass that forms the sums writes it, and it only remains to scale it: while
 // the row is still cached, if the factor needs no other row's sums, else after the whole batch is
-// read. Otherwise the operands are read twice, the second time backwards, so that what the first
-// left cached is used.
+// read. A gradient of 16 bits cannot hold it unrounded; the seeded form, which would make the noise
+// twice, then keeps it in float32 where that fits into the cache. Otherwise the operands are read
+// twice, the second time backwards, so that what the first left cached is used.
 Evaluation guard_loss(const Machine&, const Batch&, const Problem&, const Operand& cond,
                       const Operand& uncond);
 

@@ -217,6 +217,15 @@ struct VectorAt {
   GUARD_OPS_HD void put(const Target<R>& to, Vector<R> x) const {
     store<typename D::latents>(to, at, x);
   }
+  // The same into memory of the compute type, whatever the operands are.
+  template <class R>
+  GUARD_OPS_HD void put_unrounded(const Target<R>& to, Vector<R> x) const {
+    if constexpr (std::is_same_v<R, float>) {
+      store<Known<DType::f32>>(to, at, x);
+    } else {
+      store(to, at, x);
+    }
+  }
 };
 
 // Calls body(q, VectorAt) for every vector of [begin, end), which is a whole number of groups of
@@ -265,8 +274,10 @@ void add_sums(const Step<Vector<R>>& step, const Tile<R>& in, int64_t n, const T
       }
       if constexpr (F != Form::log_prob) s1.part[q] = fma(d, e, s1.part[q]);
       s2.part[q] = fma(d, d, s2.part[q]);
-      if constexpr (W == Written::departure) where.put(to, step.b * departure<F>(step, x));
-      if constexpr (W == Written::residual) where.put(to, step.b * e);
+      if constexpr (W == Written::departure) {
+        where.put_unrounded(to, step.b * departure<F>(step, x));
+      }
+      if constexpr (W == Written::residual) where.put_unrounded(to, step.b * e);
     });
     out->s1 += s1.total();
     out->s2 += s2.total();
@@ -387,13 +398,13 @@ void gradient_of(const Batch& t, const Step<double>& step, const Coefficients& c
 }
 
 template <class R>
-void scale_in_place(const Operand& to, double factor, const Span& at) {
+void scale_as(const Operand& from, const Operand& to, double factor, const Span& at) {
   TileBuffers<R> buffers;
   const Vector<R> f = splat(R(factor));
   using D = DTypes<Any, Any>;
   for (int64_t j = at.begin, n; j < at.end; j += n) {
     n = stretch<R>(at, j, true);
-    const Source<R> in = stage(to, at, j, n, buffers.v);
+    const Source<R> in = stage(from, at, j, n, buffers.v);
     const Output<R> out(to, at, j, n, buffers.out[0]);
     for_each_vector<R, D>(0, padded<R>(n),
                           [&](int, auto where) { where.put(out.target, f * where(in)); });
@@ -401,13 +412,13 @@ void scale_in_place(const Operand& to, double factor, const Span& at) {
   }
 }
 
-void scale(const Operand& to, double factor, const Span& at) {
+void scale(const Operand& from, const Operand& to, double factor, const Span& at) {
   if (factor == 0) {
     write_zeros(to, at);
-  } else if (to.dtype == DType::f64) {
-    scale_in_place<double>(to, factor, at);
+  } else if (from.dtype == DType::f64) {
+    scale_as<double>(from, to, factor, at);
   } else {
-    scale_in_place<float>(to, factor, at);
+    scale_as<float>(from, to, factor, at);
   }
 }
 

@@ -19,7 +19,7 @@ struct Span {
 // Where sums may already write the gradient up to the factor c1, which is known only when all sums
 // are: b times the departure, or b times the residual. Where a mask is given, sums write none.
 struct EarlyGradient {
-  Operand to;  // of v's dtype, which has to be the compute type; or absent
+  Operand to;  // of the compute type; or absent
   GradientKind kind = GradientKind::departure;
 };
 
@@ -32,8 +32,9 @@ struct Kernels {
   // Writes the gradients; either may be absent, and they have the dtypes of v and uncond.
   void (*gradient)(const Batch&, const Step<double>&, const Coefficients&, const Span&,
                    const Operand& cond, const Operand& uncond);
-  // Multiplies in place; a factor of 0 gives zeros, also where the operand is not finite.
-  void (*scale)(const Operand&, double factor, const Span&);
+  // Writes `factor` times `from`, which has a compute type, into `to`, which may be the same. A
+  // factor of 0 gives zeros, also where `from` is not finite.
+  void (*scale)(const Operand& from, const Operand& to, double factor, const Span&);
   // Writes prev_sample and mean, and returns sum((prev_sample - mean)^2).
   double (*sde_step)(const Batch&, const Step<double>&, const Span&, const Operand& prev_sample,
                      const Operand& mean);

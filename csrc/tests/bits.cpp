@@ -32,11 +32,10 @@ void print(const Tensor& x) { print(x.bytes().data(), x.bytes().size()); }
 void print_gradients(const cpu::Kernels& kernels, const Operands& in, const Batch& t) {
   const cpu::Span at{0, 0, 0, in.numel};
   Tensor early(t.wide ? f64 : f32, 1, 1, in.numel);
-  const bool has_early = t.v.dtype == early.dtype();
-  const Sums sums = kernels.sums(t, step, at, {has_early ? early.operand() : Operand{}, {}});
+  const Sums sums = kernels.sums(t, step, at, {early.operand(), {}});
   const double values[] = {sums.s1, sums.s2, sums.ref};
   print(values, sizeof values);
-  if (has_early) kernels.scale(early.operand(), 0.7, at);
+  kernels.scale(early.operand(), early.operand(), 0.7, at);
   print(early);
   for (const Coefficients& c : kinds) {
     Tensor cond(t.v.dtype, 1, 1, in.numel), uncond(t.uncond.dtype, 1, 1, in.numel);

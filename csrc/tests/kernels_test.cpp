@@ -26,9 +26,8 @@ void for_each_chunk(int64_t k, int64_t i, int64_t numel, Body body) {
   }
 }
 
-// An early gradient goes where the gradient will: it is of v's type, which has to be the compute
-// type.
-bool has_early_gradient(const Batch& t) { return t.v.dtype == (t.wide ? f64 : f32); }
+// The type of the arithmetic, which is that of an early gradient.
+DType compute_type(const Batch& t) { return t.wide ? f64 : f32; }
 
 // Everything that one instruction set computes from a case.
 struct Results {
@@ -44,15 +43,12 @@ struct Results {
 
 Results run(const Kernels& kernels, const Operands& in, const Batch& t, const Coefficients& c) {
   const auto make = [&](DType dtype) { return Tensor(dtype, in.steps, in.batch, in.numel, true); };
-  const DType compute_type = t.wide ? f64 : f32;
-  Results out{{}, make(t.v.dtype), make(t.uncond.dtype), make(t.v.dtype), make(compute_type)};
+  Results out{{}, make(t.v.dtype), make(t.uncond.dtype), make(t.v.dtype), make(compute_type(t))};
   for (int64_t k = 0; k < in.steps; ++k) {
     for (int64_t i = 0; i < in.batch; ++i) {
       Sums total{0, 0, 0};
       for_each_chunk(k, i, in.numel, [&](const Span& at) {
-        const Sums part = kernels.sums(
-            t, step, at,
-            {has_early_gradient(t) ? out.early.operand() : Operand{}, GradientKind::departure});
+        const Sums part = kernels.sums(t, step, at, {out.early.operand(), GradientKind::departure});
         const Sums alone = kernels.sums(t, step, at, {});
         CHECK(part.s1 == alone.s1 && part.s2 == alone.s2 && part.ref == alone.ref);
         total.s1 += part.s1;
@@ -105,7 +101,6 @@ void compare(const Results& got, const Operands& in, const Batch& t, const Expec
       } else {
         CHECK_WITHIN_ERROR(got.cond.get(k, i, j), stored(g, t.v.dtype));
       }
-      if (!has_early_gradient(t)) continue;
       CHECK_WITHIN_ERROR(got.early.get(k, i, j), expected.early[row * in.numel + j]);
     }
     CHECK_WITHIN_ERROR(got.sums[row].s1, expected.sums[row].s1);
@@ -198,18 +193,19 @@ void test_gradient_is_the_early_one_scaled(const Kernels& kernels) {
     const Operands in(d, 1, 2, 1047, false);
     for (const Form form : forms) {
       const Batch t = in.of(form, false, false);
-      if (!has_early_gradient(t)) continue;
       for (const GradientKind kind : {GradientKind::departure, GradientKind::residual}) {
         CONTEXT("%s early gradient, %s %s kind %d", kernels.name, form_names[int(form)], d.name,
                 int(kind));
         const Span at{0, 1, 0, 1047};
         const double c1 = 0.7;
-        Tensor scaled(d.v, 1, 2, 1047), gradient(d.v, 1, 2, 1047);
-        kernels.sums(t, step, at, {scaled.operand(), kind});
-        kernels.scale(scaled.operand(), c1, at);
+        Tensor early(compute_type(t), 1, 2, 1047), scaled(d.v, 1, 2, 1047),
+            gradient(d.v, 1, 2, 1047);
+        kernels.sums(t, step, at, {early.operand(), kind});
+        kernels.scale(early.operand(), scaled.operand(), c1, at);
         kernels.gradient(t, step, {c1, kind == GradientKind::departure ? -c1 / 2 : 0, 0}, at,
                          gradient.operand(), {});
-        CHECK(scaled.bytes() == gradient.bytes() && scaled.guards_intact());
+        CHECK(scaled.bytes() == gradient.bytes());
+        CHECK(scaled.guards_intact() && early.guards_intact());
       }
     }
   }
@@ -239,7 +235,7 @@ void test_zero_coefficients_write_zeros(const Kernels& kernels) {
       kernels.gradient(t, step, {0, 0, 0}, at, cond.operand(), uncond.operand());
       CHECK(all_zero(cond, 1100) && all_zero(uncond, 1100));
       all.fill([] { return NAN; });
-      kernels.scale(all.operand(), 0, at);
+      kernels.scale(all.operand(), all.operand(), 0, at);
       CHECK(all_zero(all, 1100));
       // Coefficients that are not finite, on the other hand, reach every element.
       kernels.gradient(t, step, {NAN, NAN, NAN}, at, cond.operand(), uncond.operand());
@@ -257,7 +253,7 @@ void test_scale(const Kernels& kernels) {
       x.fill(random);
       const Tensor before = x;
       const double factor = 0.3;
-      kernels.scale(x.operand(), factor, {1, 0, 0, numel});
+      kernels.scale(x.operand(), x.operand(), factor, {1, 0, 0, numel});
       for (int64_t j = 0; j < numel; ++j) {
         const double old = before.get(1, 0, j);
         CHECK(x.get(1, 0, j) == (dtype == f64 ? factor * old : float(factor) * float(old)));
