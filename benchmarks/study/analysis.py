@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from guard_ops.digits.results import Run as DemoRun
-from guard_ops.digits.results import SeedResult
 from guard_ops.digits.tables import at_equal_proxy
 from guard_ops.monitor.rule import Reading, Verdict, verdict
 from guard_ops.trainer.extras import require
@@ -104,9 +102,8 @@ def at_end(name: str) -> Callable[[Run], float]:
 def gain_at_equal_proxy(seeds: Seeds, objective: str, name: str) -> Interval:
     """The same as :func:`gain`, where each run first reached the proxy that both reached."""
     differences = []
-    for seed, by in seeds.items():
-        pair = {x: DemoRun([], by[x]["evaluations"], None) for x in ("plain", objective)}  # type: ignore[arg-type]
-        _, there = at_equal_proxy(SeedResult(seed, None, pair))  # type: ignore[arg-type]
+    for by in seeds.values():
+        _, there = at_equal_proxy({x: by[x]["evaluations"] for x in ("plain", objective)})
         differences.append(there[objective][name] - there["plain"][name])
     return Interval.of(differences)
 

@@ -129,7 +129,8 @@ def _caution(seeds: list[SeedResult]) -> str:
     rows = []
     for name in ("paper", "article"):
         ends = [{n: run.evaluations[-1] for n, run in seed.runs.items()} for seed in seeds]
-        equal = [tables.at_equal_proxy(seed)[1] for seed in seeds]
+        readings = [{n: run.evaluations for n, run in seed.runs.items()} for seed in seeds]
+        equal = [tables.at_equal_proxy(runs)[1] for runs in readings]
         cells = []
         for paid in (ends, equal):
             gold = sum(p[name]["gold"] > p["flow_grpo"]["gold"] for p in paid)

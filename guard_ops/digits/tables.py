@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ def outcome(result: SeedResult) -> Table:
 
 def equal_proxy(result: SeedResult) -> Table:
     """Each run's numbers when its proxy first reached the level that all runs have reached."""
-    level, paid = at_equal_proxy(result)
+    level, paid = at_equal_proxy({name: run.evaluations for name, run in result.runs.items()})
     rows = [
         [LABELS[name], f"{there['iteration']:.0f}", *_judged(there)[1:]]
         for name, there in paid.items()
@@ -45,10 +45,15 @@ def equal_proxy(result: SeedResult) -> Table:
     return Table(title, ("", "after", *_HEADS[1:]), rows)
 
 
-def at_equal_proxy(result: SeedResult) -> tuple[float, dict[str, dict[str, float]]]:
+Evaluations = Sequence[Mapping[str, float]]  # of a run, in time; each has a "proxy"
+
+
+def at_equal_proxy(
+    runs: Mapping[str, Evaluations],
+) -> tuple[float, dict[str, dict[str, float]]]:
     """The highest proxy that all runs reached, and each run's numbers then, interpolated."""
-    level = min(max(e["proxy"] for e in run.evaluations) for run in result.runs.values())
-    return level, {name: _when(run, level) for name, run in result.runs.items()}
+    level = min(max(e["proxy"] for e in evaluations) for evaluations in runs.values())
+    return level, {name: _when(evaluations, level) for name, evaluations in runs.items()}
 
 
 def per_step(run: Run, objective: str) -> Table:
@@ -103,9 +108,9 @@ def _judged(evaluation: dict[str, float]) -> list[str]:
     return [f"{evaluation[name]:.{digits}f}" for name, digits in pairs]
 
 
-def _when(run: Run, level: float) -> dict[str, float]:
-    before = run.evaluations[0]
-    for after in run.evaluations:
+def _when(evaluations: Evaluations, level: float) -> dict[str, float]:
+    before = evaluations[0]
+    for after in evaluations:
         if after["proxy"] >= level:
             gap = after["proxy"] - before["proxy"]
             t = (level - before["proxy"]) / gap if gap > 0 else 0.0
