@@ -11,8 +11,11 @@ SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt s
   emulated-extension fuzz sanitize gpu-check gpu-scale lint format bench docs sdist wheels wheel-check \
   test-versions kill-test study audit clean
 
-# Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
-export PIP_NO_COMPILE = 1
+# Modules are compiled to byte code by what imports them first, and kept, whatever the environment
+# says: without it every process compiles torch's again. pip would compile all of them, of which few
+# are imported. (pip reads this as the value of `compile`: what is false turns it off.)
+export PIP_NO_COMPILE = 0
+unexport PYTHONDONTWRITEBYTECODE
 
 demo: $(VENV)/runtime
 	$(BIN)/guard-ops demo
