@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt setup.py pyproject.toml \
   scripts/toolchain.py scripts/compiling.py
 
-.PHONY: demo test test-all test-cpp test-arm test-arm-bits test-slow test-triton test-emulated \
-  emulated-extension fuzz sanitize gpu-check gpu-scale lint format bench docs sdist wheels wheel-check \
+.PHONY: demo test test-all test-python test-cpp test-arm test-arm-bits test-slow test-triton \
+  test-emulated emulated-extension fuzz sanitize gpu-check gpu-scale lint format bench docs sdist wheels wheel-check \
   test-versions kill-test study audit clean
 
 # Modules are compiled to byte code by what imports them first, and kept, whatever the environment
@@ -21,15 +21,20 @@ demo: $(VENV)/runtime
 	$(BIN)/guard-ops demo
 
 # Two processes of as many threads as there are cores: none may spin while it waits for another.
-test test-all test-slow test-triton test-emulated: export OMP_WAIT_POLICY = passive
+test test-all test-slow test-python test-triton test-emulated: export OMP_WAIT_POLICY = passive
 
-# What every change is tested by, in a quarter of an hour of two cores from an empty clone: each
-# backend, form, norm and public function, and each pair of such values (tests/combinations.py). The
-# compilers do not wait for pip and mypy, which have work for one core.
+# What every change is tested by, from an empty clone: each backend, form, norm and public function,
+# and each pair of such values (tests/combinations.py). Compilers do not wait for packages; and what
+# one process runs goes beside what has two, so that no core is idle before both have ended.
 test:
-	$(MAKE) --jobs 3 lint test-cpp emulated-extension
+	$(MAKE) --jobs 3 lint test-cpp test-emulated BESIDE=0
+	$(MAKE) --jobs 2 test-python test-triton BESIDE=0
+
+# How many processes test-triton and test-emulated share their work among; 0: none but their own.
+BESIDE ?= 2
+
+test-python: $(VENV)/development
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	$(MAKE) test-triton test-emulated
 
 # Where this machine can compile for 64-bit Arm and emulate it.
 ARM_BITS := $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64-static)),test-arm-bits)
@@ -50,7 +55,7 @@ test-slow: $(VENV)/development emulated-extension $(ARM_BITS)
 INTERPRETED_TESTS := -k "triton or unusable or have_the_shape" tests/device tests/kernels \
   $(patsubst %,tests/test_%.py,goldens sde_step std_floor torch_operators life_of_a_call masks shards)
 test-triton: $(VENV)/development
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q $(INTERPRETED_TESTS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(BESIDE) -q $(INTERPRETED_TESTS)
 
 # The CUDA kernels on an emulated device, through their backend and its bindings: their own tests, and
 # the others' of the ops, but those in float64, which they have not.
@@ -58,7 +63,7 @@ EMULATED_TESTS := tests/device/test_cuda_paths.py tests/device/test_device_loss.
   tests/test_nonfinite.py::test_many_bad_elements_and_chunks tests/test_statistics.py \
   $(patsubst %,tests/test_%.py,autograd determinism goldens layouts masks numerics peers sde_step shards std_floor torch_operators)
 test-emulated: $(VENV)/development emulated-extension
-	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -k cuda $(EMULATED_TESTS)
+	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n $(BESIDE) -q -k cuda $(EMULATED_TESTS)
 
 # The fuzzer (tests/fuzz) for as long as one likes, where `make test` has some hundred cases that are
 # the same every time. SEED makes those of another run again; WITH="triton cuda" adds the interpreted

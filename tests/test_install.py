@@ -10,6 +10,7 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -102,15 +103,7 @@ def test_a_pure_install_has_no_kernels_and_says_so_once(installed):
 
 def test_the_package_works_on_the_reference_and_says_so_once(installed):
     _, folder = installed
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    seen = json.loads(done.stdout)
+    seen = json.loads(fresh.run(PROBE, folder=folder))  # where `python -c` looks first
     assert Path(seen["file"]).parent == folder / "guard_ops"
     assert seen["kernels"] == [str(folder / "guard_ops" / "kernels")]
     assert Path(seen["benchmarks"]).parent == folder / "guard_ops" / "benchmarks"
