@@ -103,11 +103,11 @@ def _reproducible(request):
     torch.set_num_threads(threads)
 
 
-# What is left to `make test-slow` where a case takes seconds and others test what it does: of every
-# run; of an emulated device's or Triton's interpreter's, where one case tests what the others do on a
-# real device, as what torch traces is not the kernels' and their bits are compared by every path; and
-# of the interpreter's alone, where kinds of SDE are numbers to a kernel, and each norm is with each form
-# and each form with a mask in the cases that stay.
+# What is left to `make test-slow`, as a case takes seconds and others test what it does: of every run;
+# of that on an emulated device or by Triton's interpreter, where what torch traces is not the
+# kernels' and their bits are compared by every path; and by the interpreter alone, where a kind of
+# SDE is other numbers for the same kernel, and each form is tested with each norm, and with a mask,
+# by the cases that stay.
 SLOW_SUITE = [r"compiles_into_one_graph\[reference-seeded"]
 SLOW_IN_SOFTWARE = [
     r"number_of_threads",
