@@ -103,8 +103,8 @@ def _reproducible(request):
     torch.set_num_threads(threads)
 
 
-# What is left to `make test-slow`, as a case takes seconds and others test what it does: of every run;
-# of that on an emulated device or by Triton's interpreter, where what torch traces is not the
+# What is left to `make test-slow`, as a case takes seconds and others test what it does: of every
+# run; of that on an emulated device or by Triton's interpreter, where what torch traces is not the
 # kernels' and their bits are compared by every path; and by the interpreter alone, where a kind of
 # SDE is other numbers for the same kernel, and each form is tested with each norm, and with a mask,
 # by the cases that stay.
