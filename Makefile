@@ -24,11 +24,11 @@ demo: $(VENV)/runtime
 test test-all test-slow test-python test-triton test-emulated: export OMP_WAIT_POLICY = passive
 
 # What every change is tested by, from an empty clone: each backend, form, norm and public function,
-# and each pair of such values (tests/combinations.py). Compilers do not wait for packages; and what
-# one process runs goes beside what has two, so that no core is idle before both have ended.
+# and each pair of such values (tests/combinations.py). Nothing waits for what it does not need:
+# compilers begin before torch is there, and tests before lint and the C++ tests have ended, so that
+# two cores have work until the end.
 test:
-	$(MAKE) --jobs 3 lint test-cpp test-emulated BESIDE=0
-	$(MAKE) --jobs 2 test-python test-triton BESIDE=0
+	$(MAKE) --jobs 3 lint test-cpp test-python test-triton test-emulated BESIDE=0
 
 # How many processes test-triton and test-emulated share their work among; 0: none but their own.
 BESIDE ?= 2
