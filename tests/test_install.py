@@ -82,7 +82,8 @@ def test_the_source_distribution_is_complete(sdist):
         str(path.relative_to(ROOT))
         for folder in PUBLISHED
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix not in GENERATED and "results" not in path.parts
+        if path.suffix not in GENERATED and not {"results", "__pycache__"} & set(path.parts)
+        if path.is_file()
     }
     roots = {
         ".clang-format", ".pre-commit-config.yaml", "CHANGELOG.md", "CMakeLists.txt",
