@@ -18,9 +18,11 @@ import guard_ops
 
 ROOT = Path(__file__).parents[1]
 PROBE = """
-import json, sys, warnings
-# a development install of the same package must not lend its files
+import json, os, sys, warnings
+# a development install of the same package must not lend its files, nor a checkout on the path
 sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+sys.path = ["", *(folder for folder in sys.path if folder and folder not in others)]
 import guard_ops, guard_ops.benchmarks.command, guard_ops.kernels, torch
 v = torch.randn(4, 6)
 with warnings.catch_warnings(record=True) as caught:
