@@ -7,26 +7,34 @@ BIN := $(VENV)/bin
 SOURCES := $(shell find csrc cmake -name '*.h' -o -name '*.c*') CMakeLists.txt setup.py pyproject.toml \
   scripts/toolchain.py scripts/compiling.py
 
-.PHONY: demo test test-all test-cpp test-arm test-arm-bits test-slow test-triton test-emulated \
-  emulated-extension fuzz sanitize gpu-check gpu-scale lint format bench docs sdist wheels wheel-check \
+.PHONY: demo test test-all test-python test-cpp test-arm test-arm-bits test-slow test-triton \
+  test-emulated emulated-extension fuzz sanitize gpu-check gpu-scale lint format bench docs sdist wheels wheel-check \
   test-versions kill-test study audit clean
 
-# Modules are compiled to byte code by whatever imports them; pip would compile all of them first.
-export PIP_NO_COMPILE = 1
+# Modules are compiled to byte code by what imports them first, and kept, whatever the environment
+# says: without it every process compiles torch's again. pip would compile all of them, of which few
+# are imported. (pip reads this as the value of `compile`: what is false turns it off.)
+export PIP_NO_COMPILE = 0
+unexport PYTHONDONTWRITEBYTECODE
 
 demo: $(VENV)/runtime
 	$(BIN)/guard-ops demo
 
 # Two processes of as many threads as there are cores: none may spin while it waits for another.
-test test-all test-slow test-triton test-emulated: export OMP_WAIT_POLICY = passive
+test test-all test-slow test-python test-triton test-emulated: export OMP_WAIT_POLICY = passive
 
-# What every change is tested by, in a quarter of an hour of two cores from an empty clone: each
-# backend, form, norm and public function, and each pair of such values (tests/combinations.py). The
-# compilers do not wait for pip and mypy, which have work for one core.
+# What every change is tested by, from an empty clone: each backend, form, norm and public function,
+# and each pair of such values (tests/combinations.py). Nothing waits for what it does not need:
+# compilers begin before torch is there, and tests before lint and the C++ tests have ended, so that
+# two cores have work until the end.
 test:
-	$(MAKE) --jobs 3 lint test-cpp emulated-extension
+	$(MAKE) --jobs 3 lint test-cpp test-python test-triton test-emulated BESIDE=0
+
+# How many processes test-triton and test-emulated share their work among; 0: none but their own.
+BESIDE ?= 2
+
+test-python: $(VENV)/development
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-	$(MAKE) test-triton test-emulated
 
 # Where this machine can compile for 64-bit Arm and emulate it.
 ARM_BITS := $(if $(and $(shell command -v aarch64-linux-gnu-g++),$(shell command -v qemu-aarch64-static)),test-arm-bits)
@@ -47,7 +55,7 @@ test-slow: $(VENV)/development emulated-extension $(ARM_BITS)
 INTERPRETED_TESTS := -k "triton or unusable or have_the_shape" tests/device tests/kernels \
   $(patsubst %,tests/test_%.py,goldens sde_step std_floor torch_operators life_of_a_call masks over_ranks shards)
 test-triton: $(VENV)/development
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -q $(INTERPRETED_TESTS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(BESIDE) -q $(INTERPRETED_TESTS)
 
 # The CUDA kernels on an emulated device, through their backend and its bindings: their own tests, and
 # the others' of the ops, but those in float64, which they have not.
@@ -55,7 +63,7 @@ EMULATED_TESTS := tests/device/test_cuda_paths.py tests/device/test_device_loss.
   tests/test_nonfinite.py::test_many_bad_elements_and_chunks tests/test_statistics.py \
   $(patsubst %,tests/test_%.py,autograd determinism goldens layouts masks numerics over_ranks peers sde_step shards std_floor torch_operators)
 test-emulated: $(VENV)/development emulated-extension
-	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n 2 -q -k cuda $(EMULATED_TESTS)
+	GUARD_OPS_EMULATED=1 $(BIN)/python -m pytest -n $(BESIDE) -q -k cuda $(EMULATED_TESTS)
 
 # The fuzzer (tests/fuzz) for as long as one likes, where `make test` has some hundred cases that are
 # the same every time. SEED makes those of another run again; WITH="triton cuda" adds the interpreted

@@ -80,17 +80,23 @@ def _reproducible(request):
     test_determinism.py asks for more.
     """
     threads = torch.get_num_threads()
-    torch.manual_seed(0)
+    # torch.manual_seed takes milliseconds to format a stack for each kind of device there could be.
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     if request.path.parent == DATA.parent:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-# What takes seconds on a device that is emulated or by Triton's interpreter, where one case tests
-# what the others do on a real device: what torch traces is not the kernels', and their bits are
-# compared by every path.
-SLOW_SUITE = [
+# What is left to `make test-slow`, as a case takes seconds and others test what it does: of every
+# run; of that on an emulated device or by Triton's interpreter, where what torch traces is not the
+# kernels' and their bits are compared by every path; and by the interpreter alone, where a kind of
+# SDE is other numbers for the same kernel, and each form is tested with each norm, and with a mask,
+# by the cases that stay.
+SLOW_SUITE = [r"compiles_into_one_graph\[reference-seeded"]
+SLOW_IN_SOFTWARE = [
     r"number_of_threads",
     r"allocate_the_gradient(?!.*-mean-article-dtype0)",
     r"runs_repeat_bit_for_bit",
@@ -102,6 +108,13 @@ SLOW_SUITE = [
     r"test_over_ranks.*(on_policy.*-(mean|noise|seeded)|differentiated.*dtype0|both_outputs)",
     r"test_device_loss.*every_size_of_latent.*-seeded-(2-7|2-4097|None-9000)",
 ]
+SLOW_INTERPRETED = [
+    r"test_goldens.*float32_is_close.*-(dance_sde|cps|flow_sde_(257|2x3x4x5))_",
+    r"test_goldens.*float64_equals.*-(dance_sde|cps)_(?!4x6x6_K3_B5_drift0\.3)",
+    r"test_masks.*a_masked_element_holds.*-(mean|noise|seeded|log-prob)-latent[12]",
+    r"test_masks.*a_masked_loss_is_that.*-(mean|noise|log-prob)-(paper|plain)",
+    r"test_device_loss.*every_size_of_latent.*-seeded-2-(1|127)\]",
+]
 
 # Taken first, in this order: a process that begins one of them last is waited for by the other.
 LONGEST = ["demo", "torch_operators", "resume_after_kill", "gradients", "numerics", "determinism"]
@@ -111,9 +124,10 @@ LONGEST += ["install", "goldens", "fuzz_loss", "fuzz_log_ratio", "package", "ext
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
     """Longest files first; on an emulated device, without what is in float64, which it has not."""
-    slow = re.compile("|".join(SLOW_SUITE))
+    slow = [*SLOW_SUITE, *(SLOW_IN_SOFTWARE if emulated.EMULATED or INTERPRETED else [])]
+    slow = re.compile("|".join([*slow, *(SLOW_INTERPRETED if INTERPRETED else [])]))
     for item in items:
-        if (emulated.EMULATED or INTERPRETED) and slow.search(item.nodeid):
+        if slow.search(item.nodeid):
             item.add_marker(pytest.mark.slow_suite)
     rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

@@ -10,6 +10,7 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 
@@ -17,9 +18,11 @@ import guard_ops
 
 ROOT = Path(__file__).parents[1]
 PROBE = """
-import json, sys, warnings
-# a development install of the same package must not lend its files
+import json, os, sys, warnings
+# a development install of the same package must not lend its files, nor a checkout on the path
 sys.meta_path = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")]
+others = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+sys.path = ["", *(folder for folder in sys.path if folder and folder not in others)]
 import guard_ops, guard_ops.benchmarks.command, guard_ops.kernels, torch
 v = torch.randn(4, 6)
 with warnings.catch_warnings(record=True) as caught:
@@ -81,7 +84,8 @@ def test_the_source_distribution_is_complete(sdist):
         str(path.relative_to(ROOT))
         for folder in PUBLISHED
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix not in GENERATED and "results" not in path.parts
+        if path.suffix not in GENERATED and not {"results", "__pycache__"} & set(path.parts)
+        if path.is_file()
     }
     roots = {
         ".clang-format", ".pre-commit-config.yaml", "CHANGELOG.md", "CMakeLists.txt",
@@ -102,15 +106,7 @@ def test_a_pure_install_has_no_kernels_and_says_so_once(installed):
 
 def test_the_package_works_on_the_reference_and_says_so_once(installed):
     _, folder = installed
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    seen = json.loads(done.stdout)
+    seen = json.loads(fresh.run(PROBE, folder=folder))  # where `python -c` looks first
     assert Path(seen["file"]).parent == folder / "guard_ops"
     assert seen["kernels"] == [str(folder / "guard_ops" / "kernels")]
     assert Path(seen["benchmarks"]).parent == folder / "guard_ops" / "benchmarks"

@@ -81,9 +81,8 @@ def test_a_call_crosses_few_files(device, most):
 def copy(tmp_path_factory):
     """The tree with every addition, not compiled."""
     root = tmp_path_factory.mktemp("added") / "tree"
-    ignored = shutil.ignore_patterns(
-        ".git", "build", "dist", ".venv", "__pycache__", "_C.*.so", "_C.*.json", "results"
-    )
+    made = (".git", "build", "dist", ".venv", ".*_cache", "__pycache__", "results")
+    ignored = shutil.ignore_patterns(*made, "_C.*.so", "_C.*.json")
     shutil.copytree(ROOT, root, symlinks=True, ignore=ignored)
     for edits in additions.ADDITIONS.values():
         for edit in edits:

@@ -1,9 +1,11 @@
 """std_floor="auto": what rounding alone makes of a step is not blown up to unit variance."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from combinations import pairs_first
 from problems import schedule
 
 import guard_ops as go
@@ -104,9 +106,10 @@ def floor_by_hand(coeffs, numel, dtype, reduction="mean", guidance=1.0):
     return size * gain.square().mean(-1).sqrt()
 
 
-@pytest.mark.parametrize("guidance", [None, 4.5])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(
+    "mixed, reduction, guidance",
+    pairs_first(itertools.product([False, True], ["mean", "sum"], [None, 4.5])),
+)
 def test_where_the_floor_is(mixed, reduction, guidance, backend):
     """A step's spread just above and just below it, which target_std moves past."""
     numel, batch = 64, 6

@@ -153,8 +153,9 @@ def test_on_policy_is_exactly_on_policy(form, dtype, place):
         there = rollout_on(place.device, dtype, (41,))
     else:
         _, there = problem_on(place.device, form, dtype=dtype, latent=(41,), drift=0)
-    # The sums are zero or not whatever the mode is: each of them in one dtype.
-    for mode in ("article", "paper", "none") if CUDA or dtype == torch.float32 else ("article",):
+    # The sums are zero or not whatever the mode is: each of them in one dtype. Noise takes seconds.
+    every = CUDA or (dtype == torch.float32 and form != "seeded")
+    for mode in ("article", "paper", "none") if every else ("article",):
         out, grad = run(there, MODES[mode])
         assert torch.equal(out.log_ratio, torch.zeros_like(out.log_ratio))
         assert torch.equal(out.excess, torch.zeros_like(out.excess))

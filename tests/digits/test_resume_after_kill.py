@@ -1,13 +1,9 @@
-"""SIGKILL at any moment: a run that is resumed ends in the bits of one that never stopped.
-
-The processes are forks of one that has imported what they need, which takes longer than these runs.
-"""
+"""SIGKILL at any moment: a run that is resumed ends in the bits of one that never stopped."""
 
 import contextlib
 import functools
 import importlib
 import io
-import multiprocessing
 import os
 import random
 import signal
@@ -17,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import PROCESSES
 from tiny import tiny_trainer
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch._dynamo", "sklearn.linear_model", "guard_ops.digits.jobs"])
 
 
 @pytest.fixture

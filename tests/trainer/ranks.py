@@ -13,6 +13,11 @@ import torch.multiprocessing as mp
 
 from guard_ops.trainer import Engine
 
+# Processes are forks of one that has imported what they need, which takes longer than most of what
+# they do. There is one such process in each that runs tests.
+PROCESSES = mp.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch._dynamo", "sklearn.linear_model", "guard_ops.digits.jobs"])
+
 
 def _worker(rank: int, ranks: int, folder: str, sharding: str, timeout: float, work, arguments):
     torch.set_num_threads(1)
@@ -39,9 +44,8 @@ def _worker(rank: int, ranks: int, folder: str, sharding: str, timeout: float, w
 def run(folder: Path, ranks: int, work, *arguments, sharding="ddp", timeout=60.0, join=True):
     """What each rank's ``work(engine, *arguments)`` returned, or the processes without ``join``."""
     folder.mkdir(parents=True, exist_ok=True)
-    context = mp.get_context("spawn")
     processes = [
-        context.Process(
+        PROCESSES.Process(
             target=_worker, args=(rank, ranks, str(folder), sharding, timeout, work, arguments)
         )
         for rank in range(ranks)
