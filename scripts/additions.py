@@ -202,8 +202,8 @@ OPERAND = [
     ),
     Edit(
         "csrc/cpu/kernels.cpp",
-        "where.put(to, step.b * departure<F>(step, x));",
-        "where.put(to, step.b * (in.weight ? e - d : departure<F>(step, x)));",
+        "where.put_unrounded(to, step.b * departure<F>(step, x));",
+        "where.put_unrounded(to, step.b * (in.weight ? e - d : departure<F>(step, x)));",
         "its role in a gradient that the sums write",
     ),
     Edit(

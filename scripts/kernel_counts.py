@@ -204,6 +204,12 @@ def all_counts() -> list[Count]:
     return out
 
 
+def in_order(counts: list[Count]) -> list[Count]:
+    """As the tables have them."""
+    kernels = list(KERNELS)
+    return sorted(counts, key=lambda c: (kernels.index(c.kernel), FORMS.index(c.form), c.dtype))
+
+
 def table(counts: list[Count]) -> str:
     """The part of docs/kernels.md between the two marks."""
     release = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True)
@@ -215,10 +221,7 @@ def table(counts: list[Count]) -> str:
         "| kernel | form | dtype | sm | chunks of 4 | of 1 | " + " | ".join(sass.KINDS) + " |",
         "|---|---|---|---|---:|---:|" + "---:|" * len(sass.KINDS),
     ]
-    order = sorted(
-        counts, key=lambda c: (list(KERNELS).index(c.kernel), FORMS.index(c.form), c.dtype)
-    )
-    for c in order:
+    for c in in_order(counts):
         numbers = (c.long, c.short, *(c.kinds[kind] for kind in sass.KINDS))
         cells = (c.kernel, c.form, c.dtype, c.arch, *(f"{n:.0f}" for n in numbers))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -244,6 +247,33 @@ def predictions(counts: list[Count]) -> str:
     return "\n".join(lines)
 
 
+BESIDE = """\
+The Triton kernels beside them, followed in the same way (`scripts/triton_counts.py`): what a warp
+issues for 256 elements of a segment of four tiles in the sums, and of a tile in the gradient, with
+all that their program does once, as each is a program of its own. A CUDA warp goes from chunk to
+chunk, so what it does once is not there to be counted. On sm_100 Triton's compiler pairs float32
+operations into one instruction, which the CUDA kernels do not."""
+
+
+def beside_triton(counts: list[Count]) -> str:
+    """Both backends' counts, of the kernels, forms and dtypes of both."""
+    import triton
+    import triton_counts
+
+    lines = [
+        BESIDE,
+        "",
+        f"| kernel | form | dtype | sm | CUDA | Triton {triton.__version__} |",
+        "|---|---|---|---|---:|---:|",
+    ]
+    for c in counts:
+        if c.form in triton_counts.FORMS:
+            theirs = triton_counts.count(c.kernel, c.form, c.dtype, c.arch)
+            cells = (c.kernel, c.form, c.dtype, c.arch, f"{c.long:.0f}", f"{theirs:.0f}")
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Write the table, or check it; returns 0 if every floor holds."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -253,7 +283,8 @@ def main() -> int:
     problems = [problem for c in counts for problem in c.broken()]
     page = PAGE.read_text()
     before, rest = page.split(BEGIN)
-    tables = f"{table(counts)}\n\n{MODEL}\n\n{predictions(counts)}"
+    parts = (table(counts), beside_triton(in_order(counts)), MODEL, predictions(counts))
+    tables = "\n\n".join(parts)
     text = f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}"
     if not check:
         PAGE.write_text(text)

@@ -103,8 +103,13 @@ def walk(
     block: int = 0,
     warp: int = 0,
     limit: int = 200_000,
+    leaves: bool = False,
 ) -> Walk:
-    """Follow one warp from the kernel's first instruction to its exit."""
+    """Follow one warp from the kernel's first instruction to its exit.
+
+    ``leaves``: it takes an exit of which it is not known whether it is taken, as all blocks do but
+    the one that arrives last.
+    """
     machine = Machine(launch, arch, block, warp)
     place = {x.at: n for n, x in enumerate(code)}
     issued: Counter[int] = Counter()
@@ -115,6 +120,8 @@ def walk(
         n += 1
         guard = machine.predicate(x.guard) if x.guard else True
         family = x.name.split(".")[0]
+        if family == "EXIT" and guard is None and leaves:
+            return Walk(code, issued)
         if family in ("BRA", "EXIT", "RET", "CALL", "BRX", "JMP") and guard is None:
             raise WalkError(f"{x.at:#x}: {x.guard} {x.name} {x.operands}: the predicate is unknown")
         if family == "EXIT":

@@ -4,6 +4,7 @@ import shutil
 import struct
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -239,3 +240,43 @@ def test_the_floors_hold_on_sm_90(kernel):
     for name, form, dtype in kernel_counts.FLOORS:
         if name == kernel:
             assert not kernel_counts.count(machine_code, kernel, form, dtype, 90).broken()
+
+
+@pytest.mark.slow_suite
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kernel", kernel_counts.KERNELS)
+def test_a_cuda_warp_issues_no_more_than_triton(kernel, arch):
+    triton_counts = pytest.importorskip("triton_counts", exc_type=ImportError)
+    if shutil.which("nvcc") is None or kernel_counts.find_cuobjdump() is None:
+        pytest.skip("no nvcc, or no cuobjdump")
+    machine_code = kernel_counts.machine_code(kernel, arch)
+    for form in triton_counts.FORMS:
+        for dtype in triton_counts.DTYPES:
+            own = kernel_counts.count(machine_code, kernel, form, dtype, arch).long
+            assert own <= triton_counts.count(kernel, form, dtype, arch), (form, dtype)
+
+
+def test_parameters_of_a_triton_kernel_lie_at_multiples_of_their_size():
+    triton_counts = pytest.importorskip("triton_counts", exc_type=ImportError)
+    signature = {
+        "t": ("*bf16", "constexpr"), "n": "i32", "of": ("i32", "i32"), "scale": "fp64",
+        "T": "constexpr",
+    }  # fmt: skip
+    kernel = mock.Mock(**{"src.signature": signature})
+    arguments = [("a pointer", None), 7, (8, 9), 1.5, "a type"]
+    found = triton_counts.parameters(triton_counts.Compiled(kernel, arguments, 1))
+    assert struct.unpack_from("<iii", found, 8) == (7, 8, 9)
+    assert struct.unpack_from("<d", found, 24) == (1.5,)
+    assert len(found) == 32 + 16  # two pointers of Triton's own
+
+
+def test_an_exit_that_only_some_blocks_take_ends_the_walk_where_asked():
+    text = """
+        LDG.E R0, desc[UR4][R2.64]
+        ISETP.GE.U32.AND P0, PT, R0, 0x7, PT
+        @P0 EXIT
+        EXIT
+    """
+    with pytest.raises(sass.WalkError, match="predicate is unknown"):
+        walk(text)
+    assert walk(text, leaves=True).total() == 3
