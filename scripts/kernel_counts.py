@@ -251,8 +251,8 @@ BESIDE = """\
 The Triton kernels beside them, followed in the same way (`scripts/triton_counts.py`): what a warp
 issues for 256 elements of a segment of four tiles in the sums, and of a tile in the gradient, with
 all that their program does once, as each is a program of its own. A CUDA warp goes from chunk to
-chunk, so what it does once is not there to be counted. On sm_100 Triton's compiler pairs float32
-operations into one instruction, which the CUDA kernels do not."""
+chunk, so what it does once is not there to be counted. On sm_100 both work with two float32 numbers
+at once where they can."""
 
 
 def beside_triton(counts: list[Count]) -> str:

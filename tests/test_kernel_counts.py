@@ -243,7 +243,7 @@ def test_the_floors_hold_on_sm_90(kernel):
 
 
 @pytest.mark.slow_suite
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("kernel", kernel_counts.KERNELS)
 def test_a_cuda_warp_issues_no_more_than_triton(kernel, arch):
     triton_counts = pytest.importorskip("triton_counts", exc_type=ImportError)

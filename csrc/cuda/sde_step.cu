@@ -23,7 +23,7 @@ __device__ __forceinline__ float step_in_place(const Plan& p, const RowNumbers& 
   read_velocity(p, slot, v);
   read(slot + p.offset[role_x], stored, x);
   if constexpr (seeded) {
-    normals(row, in_whole_latent(p, at), noise);
+    normals<float>(row, in_whole_latent(p, at), noise);
   } else {
     read(slot + p.offset[role_noise], p.operand[role_noise].dtype, noise);
   }

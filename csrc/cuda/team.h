@@ -1,5 +1,6 @@
-// The threads that run a kernel: what one of them finds around it, how a warp, a block and a
-// cluster work together, and the objective on [K, B], which is one block's work.
+// The threads that run a kernel: what one of them finds around it, how it works with two numbers at
+// once, how a warp, a block and a cluster work together, and the objective on [K, B], which is one
+// block's work.
 #pragma once
 
 #include "../objective.h"
@@ -190,6 +191,94 @@ __device__ __forceinline__ const T* of_cluster(const T* shared, uint32_t) {
 #endif
 
 namespace guard_ops::cuda {
+
+// ---- two numbers as one -------------------------------------------------------------------------
+//
+// sm_100 adds and multiplies two float32 numbers by one instruction, each rounded as it is alone.
+// What is written for `Number` uses that there, and has one number elsewhere.
+
+struct Pair {
+  float low, high;
+};
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000 && __CUDA_ARCH__ < 1100
+#define GUARD_OPS_PAIRED(instruction, ...)                                   \
+  unsigned long long out;                                                    \
+  asm(instruction : "=l"(out) : __VA_ARGS__);                                \
+  Pair pair;                                                                 \
+  asm("mov.b64 {%0, %1}, %2;" : "=f"(pair.low), "=f"(pair.high) : "l"(out)); \
+  return pair
+__device__ __forceinline__ unsigned long long packed(Pair x) {
+  unsigned long long out;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(out) : "f"(x.low), "f"(x.high));
+  return out;
+}
+__device__ __forceinline__ Pair operator+(Pair p, Pair q) {
+  GUARD_OPS_PAIRED("add.rn.f32x2 %0, %1, %2;", "l"(packed(p)), "l"(packed(q)));
+}
+__device__ __forceinline__ Pair operator*(Pair p, Pair q) {
+  GUARD_OPS_PAIRED("mul.rn.f32x2 %0, %1, %2;", "l"(packed(p)), "l"(packed(q)));
+}
+__device__ __forceinline__ Pair fma_of_pairs(Pair p, Pair q, Pair r) {
+  GUARD_OPS_PAIRED("fma.rn.f32x2 %0, %1, %2, %3;", "l"(packed(p)), "l"(packed(q)), "l"(packed(r)));
+}
+#undef GUARD_OPS_PAIRED
+using Number = Pair;
+#else
+GUARD_OPS_HD Pair operator+(Pair p, Pair q) { return {p.low + q.low, p.high + q.high}; }
+GUARD_OPS_HD Pair operator*(Pair p, Pair q) { return {p.low * q.low, p.high * q.high}; }
+GUARD_OPS_HD Pair fma_of_pairs(Pair p, Pair q, Pair r) {
+  return {guard_ops::fma(p.low, q.low, r.low), guard_ops::fma(p.high, q.high, r.high)};
+}
+#if defined(GUARD_OPS_EMULATE)
+using Number = Pair;  // so that tests see it
+#else
+using Number = float;
+#endif
+#endif
+GUARD_OPS_HD Pair operator-(Pair x) { return {-x.low, -x.high}; }
+// As -q would be two instructions; this rounds the same difference.
+GUARD_OPS_HD Pair operator-(Pair p, Pair q) { return fma_of_pairs(q, {-1, -1}, p); }
+
+// How many numbers it is, the n-th of them, and that of which f(n) is the n-th.
+template <class T>
+constexpr int parts = sizeof(T) / sizeof(float);
+GUARD_OPS_HD float part(float x, int) { return x; }
+GUARD_OPS_HD float part(Pair x, int n) { return n == 0 ? x.low : x.high; }
+template <class T, class F>
+GUARD_OPS_HD T make(F f) {
+  if constexpr (parts<T> == 1) {
+    return f(0);
+  } else {
+    return {f(0), f(1)};
+  }
+}
+template <class T>
+GUARD_OPS_HD T all(float x) {
+  return make<T>([=](int) { return x; });
+}
+template <class T, class F>
+GUARD_OPS_HD T each(T x, F f) {
+  return make<T>([&](int n) { return f(part(x, n)); });
+}
+template <class T, class F>
+GUARD_OPS_HD T each(T x, T y, F f) {
+  return make<T>([&](int n) { return f(part(x, n), part(y, n)); });
+}
+
+}  // namespace guard_ops::cuda
+
+template <>
+struct guard_ops::Fma<guard_ops::cuda::Pair> {
+  using Pair = guard_ops::cuda::Pair;
+  static GUARD_OPS_HD Pair call(Pair a, Pair b, Pair c) {
+    return guard_ops::cuda::fma_of_pairs(a, b, c);
+  }
+};
+
+namespace guard_ops::cuda {
+
+// ---- threads together ---------------------------------------------------------------------------
 
 constexpr uint32_t warp_size = 32;
 

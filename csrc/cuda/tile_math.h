@@ -33,17 +33,24 @@ struct Elements {
   float v[lane_elements], x[lane_elements], y[lane_elements], old[lane_elements],
       noise[lane_elements];
 
-  __device__ __forceinline__ Element<float> at(uint32_t e) const {
-    Element<float> out{};
-    out.v = v[e];
-    if constexpr (uses_sample(F)) out.x = x[e], out.y = y[e];
-    if constexpr (F == Form::mean) out.m = old[e];
-    if constexpr (uses_old_velocity(F)) out.v_old = old[e];
-    if constexpr (uses_noise(F)) out.noise = noise[e];
+  // Element e, or a pair of elements from e on.
+  template <class T = float>
+  __device__ __forceinline__ Element<T> at(uint32_t e) const {
+    const auto of = [=](const float from[lane_elements]) {
+      return make<T>([=](int n) { return from[e + n]; });
+    };
+    Element<T> out{};
+    out.v = of(v);
+    if constexpr (uses_sample(F)) out.x = of(x), out.y = of(y);
+    if constexpr (F == Form::mean) out.m = of(old);
+    if constexpr (uses_old_velocity(F)) out.v_old = of(old);
+    if constexpr (uses_noise(F)) out.noise = of(noise);
     return out;
   }
 };
 
+// T: float or Number, whichever is to be worked with.
+template <class T>
 __device__ __forceinline__ void normals(const RowNumbers& row, const TileAt& at,
                                         float out[lane_elements]) {
   static_assert(run == 4, "the numbers of one counter");
@@ -51,8 +58,16 @@ __device__ __forceinline__ void normals(const RowNumbers& row, const TileAt& at,
   for (uint32_t q = 0; q < lane_elements / run; ++q) {
     const uint64_t counter = uint64_t(at.begin + place_of(q * run)) / run;
     const philox::Words words = philox::generate(row.key, counter, row.transition);
-    box_muller(words.w[0], words.w[2], out + 4 * q, out + 4 * q + 1);
-    box_muller(words.w[1], words.w[3], out + 4 * q + 2, out + 4 * q + 3);
+#pragma unroll
+    for (int p = 0; p < 2; p += parts<T>) {
+      T first, second;
+      box_muller(words.w + p, words.w + 2 + p, &first, &second);
+#pragma unroll
+      for (int n = 0; n < parts<T>; ++n) {
+        out[4 * q + 2 * (p + n)] = part(first, n);
+        out[4 * q + 2 * (p + n) + 1] = part(second, n);
+      }
+    }
   }
 }
 
@@ -96,6 +111,10 @@ struct AnyLayout {
   __device__ __forceinline__ uint32_t offset(Role r) const { return p.offset[r]; }
 };
 
+// What is computed with. A layout that is looked up has no registers to spare for pairs.
+template <class Layout>
+using NumberOf = std::conditional_t<Layout::fixed, Number, float>;
+
 template <class Layout>
 __device__ __forceinline__ void read_role(const Layout& layout, Role r, const char* slot,
                                           float out[lane_elements]) {
@@ -131,7 +150,8 @@ __device__ __forceinline__ Elements<Layout::form> read_tile(const Layout& layout
   if constexpr (F != Form::log_prob) read_role(layout, role_old, slot, in.old);
   if constexpr (F == Form::noise) read_role(layout, role_noise, slot, in.noise);
   if constexpr (F == Form::seeded) {
-    normals(row, Layout::fixed ? at : in_whole_latent(p, at), in.noise);
+    using T = NumberOf<Layout>;
+    normals<T>(row, Layout::fixed ? at : in_whole_latent(p, at), in.noise);
   }
   return in;
 }
@@ -178,13 +198,19 @@ __device__ __forceinline__ void add_sums_of(const Layout& layout, const Plan& p,
   const uint32_t counted = counted_of(layout, p, at);  // first: it needs registers of its own
   const Elements<F> in = read_tile(layout, p, row, at, slot);
   float s1 = 0, s2 = 0;
+  using T = NumberOf<Layout>;
+  const Step<T> step{all<T>(row.step.a), all<T>(row.step.b), all<T>(row.step.s)};
 #pragma unroll
-  for (uint32_t e = 0; e < lane_elements; ++e) {
-    const Element<float> x = in.at(e);
-    if (!Layout::fixed && !(counted >> e & 1)) continue;
-    const float d = delta<F>(row.step, x);
-    if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);
-    s2 = fma(d, d, s2);
+  for (uint32_t first = 0; first < lane_elements; first += parts<T>) {
+    const auto x = in.template at<T>(first);
+    const T ds = delta<F>(step, x), es = residual<F>(step, x);
+#pragma unroll
+    for (int n = 0; n < parts<T>; ++n) {
+      if (!Layout::fixed && !(counted >> (first + n) & 1)) continue;
+      const float d = part(ds, n);
+      if constexpr (F != Form::log_prob) s1 = fma(d, part(es, n), s1);
+      s2 = fma(d, d, s2);
+    }
   }
   total.s1 += double(s1);
   total.s2 += double(s2);

@@ -14,7 +14,7 @@ void check_pair(uint32_t radius, uint32_t angle) {
   CONTEXT("normals of %u and %u", radius, angle);
   float first = NAN, second = NAN;
   double x = NAN, y = NAN;
-  cuda::box_muller(radius, angle, &first, &second);
+  cuda::box_muller(&radius, &angle, &first, &second);
   philox::box_muller(radius, angle, &x, &y);
   CHECK_CLOSE(first, x, 1e-6);
   CHECK_CLOSE(second, y, 1e-6);
@@ -31,6 +31,24 @@ void test_normals() {
   for (int n = 0; n < 200000; ++n) {
     const uint32_t radius = words();
     check_pair(radius, words());
+  }
+}
+
+// Two at once have the bits of each alone.
+void test_two_at_once() {
+  CONTEXT("two at once");
+  std::mt19937 words(2);
+  for (int n = 0; n < 10000; ++n) {
+    const uint32_t radius[2] = {uint32_t(words()), uint32_t(words())};
+    const uint32_t angle[2] = {uint32_t(words()), uint32_t(words())};
+    cuda::Pair first, second;
+    cuda::box_muller(radius, angle, &first, &second);
+    for (int m = 0; m < 2; ++m) {
+      float x = NAN, y = NAN;
+      cuda::box_muller(radius + m, angle + m, &x, &y);
+      CHECK(cuda::bits_of(x) == cuda::bits_of(part(first, m)));
+      CHECK(cuda::bits_of(y) == cuda::bits_of(part(second, m)));
+    }
   }
 }
 
@@ -60,6 +78,7 @@ void test_parts() {
 
 int main() {
   guard_ops::test::test_normals();
+  guard_ops::test::test_two_at_once();
   guard_ops::test::test_parts();
   return guard_ops::test::finish();
 }
