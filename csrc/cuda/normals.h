@@ -8,7 +8,7 @@
 namespace guard_ops::cuda {
 
 template <class T>
-GUARD_OPS_HD T from_bits_of_all(uint32_t x) {
+__device__ __forceinline__ T from_bits_of_all(uint32_t x) {
   return all<T>(from_bits(x));
 }
 
