@@ -241,11 +241,11 @@ OPERAND = [
     ),
     Edit(
         "csrc/cuda/tile_math.h",
-        "    if constexpr (F != Form::log_prob) s1 = fma(d, residual<F>(row.step, x), s1);\n"
-        "    s2 = fma(d, d, s2);\n",
-        "    const float w = weighted ? weight[e] * d : d;\n"
-        "    if constexpr (F != Form::log_prob) s1 = fma(w, residual<F>(row.step, x), s1);\n"
-        "    s2 = fma(w, d, s2);\n",
+        "      if constexpr (F != Form::log_prob) s1 = fma(d, part(es, n), s1);\n"
+        "      s2 = fma(d, d, s2);\n",
+        "      const float w = weighted ? weight[first + n] * d : d;\n"
+        "      if constexpr (F != Form::log_prob) s1 = fma(w, part(es, n), s1);\n"
+        "      s2 = fma(w, d, s2);\n",
         "its role in the sums",
     ),
     Edit(

@@ -122,6 +122,19 @@ def test_every_form_by_every_path(form, guided, path, cuda):
     assert relative(out[4].cpu(), want) < 1e-3  # float32 sums, divided by the batch's spread
 
 
+def test_multiprocessors_left_free_change_no_bit(cuda):
+    given, config = on_device(made(latent=(16, 30, 30))), CONFIGS["article"]
+    cuda.force_cuda_path("cooperative")
+    expected = bits(given, config)
+    cuda.leave_multiprocessors_free(7)
+    try:
+        assert all(map(torch.equal, bits(given, config), expected))
+    finally:
+        cuda.leave_multiprocessors_free(0)
+    with pytest.raises(ValueError, match="-1 multiprocessors cannot be left free"):
+        cuda.leave_multiprocessors_free(-1)
+
+
 @needs_gpu
 @pytest.mark.parametrize("path", ["two_launches", "cooperative", "cluster"])
 def test_every_path_is_captured_and_replayed(path, cuda):
